@@ -1,0 +1,64 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+
+SHELL := bash
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP_FLAGS := --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench notebooks clean
+
+help: ## show this list
+	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=python3.12     the Python (3.11 or newer) that makes .venv; now: $(PYTHON)"
+	@echo "  TORCH_INDEX=URL       take torch from this index, for example the small CPU-only build:"
+	@echo "                        TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "  ARGS='…'              more arguments for vqr1 demo, pytest or the benchmarks"
+
+install: $(STAMP) ## set up .venv with everything (about 2 GB, some minutes the first time)
+
+# The stamp is written last, so an interrupted installation starts again. A TORCH_INDEX given later
+# does not change an installed torch: `make clean` first. Files are compiled when first imported
+# (--no-compile), which halves the time.
+$(STAMP): pyproject.toml constraints.txt
+	@set -o pipefail; \
+	python=$(BIN)/python; [ -x $$python ] || python="$(PYTHON)"; \
+	version=$$("$$python" -c 'import sys; print("%d.%d.%d" % tuple(sys.version_info)[:3])') || { \
+	  echo "vqr1 needs Python 3.11 or newer, and '$$python' does not run. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	"$$python" -c 'import sys; sys.exit(tuple(sys.version_info)[:2] < (3, 11))' || { \
+	  echo "vqr1 needs Python 3.11 or newer; '$$python' is Python $$version. Name a newer one: make PYTHON=python3.11" >&2; \
+	  [ "$$python" != "$(BIN)/python" ] || echo "(.venv was made with it: make clean first)" >&2; exit 1; }; \
+	echo "Installing vqr1 into .venv with Python $$version: about 2 GB, some minutes the first time."; \
+	start=$$(date +%s); \
+	[ -x $(BIN)/python ] || "$$python" -m venv --clear .venv || { \
+	  echo "'$$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[notebooks,dev]' \
+	  | awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ {sub(/https?:[^ ]*\//, ""); print; fflush()} \
+	         /^Installing collected/ {print "  Installing " NF - 3 " packages"; fflush()}' || exit 1; \
+	touch $@; \
+	echo "Installed in $$(( $$(date +%s) - start )) s."
+
+demo: $(STAMP) ## the main job: evaluate, train by RL to rank, evaluate again (writes runs/demo/)
+	$(BIN)/vqr1 demo $(ARGS)
+
+test: $(STAMP) ## the whole test suite, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## the benchmarks, one after the other
+	@set -e; for script in tests/benchmarks/*.py; do \
+	  [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+notebooks: $(STAMP) ## run every notebook and store its outputs in place
+	@set -e; for notebook in notebooks/*.ipynb; do [ -e "$$notebook" ] || continue; \
+	  HF_HUB_OFFLINE=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace \
+	    --ExecutePreprocessor.timeout=1800 "$$notebook"; done
+
+clean: ## remove .venv and caches (runs/ stays)
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
+	find vqr1 tests -name __pycache__ -type d -prune -exec rm -rf {} +

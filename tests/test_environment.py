@@ -1,0 +1,254 @@
+"""What is declared, pinned, imported and tracked agrees; no model is loaded here."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+FILES = sorted((ROOT / "vqr1").glob("*.py"))
+
+CONDA_NAMES = {"torch": "pytorch", "ray": "ray-data"}
+"""conda-forge's name where it is not PyPI's."""
+
+IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
+"""PyPI's name where it is not the import's."""
+
+COMES_WITH = {"IPython": "ipywidgets"}
+"""What a declared package brings along and is documented to."""
+
+ROOMS = {
+    "__init__": "nothing",
+    "thurstone": "nothing",
+    "prompts": "nothing",
+    "metrics": "nothing",
+    "distortions": "nothing",
+    "observers": "thurstone",
+    "data": "distortions observers prompts",
+    "readers": "data",
+    "rewards": "thurstone prompts",
+    "policy": "prompts",
+    "scoring": "prompts policy thurstone",
+    "training": "data rewards policy scoring metrics",
+    "pretraining": "distortions data policy prompts",  # prompts, beyond the table: it teaches those words
+    "baselines": "all above",
+    "studies": "all above",
+    "plots": "all above",
+    "widgets": "all above",
+    "cli": "all above",
+    "__main__": "all above",
+}
+"""The table of DESIGN.md, section 1: what each file may import from vqr1, in the order of the floors."""
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """The core requirements and those of the extras, by normalised name."""
+    texts = PROJECT["dependencies"] + [
+        text for extra in extras for text in PROJECT["optional-dependencies"][extra]
+    ]
+    return {canonicalize_name(r.name): r for r in map(Requirement, texts)}
+
+
+ALL = requirements(*PROJECT["optional-dependencies"])
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
+    """environment.yml by name: (requirement, reason, in use and not commented out)."""
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    found = re.findall(r"^  (# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE)
+    parsed = [(Requirement(spec), reason, not off) for off, spec, reason in found if spec != "conda-forge"]
+    return {requirement.name: (requirement, reason, used) for requirement, reason, used in parsed}
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """The absolute names that a file imports, "vqr1.data" for ``from vqr1 import data`` too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    names = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["vqr1" if node.level else "", node.module]))
+            names |= {f"vqr1.{a.name}" for a in node.names} if module == "vqr1" else {module}
+    return names
+
+
+def third_party(path: Path, top_level: bool = False) -> set[str]:
+    roots = {name.partition(".")[0] for name in imports(path, top_level)}
+    return roots - sys.stdlib_module_names - {"vqr1"}
+
+
+def distribution(name: str) -> str:
+    return canonicalize_name(COMES_WITH.get(name) or IMPORT_NAMES.get(name, name))
+
+
+def rooms(path: Path) -> set[str]:
+    """The files of vqr1 that a file of vqr1 imports."""
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("vqr1.")}
+    return {name for name in names if (ROOT / "vqr1" / f"{name}.py").exists()}
+
+
+# --- what is declared ---------------------------------------------------------------------------
+
+
+def test_every_dependency_is_pinned_inside_its_range():
+    pinned = pins()
+    assert set(pinned) == set(ALL)
+    wrong = [f"{r} but =={pinned[n]}" for n, r in ALL.items() if pinned[n] not in r.specifier]
+    assert not wrong
+
+
+def test_environment_yml_has_the_same_names_and_ranges():
+    lines = conda_lines()
+    expected = {CONDA_NAMES.get(name, name): r.specifier for name, r in ALL.items()}
+    assert {name: line[0].specifier for name, line in lines.items() if name not in ("python", "pip")} == expected
+
+
+def test_environment_yml_uses_what_make_installs_and_comments_out_the_rest():
+    used = {name for name, (_, _, used) in conda_lines().items() if used} - {"python", "pip"}
+    assert used == {CONDA_NAMES.get(name, name) for name in requirements("notebooks", "dev")}
+
+
+def test_environment_yml_gives_a_reason_in_every_line():
+    assert [name for name, (_, reason, _) in conda_lines().items() if len(reason) < 8] == []
+
+
+def test_environment_yml_takes_the_same_python():
+    conda, declared = conda_lines()["python"][0].specifier, Requirement(f"python{PROJECT['requires-python']}")
+    minors = [f"3.{minor}" for minor in range(8, 20) if f"3.{minor}" in conda]
+    assert minors == ["3.11", "3.12", "3.13"]
+    assert [m for m in minors if f"Programming Language :: Python :: {m}" in PROJECT["classifiers"]] == minors
+    assert "3.11" in declared.specifier and "3.10" not in declared.specifier
+
+
+def test_torchvision_is_in_the_gpu_extra_alone():
+    groups = PROJECT["optional-dependencies"] | {"core": PROJECT["dependencies"]}
+    assert [name for name, texts in groups.items() if "torchvision" in " ".join(texts)] == ["gpu"]
+
+
+# --- what is imported ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_import_is_declared(path):
+    declared = requirements("gpu", "notebooks", "scale")
+    assert {n for n in third_party(path) if distribution(n) not in declared} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_head_of_a_file_imports_core_dependencies_only(path):
+    """So that `pip install vqr1` without extras gives a command that starts; widgets need notebooks."""
+    declared = requirements("notebooks") if path.stem == "widgets" else requirements()
+    assert {n for n in third_party(path, top_level=True) if distribution(n) not in declared} == set()
+
+
+def test_every_import_of_the_tests_is_declared():
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    own = {path.stem for path in paths} | {"packaging"}  # packaging comes with pytest
+    missing = {p.name: {n for n in third_party(p) - own if distribution(n) not in ALL} for p in paths}
+    assert {name: names for name, names in missing.items() if names} == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_imports_only_from_the_floors_below(path):
+    assert path.stem in ROOMS, f"{path.name} has no place in DESIGN.md's table of rooms"
+    order = list(ROOMS)
+    above = set(order[: order.index(path.stem)])
+    allowed = above if ROOMS[path.stem] == "all above" else set(ROOMS[path.stem].split())
+    assert rooms(path) <= allowed - {"nothing"}
+
+
+def test_the_table_of_rooms_has_no_circle():
+    order = list(ROOMS)
+    for position, (room, may) in enumerate(ROOMS.items()):
+        if may not in ("nothing", "all above"):
+            assert set(may.split()) <= set(order[:position]), room
+
+
+def python(code: str) -> None:
+    """Run code in a fresh interpreter; its error is the test's."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_importing_vqr1_imports_no_torch():
+    python("import sys, vqr1; assert 'torch' not in sys.modules; assert vqr1.__version__")
+
+
+def test_no_module_needs_torchvision():
+    """None in sys.modules makes every import of it fail, also where the gpu extra is installed."""
+    python(
+        "import importlib, pkgutil, sys, vqr1\n"
+        "sys.modules['torchvision'] = None\n"
+        "names = [m.name for m in pkgutil.iter_modules(vqr1.__path__) if m.name != '__main__']\n"
+        "for name in names: importlib.import_module(f'vqr1.{name}')\n"
+        "assert sys.modules['torchvision'] is None"
+    )
+
+
+# --- what is tracked, and make ------------------------------------------------------------------
+
+
+def tracked() -> list[Path]:
+    """The files that git tracks; the test is skipped outside a checkout."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [ROOT / name for name in names.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+@pytest.mark.parametrize("room, limit", [("", 20), ("data/photos", 8), ("data/tiny-policy", 8.2)])
+def test_tracked_files_stay_small(room, limit):
+    """Limits in MB of 10^6 bytes; the policy's are 7.5 for its weights and some for the tokenizer."""
+    size = sum(path.stat().st_size for path in tracked() if path.is_relative_to(ROOT / room))
+    assert size < limit * 1e6, f"{room or 'the repository'} holds {size / 1e6:.1f} MB"
+
+
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run make as a user would: `make test` must not hand its own flags down."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_make_alone_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = re.findall(r"^  make (\w+)", make().stdout, re.MULTILINE)
+    assert shown == phony.group(1).split()
+
+
+@pytest.mark.parametrize("target", ["install", "demo", "test", "bench", "notebooks"])
+def test_make_target_parses_and_installs_first(target, tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    done = make("-n", target, "TORCH_INDEX=https://example.org/cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--extra-index-url https://example.org/cpu" in done.stdout and "-c constraints.txt" in done.stdout
+
+
+def test_make_install_refuses_an_old_python_by_its_version(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    old = tmp_path / "python-old"
+    code = "import sys; sys.version_info = (3, 9, 2); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n', encoding="utf-8")
+    old.chmod(0o755)
+    done = make("install", f"PYTHON={old}", cwd=tmp_path)
+    assert done.returncode != 0 and "Python 3.11 or newer" in done.stderr and "is Python 3.9.2" in done.stderr
+    assert not (tmp_path / ".venv").exists()
