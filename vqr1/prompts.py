@@ -1,0 +1,136 @@
+"""The paper's prompts, the answer format, and the words for distortions and severity."""
+
+import math
+import re
+
+QUESTION = (
+    "You are doing the image quality assessment task. Here is the question: "
+    "What is your overall rating on the quality of this picture? The rating should be a float "
+    "between 1 and 5, rounded to two decimal places, with 1 representing very poor quality and 5 "
+    "representing excellent quality."
+)
+"""Table 1 of the paper, word for word."""
+
+THINKING = (
+    "First output the thinking process in <think> </think> tags and then output the final answer "
+    "with only one score in <answer> </answer> tags."
+)
+NON_THINKING = (
+    "Please only output the final answer with only one score in <answer> </answer> tags."
+)
+"""The official README's non-thinking instruction (inference only there)."""
+
+SCORE_MIN, SCORE_MAX = 1.0, 5.0
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_FORMATS = {
+    True: re.compile(r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>", re.DOTALL),
+    False: re.compile(r"<answer>(?:(?!</?answer>).)*</answer>", re.DOTALL),
+}
+
+SEVERITY = ("faint", "slight", "moderate", "strong", "severe")
+"""Words for strength 1..5."""
+
+CLEAN = "no visible distortion"
+
+PHRASES = {
+    "gaussian_blur": "gaussian blur",
+    "lens_blur": "lens blur",
+    "motion_blur": "motion blur",
+    "color_diffusion": "color bleeding",
+    "color_shift": "color fringes",
+    "color_quantization": "palette dithering",
+    "color_saturation_1": "faded colors",
+    "color_saturation_2": "oversaturated colors",
+    "jpeg2000": "jpeg2000 smearing",
+    "jpeg": "jpeg blocking",
+    "white_noise": "white noise",
+    "white_noise_color_component": "chroma noise",
+    "impulse_noise": "impulse noise",
+    "multiplicative_noise": "multiplicative noise",
+    "denoise": "denoising smear",
+    "brighten": "overexposure",
+    "darken": "underexposure",
+    "mean_shift": "brightness shift",
+    "jitter": "pixel jitter",
+    "non_eccentricity_patch": "misplaced patches",
+    "pixelate": "pixelation",
+    "quantization": "tone banding",
+    "color_block": "colored blocks",
+    "high_sharpen": "oversharpening",
+    "contrast_change": "contrast change",
+}
+"""One name in words per KADID-10k distortion; no phrase contains another."""
+
+
+def messages(thinking: bool = True) -> list[dict]:
+    """Return the chat prompt: one image placeholder and the paper's question.
+
+    Source: the paper's Table 1 (thinking) and the official README (non-thinking).
+
+    >>> [part["type"] for part in messages()[0]["content"]]
+    ['image', 'text']
+    """
+    text = f"{QUESTION} {THINKING if thinking else NON_THINKING}"
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+
+
+def parse_score(text: str) -> float:
+    """Return the first number in the last ``<answer>…</answer>``, or NaN.
+
+    A score outside 1..5 is returned as it stands. The official code takes the first number anywhere
+    when the tag is missing, and a random score when there is no number; neither happens here.
+
+    >>> parse_score("<think>4 blocks</think><answer>The score is 3.7</answer>")
+    3.7
+    >>> parse_score("3.7"), parse_score("<answer>good</answer>")
+    (nan, nan)
+    """
+    answers = _ANSWER.findall(text)
+    number = _NUMBER.search(answers[-1]) if answers else None
+    return float(number.group()) if number else math.nan
+
+
+def parse_reasoning(text: str) -> str:
+    """Return what stands between the first ``<think>`` and ``</think>``, or "".
+
+    >>> parse_reasoning("<think>slight lens blur</think><answer>3.10</answer>")
+    'slight lens blur'
+    """
+    found = _THINK.search(text)
+    return found.group(1).strip() if found else ""
+
+
+def format_ok(text: str, thinking: bool = True) -> bool:
+    """Tell whether the whole completion is one think block (if thinking) and one answer block.
+
+    >>> format_ok("<think>sharp</think> <answer>4.5</answer>")
+    True
+    >>> format_ok("<answer>4.5</answer>"), format_ok("<answer>4.5</answer>", thinking=False)
+    (False, True)
+    """
+    return _FORMATS[thinking].fullmatch(text.strip()) is not None
+
+
+def named_distortions(text: str) -> list[str]:
+    """Return the KADID-10k names whose phrase stands in the text, in order of appearance.
+
+    >>> named_distortions("strong jpeg blocking in the flat areas, with slight color fringes")
+    ['jpeg', 'color_shift']
+    """
+    found = [(text.find(phrase), name) for name, phrase in PHRASES.items() if phrase in text]
+    return [name for _, name in sorted(found)]
+
+
+def named_severity(text: str) -> int | None:
+    """Return the strength 1..5 of the first severity word, 0 for a clean picture, None if unsaid.
+
+    >>> named_severity("strong lens blur"), named_severity("no visible distortion"), named_severity("?")
+    (4, 0, None)
+    """
+    if CLEAN in text:
+        return 0
+    found = [(text.find(word), strength) for strength, word in enumerate(SEVERITY, 1) if word in text]
+    return min(found)[1] if found else None
