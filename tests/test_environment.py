@@ -38,12 +38,13 @@ ROOMS = {
     "readers": "data",
     "rewards": "thurstone prompts",
     "policy": "prompts",
-    "scoring": "prompts policy thurstone",
+    "scoring": "data prompts policy thurstone",  # data opens pictures
     "training": "data rewards policy scoring metrics",
-    "pretraining": "distortions data policy prompts",  # prompts, beyond the table: it teaches those words
+    "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
+    "evaluation": "all above",
     "baselines": "all above",
-    "studies": "all above",
     "plots": "all above",
+    "studies": "all above",
     "widgets": "all above",
     "cli": "all above",
     "__main__": "all above",

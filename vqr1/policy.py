@@ -1,23 +1,28 @@
 """Policies: the embedded one, Qwen2.5-VL, Qwen3-VL; their processors; 4-bit and LoRA."""
 
+import hashlib
 import math
 from pathlib import Path
 
+import bitsandbytes as bnb
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
 
@@ -97,11 +102,11 @@ def build_policy(texts: list[str], seed: int = 0) -> tuple[Qwen2_5_VLForConditio
             num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]},
             bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-            tie_word_embeddings=True,
+            tie_word_embeddings=True, initializer_range=0.05,
         ),
         vision_config=dict(
             depth=3, hidden_size=192, intermediate_size=384, num_heads=3, patch_size=PATCH, temporal_patch_size=1,
-            spatial_merge_size=2, window_size=8 * PATCH, out_hidden_size=192, fullatt_block_indexes=[0, 1, 2],
+            spatial_merge_size=2, window_size=8 * PATCH, out_hidden_size=192, fullatt_block_indexes=[0, 1, 2], initializer_range=0.06,
         ),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
@@ -132,12 +137,14 @@ def _dct_filters(n: int, count: int) -> np.ndarray:
     return np.stack([np.outer(basis[u], basis[v]) for u, v in pairs])
 
 
-def start_from_dct(model: Qwen2_5_VLForConditionalGeneration, patches: torch.Tensor) -> None:
-    """Set the patch embedding to DCT filters, each scaled to unit deviation on sample `patches`.
+def start_from_energies(model: Qwen2_5_VLForConditionalGeneration, patches: torch.Tensor) -> None:
+    """Let the untrained vision tower see local energies: what tells blur, noise and blocking apart.
 
-    A SwiGLU can square a coefficient: that is the local energy which tells blur, noise and blocking apart.
-    Luma has two 8x8 blocks and one 16x16 (its odd frequencies see the seam between blocks), chroma 16x16.
-    patches: (n, 3 * PATCH * PATCH), as the image processor gives them.
+    The patch embedding becomes DCT filters, each scaled to unit deviation on sample `patches`, which are
+    (n, 3 * PATCH * PATCH) as the image processor gives them. Luma has two 8x8 blocks, low frequencies of 16x16, and
+    jumps at the seam between 8x8 blocks and beside it; chroma has 16x16. The first block's SwiGLU starts as
+    silu(x) x + silu(-x) (-x) = x^2 for every channel; a constant in the last channel keeps its RMS norm from
+    dividing the contrast out.
     """
     filters = np.zeros((192, 3, PATCH, PATCH), np.float32)
     luma, blue, red = (0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)
@@ -145,12 +152,125 @@ def start_from_dct(model: Qwen2_5_VLForConditionalGeneration, patches: torch.Ten
     spatial = np.zeros((192, PATCH, PATCH))
     spatial[:64, :8, :8] = block
     spatial[64:112, 8:, 8:] = block[:48]
-    spatial[112:152] = _dct_filters(PATCH, 40)
+    spatial[112:136] = _dct_filters(PATCH, 24)
+    for i, (at, half) in enumerate((at, half) for at in (4, 8, 6, 10) for half in (0, 8)):
+        step = np.zeros((PATCH, PATCH))
+        step[at - 2 : at + 2, half : half + 8] = np.array([1, -3, 3, -1])[:, None]
+        spatial[136 + 2 * i], spatial[137 + 2 * i] = step, step.T
     chroma = _dct_filters(PATCH, 256)[[*range(12), *range(12, 256, 31)]]  # low ones and a few of every band
     spatial[152:172], spatial[172:192] = chroma, chroma
     colors = np.array([luma] * 152 + [blue] * 20 + [red] * 20)
     filters = torch.tensor(colors[:, :, None, None] * spatial[:, None], dtype=torch.float32)
     deviation = (patches @ filters.flatten(1).T).std(0)
     filters /= (deviation + 0.05 * deviation.median())[:, None, None, None]
+    filters[-1] = 0
+    first, eye = model.model.visual.blocks[0], torch.eye(192)
     with torch.no_grad():
         model.model.visual.patch_embed.proj.weight.copy_(filters.unsqueeze(2))
+        first.attn.proj.bias[-1] = math.sqrt(192)
+        first.mlp.gate_proj.weight.copy_(torch.cat([eye, -eye]))
+        first.mlp.up_proj.weight.copy_(torch.cat([eye, -eye]))
+        mix = torch.nn.init.orthogonal_(torch.empty(192, 192)) * 0.3
+        first.mlp.down_proj.weight.copy_(torch.cat([mix, mix], 1))
+
+
+LANGUAGE_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+"""LoRA's targets: the language model alone, which every serving engine can load."""
+
+
+def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
+    """Return a LoRA on the language model's linear layers, without dropout: TRL samples in train mode."""
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=LANGUAGE_LAYERS, task_type="CAUSAL_LM")
+
+
+def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return 4-bit NF4 with double quantisation; the vision tower and the output layer stay as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )  # fmt: skip
+
+
+def keep_gradients(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    An eval-mode forward packs them in place, and every later training step has wrong gradients, silently.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def default_dtype() -> torch.dtype:
+    """Return fp32 on a CPU, bf16 on a GPU that computes in it, else fp16 (a T4 only emulates bf16)."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+
+
+def load_policy(name_or_path: str | Path = "tiny-policy", quantize: bool = False, dtype: torch.dtype | None = None):
+    """Return (model, processor) of the embedded policy, a local folder, an adapter's folder or a hub name.
+
+    `quantize` loads the language model in 4-bit NF4. A folder with an adapter loads its base first, and the
+    adapter can be trained on. Processors pad on the left. Raises FileNotFoundError for a folder without a model.
+    """
+    name, dtype = str(name_or_path), dtype or default_dtype()
+    path = TINY if name == "tiny-policy" else Path(name)
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        model, processor = load_policy(base, quantize, dtype)
+        return PeftModel.from_pretrained(model, path, is_trainable=True), processor
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no model: no config.json and no adapter_config.json; give a folder that save_pretrained wrote")
+    if not path.is_dir() and (name.count("/") != 1 or path.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(f"{name}: no such folder; give 'tiny-policy', a folder of a model or an adapter, or a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
+    source = str(path) if path.is_dir() else name
+    more = {"quantization_config": four_bit(dtype)} if quantize else {}
+    device = {"": 0} if torch.cuda.is_available() else None
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device, use_safetensors=True, **more)
+    keep_gradients(model)
+    model.config._name_or_path = name  # an adapter remembers its base by this
+    return model, load_processor(source, model.config.model_type)
+
+
+def load_processor(source: str, model_type: str) -> ProcessorMixin:
+    """Return the processor, left-padded; for Qwen2.5-VL without torchvision, the one for still pictures."""
+    still = model_type == "qwen2_5_vl" and not is_torchvision_available()
+    kind = PictureProcessor if still or source == str(TINY) else AutoProcessor
+    return kind.from_pretrained(source, padding_side="left")
+
+
+def look_once(model: PreTrainedModel) -> None:
+    """Let a frozen vision tower see each distinct picture of a batch once, and remember the last batch.
+
+    TRL repeats every picture for each of its K answers, in the rollout and again for the log-probabilities.
+    The features are the same numbers; only the work is shared. A tower that is trained is left alone.
+    """
+    tower = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.visual
+    forward, remembered = tower.forward, {}
+
+    def shared(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            return forward(hidden_states, grid_thw, **kwargs)
+        pictures = hidden_states.split(grid_thw.prod(1).tolist())
+        keys = [_fingerprint(picture, grid) for picture, grid in zip(pictures, grid_thw)]
+        new = {key: i for i, key in enumerate(keys) if key not in remembered}
+        if new:
+            rows = list(new.values())
+            with torch.no_grad():
+                seen = forward(torch.cat([pictures[i] for i in rows]), grid_thw[rows], **kwargs).pooler_output
+            sizes = (grid_thw[rows].prod(1) // tower.spatial_merge_unit).tolist()
+            found = dict(zip(new, seen.split(sizes)))
+        else:
+            found = {}
+        found |= {key: remembered[key] for key in keys if key in remembered}
+        remembered.clear()
+        remembered.update(found)
+        return BaseModelOutputWithPooling(pooler_output=torch.cat([found[key] for key in keys]))
+
+    tower.forward = shared
+
+
+def _fingerprint(picture: torch.Tensor, grid: torch.Tensor) -> tuple:
+    """Return what tells one picture's pixels from another's, exactly: its shape and a digest of its bytes."""
+    return (*grid.tolist(), hashlib.blake2b(picture.contiguous().cpu().view(torch.uint8).numpy().data, digest_size=16).digest())

@@ -1,0 +1,414 @@
+"""Manifests, rendering, rows for TRL, batches and dominance, each test named after what it holds."""
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vqr1 import data
+from vqr1.data import (
+    COLUMNS, HELD_OUT, MIX_STAGES, TRAINED, build_sim_sets, data_root, dominance_pairs, load_ratings,
+    one_set_batches, open_picture, prompt_rows, read_manifest, render, render_rows,
+)
+from vqr1.observers import human_cells, oracle_srcc
+
+ROOT = data_root()
+SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return {name: load_ratings(name) for name in SETS}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with two photographs and the rows of a manifest that is right; tests spoil one thing."""
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((240, 208), Image.BICUBIC).save(tmp_path / "photos" / f"{name}.jpg", quality=90)
+    row = {"image": "photos/a.jpg", "dataset": "sim-small", "mos": "3.5", "std": "0.7", "reference": "photos/a.jpg",
+           "distortion": "jpeg", "level": "3", "seed": "7", "crop": "16,0,192,192", "split": "train"}
+    rows = [row, row | {"image": "photos/b.jpg", "level": "5"}, row | {"distortion": "white_noise", "mos": "2"}]
+    return tmp_path, rows
+
+
+def write(folder, rows, name="set.csv"):
+    path = folder / name
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+# The embedded sets
+
+
+def test_no_row_of_sim_kadid_has_a_held_out_type(sets):
+    assert len(HELD_OUT) == 6 and len(TRAINED) == 19 and not set(HELD_OUT) & set(TRAINED)
+    assert set(sets["sim-kadid"].distortion) == set(TRAINED)
+    assert set(sets["sim-unseen"].distortion) == set(HELD_OUT)
+    assert not {part for types in sets["sim-mixed"].distortion for part in types.split("+")} & set(HELD_OUT)
+
+
+def test_splits_share_no_photograph(sets):
+    photos = pd.read_csv(ROOT / "photos.csv").set_index("image").split
+    rows = pd.concat(list(sets.values()))
+    assert (rows.split == rows.image.map(photos)).all()
+    assert rows.groupby("reference").split.nunique().max() == 1
+    assert set(sets["sim-unseen"].split) == set(sets["sim-mixed"].split) == {"test"}
+
+
+def test_every_photograph_has_every_type_and_level_once(sets):
+    photos = pd.read_csv(ROOT / "photos.csv")
+    assert len(sets["sim-kadid"]) == len(photos) * 19 * 5
+    assert len(sets["sim-unseen"]) == (photos.split == "test").sum() * 6 * 5
+    assert not sets["sim-kadid"].duplicated(["image", "distortion", "level"]).any()
+
+
+def test_manifests_are_rebuilt_bit_for_bit(tmp_path, sets):
+    counts = build_sim_sets(ROOT, out=tmp_path)
+    for name in SETS:
+        assert (tmp_path / f"{name}.csv").read_bytes() == (ROOT / f"{name}.csv").read_bytes(), name
+        assert counts[name] == len(sets[name])
+
+
+def test_oracles_on_the_rows_are_near_those_on_real_ratings(sets):
+    """0.942 and 0.676 hold for 25 types, so trained and held-out rows are taken together."""
+    rows = pd.concat([sets["sim-kadid"].query("split == 'test'"), sets["sim-unseen"]])
+    both, level = oracle_srcc(rows)
+    print(f"oracle SRCC: type and level {both:.3f}, level {level:.3f}")
+    assert both == pytest.approx(0.942, abs=0.02)
+    assert level == pytest.approx(0.676, abs=0.04)
+
+
+def test_seeds_say_nothing_of_type_or_level(sets):
+    rows = sets["sim-kadid"]
+    assert rows.seed.nunique() > 0.999 * len(rows)
+    assert abs(np.corrcoef(rows.seed.astype(float), rows.level)[0, 1]) < 0.05
+    assert rows.groupby("distortion").seed.apply(lambda s: s.astype(float).mean() / 2**31).between(0.35, 0.65).all()
+
+
+def test_crops_are_192_px_at_multiples_of_16(sets):
+    crops = pd.concat(list(sets.values())).crop.str.split(",", expand=True).astype(int)
+    assert (crops[[2, 3]] == 192).all(axis=None) and (crops[[0, 1]] % 16 == 0).all(axis=None)
+
+
+def test_every_crop_with_colour_blocks_shows_some(sets):
+    rows = sets["sim-kadid"].query("distortion == 'color_block'").iloc[::15]
+    for (_, row), image in zip(rows.iterrows(), render_rows(rows, workers=1)):
+        x, y, w, h = map(int, row["crop"].split(","))
+        plain = open_picture(ROOT / row["image"]).crop((x, y, x + w, y + h))
+        assert (np.asarray(image) != np.asarray(plain)).any(2).mean() > 0.004, row["image"]
+
+
+def test_a_new_photograph_changes_no_row_of_another(tmp_path, sets):
+    photos = pd.read_csv(ROOT / "photos.csv")
+    (tmp_path / "photos").symlink_to(ROOT / "photos")
+    photos.iloc[[5, 2]].to_csv(tmp_path / "photos.csv", index=False)
+    build_sim_sets(tmp_path)
+    few, name = load_ratings("sim-kadid", tmp_path), photos.image[5]
+    full = sets["sim-kadid"]
+    assert few[few.image == name].to_csv(index=False) == full[full.image == name].to_csv(index=False)
+
+
+def test_mixed_rows_have_no_mos_and_five_pairs_per_group(sets):
+    rows = sets["sim-mixed"]
+    pairs = dominance_pairs(rows)
+    assert rows.mos.isna().all() and len(rows) == 12 * rows.image.nunique()
+    assert len(pairs) >= 15 * rows.image.nunique()
+    better, worse = rows.iloc[pairs[:, 0]], rows.iloc[pairs[:, 1]]
+    for column in ("image", "distortion", "crop"):
+        assert (better[column].to_numpy() == worse[column].to_numpy()).all()
+
+
+def test_mixed_types_get_worse_with_every_level_for_people_too():
+    for name in sum(MIX_STAGES, ()):
+        assert name in TRAINED
+        assert human_cells().query("type == @name").mos_mean.is_monotonic_decreasing, name
+
+
+# Rendering
+
+
+def test_same_row_same_pixels_here_and_in_another_process(sets):
+    rows = sets["sim-kadid"].iloc[[0, 57, 83]]
+    here = [render(row).tobytes() for _, row in rows.iterrows()]
+    assert here == [image.tobytes() for image in render_rows(rows)]
+    code = ("import hashlib; from vqr1.data import load_ratings, render_rows\n"
+            "rows = load_ratings('sim-kadid').iloc[[0, 57, 83]]\n"
+            "print(hashlib.sha256(b''.join(i.tobytes() for i in render_rows(rows))).hexdigest())")
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert there.stdout.strip() == hashlib.sha256(b"".join(here)).hexdigest()
+
+
+def test_worker_processes_keep_the_order(small, monkeypatch):
+    folder, rows = small
+    frame = read_manifest(write(folder, [rows[seed % 2] | {"seed": str(seed)} for seed in range(70)]))
+    noisy = frame.assign(distortion=["lens_blur", "white_noise"] * 35)
+    alone = [image.tobytes() for image in render_rows(noisy, workers=1)]
+    assert len(set(alone[1::2])) == 35
+    monkeypatch.setattr(data, "SPAWN_FROM", 2)
+    assert [image.tobytes() for image in render_rows(noisy, workers=2)] == alone
+
+
+def test_crop_is_cut_after_the_photograph_was_distorted(small):
+    folder, rows = small
+    row = read_manifest(write(folder, rows)).iloc[0]
+    whole = render({**row, "crop": ""}, folder)
+    assert whole.size == (240, 208)
+    assert render(row, folder).tobytes() == whole.crop((16, 0, 208, 192)).tobytes()
+
+
+def test_composed_distortions_are_applied_in_order(small):
+    folder, rows = small
+    frame = read_manifest(write(folder, [rows[0] | {"distortion": "quantization+jpeg", "level": "5+4"}]))
+    first = data.distort(open_picture(folder / "photos/a.jpg"), "quantization", 5, 7)
+    both = data.distort(first, "jpeg", 4, 8).crop((16, 0, 208, 192))
+    assert render(frame.iloc[0], folder).tobytes() == both.tobytes()
+
+
+@pytest.mark.parametrize("change", [{"distortion": "", "level": "", "seed": ""}, {"seed": ""}])
+def test_a_row_without_seed_is_the_picture_itself(small, change):
+    folder, rows = small
+    frame = read_manifest(write(folder, [rows[0] | change | {"crop": ""}]))
+    assert render(frame.iloc[0], folder).tobytes() == open_picture(folder / "photos/a.jpg").tobytes()
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "lying.jpg", exif=exif)
+    assert open_picture(tmp_path / "lying.jpg").size == data._upright_size(tmp_path / "lying.jpg", "") == (10, 20)
+
+
+@pytest.mark.parametrize("content, why", [
+    (None, "is missing"),
+    (b"", "has zero bytes"),
+    (b"I am a text file", "cannot be read as a picture"),
+    ("truncated", "cannot be read as a picture"),
+    (b"\x89PNG\r\n\x1a\n broken", "cannot be read as a picture"),
+])
+def test_unreadable_pictures_are_named_with_their_row(small, content, why):
+    folder, rows = small
+    frame = read_manifest(write(folder, [row | {"crop": ""} for row in rows]))
+    picture = folder / "photos/b.jpg"
+    if content == "truncated":
+        content = picture.read_bytes()[:2000]
+    picture.unlink() if content is None else picture.write_bytes(content)
+    for attempt in (lambda: render(frame.iloc[1], folder), lambda: render_rows(frame)):
+        with pytest.raises(ValueError, match=rf"row 1 .*b\.jpg {why}.*replace the file"):
+            attempt()
+
+
+def test_worker_processes_name_the_unreadable_picture(small, monkeypatch):
+    folder, rows = small
+    frame = read_manifest(write(folder, rows))
+    (folder / "photos/b.jpg").write_bytes(b"")
+    monkeypatch.setattr(data, "SPAWN_FROM", 1)
+    with pytest.raises(ValueError, match=r"row 1 .*b\.jpg has zero bytes"):
+        render_rows(frame, workers=2)
+
+
+# Reading
+
+
+def test_a_right_manifest_is_read_with_its_types(small):
+    folder, rows = small
+    frame = read_manifest(write(folder, [row | {"comment": "dropped"} for row in rows]))
+    assert tuple(frame.columns) == COLUMNS and frame.index.tolist() == [0, 1, 2]
+    assert frame.mos.tolist() == [3.5, 3.5, 2.0] and frame.level.tolist() == [3, 5, 3] and frame.seed.dtype == "Int64"
+    assert [image.size for image in render_rows(frame)] == [(192, 192)] * 3
+
+
+def test_blank_lines_and_a_byte_order_mark_do_no_harm(small):
+    folder, rows = small
+    path = write(folder, rows)
+    spaced = path.read_text().replace("photos/b.jpg,sim", "\nphotos/b.jpg,sim", 1) + "\n\n"
+    path.write_text(spaced, encoding="utf-8-sig")
+    assert len(read_manifest(path)) == 3
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mos": "good"}, "mos 'good' is not a number"),
+    ({"mos": "nan"}, "mos 'nan' is not a number"),
+    ({"mos": "inf"}, "mos 'inf' is not a number"),
+    ({"mos": ""}, "mos '' is not a number.*only sim-mixed"),
+    ({"std": "-1"}, "std '-1' is not a number >= 0"),
+    ({"image": ""}, "image '' is empty"),
+    ({"dataset": ""}, "dataset '' is empty"),
+    ({"image": "photos/c.jpg"}, "image 'photos/c.jpg' is not there below"),
+    ({"image": "photos"}, "image 'photos' is not there below"),
+    ({"distortion": "snow"}, "distortion 'snow' is not known; use one of gaussian_blur"),
+    ({"distortion": "jpeg+snow", "level": "1+2"}, r"distortion 'jpeg\+snow' is not known"),
+    ({"level": "0"}, "level '0' is not one of 1, 2, 3, 4, 5"),
+    ({"level": "6"}, "level '6' is not one of"),
+    ({"level": "2.5"}, r"level '2\.5' is not one of"),
+    ({"level": ""}, "level '' does not give one level for each"),
+    ({"distortion": ""}, "level '5' does not give one level for each"),
+    ({"level": "1+2"}, r"level '1\+2' does not give one level for each"),
+    ({"seed": "-3"}, "seed '-3' is not an integer"),
+    ({"seed": "x"}, "seed 'x' is not an integer"),
+    ({"crop": "1,2,3"}, "crop '1,2,3' is not four integers"),
+    ({"crop": "0.5,0,9,9"}, r"crop '0\.5,0,9,9' is not four integers"),
+    ({"crop": "-16,0,192,192"}, "crop '-16,0,192,192' is not four integers"),
+    ({"crop": "64,0,192,192"}, "crop '64,0,192,192' is empty or reaches outside"),
+    ({"crop": "0,0,0,9"}, "crop '0,0,0,9' is empty or reaches outside"),
+    ({"split": "dev"}, "split 'dev' is not train, val, test"),
+])
+def test_bad_values_are_refused_with_file_line_and_value(small, change, message):
+    folder, rows = small
+    rows[1] = rows[1] | change
+    with pytest.raises(ValueError, match=rf"set\.csv, line 3: {message}"):
+        read_manifest(write(folder, rows))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_missing_column_is_named(small, column):
+    folder, rows = small
+    path = write(folder, [{name: value for name, value in row.items() if name != column} for row in rows])
+    with pytest.raises(ValueError, match=rf"set\.csv, line 1: column '{column}' is missing; the header must name"):
+        read_manifest(path)
+
+
+def test_a_row_that_is_there_twice_is_refused(small):
+    folder, rows = small
+    with pytest.raises(ValueError, match=r"set\.csv, line 5: image 'photos/a.jpg' has .* of an earlier line"):
+        read_manifest(write(folder, [*rows, rows[0] | {"mos": "1"}]))
+
+
+def test_a_text_file_named_jpg_is_refused_before_anything_is_rendered(small):
+    folder, rows = small
+    (folder / "photos/b.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"set\.csv, line 3: .*b\.jpg cannot be read as a picture"):
+        read_manifest(write(folder, rows))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "not a CSV"), (b"\xff\xfe\x00", "not a CSV"), (b"image,dataset\n1,2,3,4\n5,6\n", "missing|not a CSV"),
+    (",".join(COLUMNS).encode() + b"\n", "no rows"),
+])
+def test_files_that_are_no_manifest_are_refused(tmp_path, content, message):
+    (tmp_path / "set.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"set\.csv.*({message})"):
+        read_manifest(tmp_path / "set.csv")
+
+
+def test_a_missing_manifest_and_an_unknown_set_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.csv: no such manifest"):
+        load_ratings(tmp_path / "nowhere.csv")
+    with pytest.raises(ValueError, match="unknown set 'koniq'.* has: sim-kadid, sim-mixed, sim-unseen"):
+        load_ratings("koniq", ROOT)
+
+
+def test_data_root_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("VQR1_DATA", str(tmp_path))
+    assert data_root() == tmp_path
+    monkeypatch.setenv("VQR1_DATA", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="VQR1_DATA names .*gone.*set VQR1_DATA"):
+        data_root()
+
+
+# Rows and batches for TRL
+
+
+@pytest.fixture
+def rows(small):
+    frame = read_manifest(write(*small))
+    return frame, render_rows(frame)
+
+
+def test_rows_are_read_one_by_one_in_lists_and_by_column(rows):
+    frame, images = rows
+    dataset = prompt_rows(frame, images)
+    assert dataset.column_names == ["prompt", "image", "mos", "dataset", "uid"]
+    assert dataset[1]["image"] is images[1]
+    assert [dataset[1][name] for name in ("mos", "dataset", "uid")] == [3.5, "sim-small", 1]
+    assert dataset[[2, 2]]["image"][0] is dataset[[2, 2]]["image"][1] is images[2]  # K repeats share one picture
+    assert [row["uid"] for row in dataset.__getitems__([2, 0])] == [2, 0]  # as torch's DataLoader reads
+    assert dataset["mos"][:] == [3.5, 3.5, 2.0] and dataset["image"][2] is images[2]
+
+
+def test_the_prompt_stays_a_chat_without_added_keys(rows):
+    for thinking in (True, False):
+        dataset = prompt_rows(*rows, thinking=thinking)
+        assert dataset[0]["prompt"] == dataset[[0]]["prompt"][0] == data.messages(thinking)
+        assert {"type": "image"} in dataset[0]["prompt"][0]["content"]
+
+
+def test_trl_fills_the_picture_into_the_prompt(rows):
+    from trl.data_utils import is_conversational, prepare_multimodal_messages
+
+    frame, images = rows
+    row = prompt_rows(frame, images)[0]
+    assert is_conversational({"prompt": row["prompt"]})
+    filled = prepare_multimodal_messages(row["prompt"], images=[row["image"]])
+    assert filled[0]["content"][0]["image"] is images[0]
+    assert "image" not in prompt_rows(frame, images)[0]["prompt"][0]["content"][0]
+
+
+def test_select_and_shuffle_keep_pictures_with_their_rows(rows):
+    frame, images = rows
+    for dataset in (prompt_rows(frame, images).select([2, 2, 0]), prompt_rows(frame, images).shuffle(seed=1)):
+        assert all(row["image"] is images[row["uid"]] for row in dataset)
+
+
+def test_rows_without_mos_or_picture_cannot_be_trained_on(rows):
+    frame, images = rows
+    with pytest.raises(ValueError, match="3 rows but 2 images"):
+        prompt_rows(frame, images[:2])
+    with pytest.raises(ValueError, match="row 1 .* has no mos"):
+        prompt_rows(frame.assign(mos=[3.0, np.nan, 2.0]), images)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=4), st.integers(2, 9), st.integers(1, 3), st.integers(0, 99))
+def test_batches_hold_one_set_and_no_row_twice_per_epoch(sizes, size, epochs, seed):
+    sizes = [max(n, size) for n in sizes]
+    names = np.repeat([f"s{i}" for i in range(len(sizes))], sizes)
+    frame = pd.DataFrame({"dataset": np.random.default_rng(seed).permutation(names)})
+    order = one_set_batches(frame, size, seed, epochs)
+    per_epoch = sum(n // size * size for n in sizes)
+    assert len(order) == epochs * per_epoch and all(type(row) is int for row in order)
+    assert all(frame.dataset.iloc[order[i : i + size]].nunique() == 1 for i in range(0, len(order), size))
+    assert all(len(set(order[e * per_epoch : (e + 1) * per_epoch])) == per_epoch for e in range(epochs))
+    assert order == one_set_batches(frame, size, seed, epochs)
+
+
+def test_epochs_differ_and_chunks_of_sets_are_mixed():
+    frame = pd.DataFrame({"dataset": ["a"] * 60 + ["b"] * 60})
+    order = one_set_batches(frame, 6, seed=0, epochs=2)
+    assert order[:120] != order[120:]
+    names = frame.dataset.iloc[order[:120:6]].tolist()
+    assert names != sorted(names)
+
+
+@pytest.mark.parametrize("size, message", [
+    (1, "images_per_batch is 1: .* at least 2"), (4, "set 'b' has 3 rows, fewer than the 4"),
+])
+def test_batches_too_small_or_too_large_are_refused(size, message):
+    with pytest.raises(ValueError, match=message):
+        one_set_batches(pd.DataFrame({"dataset": list("aaaabbb")}), size, seed=0)
+
+
+# Dominance
+
+
+def test_dominance_needs_the_same_picture_types_and_no_better_component():
+    rows = pd.DataFrame([
+        ("a", "", "jitter+jpeg", "1+1"), ("a", "", "jitter+jpeg", "1+3"), ("a", "", "jitter+jpeg", "2+2"),
+        ("a", "", "jitter+jpeg", "1+1"), ("b", "", "jitter+jpeg", "5+5"), ("a", "", "brighten+jpeg", "5+5"),
+        ("a", "0,0,9,9", "jitter+jpeg", "5+5"),
+    ], columns=["image", "crop", "distortion", "level"])
+    assert sorted(map(tuple, dominance_pairs(rows).tolist())) == [(0, 1), (0, 2), (3, 1), (3, 2)]
+
+
+def test_a_frame_without_pairs_gives_an_empty_array():
+    rows = pd.DataFrame({"image": ["a"], "crop": "", "distortion": "jpeg", "level": [3]})
+    assert dominance_pairs(rows).shape == (0, 2)

@@ -1,0 +1,272 @@
+"""Correlations against scipy and by hand; intervals against simulated experiments."""
+
+import math
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from vqr1 import metrics
+from vqr1.metrics import (
+    bootstrap,
+    frame_srcc,
+    frame_within_level_srcc,
+    paired_difference,
+    per_content_srcc,
+    plcc,
+    plcc_fit,
+    srcc,
+    summarize,
+    within_level_srcc,
+)
+
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def table(rows=200, photographs=20, noise=1.0, seed=0):
+    """Rows of several photographs: score = mos + an error of the photograph + an error of the row."""
+    rng = np.random.default_rng(seed)
+    reference = np.arange(rows) % photographs
+    mos = rng.normal(3, 1, rows)
+    score = mos + noise * (rng.normal(size=photographs)[reference] + rng.normal(size=rows))
+    names = [f"photos/{n}.png" for n in reference]
+    return pd.DataFrame({"score": score, "mos": mos, "reference": names, "level": rng.integers(1, 6, rows)})
+
+
+pairs = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=30)
+
+
+@given(pairs)
+def test_correlations_equal_scipy_with_ties(drawn):
+    pred, mos = np.array(drawn, dtype=float).T
+    if np.ptp(pred) and np.ptp(mos):
+        assert srcc(pred, mos) == pytest.approx(stats.spearmanr(pred, mos).statistic, abs=1e-12)
+        assert plcc(pred, mos) == pytest.approx(stats.pearsonr(pred, mos).statistic, abs=1e-12)
+    else:
+        assert math.isnan(srcc(pred, mos)) and math.isnan(plcc(pred, mos))
+
+
+@given(pairs)
+def test_srcc_depends_on_the_order_alone(drawn):
+    pred, mos = np.array(drawn, dtype=float).T
+    np.testing.assert_equal(srcc(np.exp(pred), mos**3), srcc(pred, mos))
+
+
+@pytest.mark.parametrize("correlation", [srcc, plcc, plcc_fit])
+def test_pairs_without_a_number_are_left_out(correlation):
+    frame = table()
+    holes = frame.copy()
+    holes.loc[3, "score"], holes.loc[5, "mos"], holes.loc[8, "score"] = NAN, NAN, np.inf
+    kept = frame.drop(index=[3, 5, 8])
+    assert correlation(holes["score"], holes["mos"]) == correlation(kept["score"], kept["mos"])
+
+
+@pytest.mark.parametrize("correlation", [srcc, plcc, plcc_fit])
+@pytest.mark.parametrize(
+    ("pred", "mos"),
+    [([], []), ([1.0], [2.0]), ([3.0] * 6, range(6)), (range(6), [3.0] * 6), ([NAN] * 6, range(6))],
+)
+def test_correlation_that_is_not_defined_is_nan_without_a_warning(correlation, pred, mos):
+    assert math.isnan(correlation(pred, mos))
+
+
+@pytest.mark.parametrize("correlation", [srcc, plcc, plcc_fit])
+def test_columns_of_different_length_are_an_error(correlation):
+    with pytest.raises(ValueError, match="equally long"):
+        correlation([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="equally long"):
+        within_level_srcc([1, 2, 3], [1, 2, 3], [1, 2])
+
+
+def test_fit_finds_a_logistic_relation_that_raw_plcc_does_not_see():
+    x = np.linspace(1, 5, 60)
+    mos = 10 + 80 / (1 + np.exp(-(x - 3.6) / 0.15))
+    assert plcc(x, mos) < 0.92 and plcc_fit(x, mos) == pytest.approx(1, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=6, max_size=40))
+def test_fit_never_correlates_less_than_the_raw_scores(drawn):
+    pred, mos = np.array(drawn, dtype=float).T
+    raw = plcc(pred, mos)
+    assert (math.isnan(raw) and math.isnan(plcc_fit(pred, mos))) or abs(plcc_fit(pred, mos)) >= abs(raw) - 1e-12
+
+
+def test_fit_does_not_depend_on_the_unit_of_the_scores_and_keeps_the_sign():
+    frame = table()
+    value = plcc_fit(frame["score"], frame["mos"])
+    assert plcc_fit(1e4 * frame["score"] - 7, frame["mos"]) == pytest.approx(value, abs=1e-6)
+    assert plcc_fit(-frame["score"], frame["mos"]) == pytest.approx(-value, abs=1e-3)
+
+
+def test_fit_that_does_not_converge_returns_the_raw_plcc(monkeypatch):
+    frame, solve = table(), metrics.least_squares
+    monkeypatch.setattr(metrics, "least_squares", lambda *args, **kw: solve(*args, **{**kw, "max_nfev": 1}))
+    assert plcc_fit(frame["score"], frame["mos"]) == plcc(frame["score"], frame["mos"])
+
+
+def test_fit_that_is_stuck_returns_the_raw_plcc():
+    rng = np.random.default_rng(2836)
+    size = rng.integers(5, 30)
+    pred = rng.standard_cauchy(size)  # an outlier, and a falling relation: the solver stops at a correlation of 0.74
+    mos = -pred + rng.normal(size=size)
+    assert plcc_fit(pred, mos) == plcc(pred, mos) < -0.85
+
+
+def test_fewer_than_five_pairs_return_the_raw_plcc():
+    assert plcc_fit([1, 2, 3, 4], [1, 2, 3, 8]) == plcc([1, 2, 3, 4], [1, 2, 3, 8])
+
+
+@pytest.mark.parametrize("correlation", [srcc, plcc, plcc_fit])
+def test_one_enormous_score_does_not_break_a_correlation(correlation):
+    frame = table()
+    frame.loc[0, "score"] = 1e300
+    assert abs(correlation(frame["score"], frame["mos"])) <= 1
+
+
+def test_within_level_srcc_is_the_mean_over_levels_and_skips_undefined_ones():
+    pred, mos = [1, 2, 3, 9, 8, 7, 5, 5], [1, 2, 3, 1, 2, 3, 1, 2]
+    level = [1, 1, 1, 2, 2, 2, 3, 3]  # 1, -1, undefined
+    assert within_level_srcc(pred, mos, level) == 0
+    assert within_level_srcc(pred[:3], mos[:3], level[:3]) == 1
+    assert within_level_srcc([*pred[:3], 9, 0], [*mos[:3], 1, 2], [1, 1, 1, None, None]) == 1
+
+
+def test_score_that_follows_the_level_alone_has_no_within_level_srcc():
+    frame = table()
+    assert math.isnan(within_level_srcc(frame["level"], frame["mos"], frame["level"]))
+
+
+def test_per_content_srcc_does_not_see_the_scale_of_a_content():
+    frame = table(noise=0.3)
+    shift = frame["reference"].map({name: 100.0 * n for n, name in enumerate(frame["reference"].unique())})
+    assert per_content_srcc(frame["score"] + shift, frame["mos"], frame["reference"]) == pytest.approx(
+        per_content_srcc(frame["score"], frame["mos"], frame["reference"])
+    )
+
+
+def test_bootstrap_has_a_seed_and_contains_the_estimate():
+    frame = table()
+    low, high = bootstrap(frame, frame_srcc, n=300)
+    assert low < frame_srcc(frame) < high
+    assert (low, high) == bootstrap(frame, frame_srcc, n=300) != bootstrap(frame, frame_srcc, n=300, seed=1)
+
+
+def test_bootstrap_equals_resampled_frames():
+    frame, n = table(60, 6), 50
+    names = sorted(frame["reference"].unique())
+    draws = np.random.default_rng(0).integers(6, size=(n, 6))
+    frames = [pd.concat([frame[frame["reference"] == names[d]] for d in draw]) for draw in draws]
+    expected = np.percentile([stats.spearmanr(f["score"], f["mos"]).statistic for f in frames], [2.5, 97.5])
+    assert bootstrap(frame, frame_srcc, n=n) == pytest.approx(expected)
+
+
+def test_bootstrap_by_photograph_is_wider_than_by_row_when_rows_of_a_photograph_are_alike():
+    frame = table(noise=2.0).assign(row=range(200))
+    by_photograph, by_row = (
+        np.ptp(bootstrap(frame, lambda f: f["score"].mean(), by, n=500)) for by in ("reference", "row")
+    )
+    assert by_photograph > 1.3 * by_row
+
+
+def test_interval_covers_the_truth_in_about_95_of_100_experiments():
+    truth = 6 / math.pi * math.asin(1 / math.sqrt(1.5) / 2)  # Spearman of a bivariate normal with r = 1 / sqrt(1.5)
+    hits = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        mos = rng.normal(size=80)
+        frame = pd.DataFrame({"score": mos + rng.normal(0, 0.5**0.5, 80), "mos": mos, "reference": range(80)})
+        low, high = bootstrap(frame, frame_srcc, n=200, seed=seed)
+        hits += low <= truth <= high
+    assert 51 <= hits <= 60
+
+
+def test_a_thousand_resamples_of_2000_rows_are_quick():
+    frame, start = table(2000, 80), time.process_time()
+    bootstrap(frame, frame_srcc)
+    assert time.process_time() - start < 4  # about 1 s; the bound leaves room for a busy machine
+
+
+def test_rows_without_a_photograph_are_photographs_of_their_own():
+    frame = table(40, 4)
+    alone = frame.assign(reference=[None] * 40)
+    assert summarize(alone, n=20)["photographs"] == 40
+    assert summarize(pd.concat([frame, alone]), n=20)["photographs"] == 44
+
+
+def test_one_photograph_has_no_interval():
+    frame = table(20, 1)
+    assert np.isnan(bootstrap(frame, frame_srcc)).all()
+    assert np.isnan(paired_difference(frame, frame, frame_srcc)[1:]).all()
+
+
+def test_paired_interval_is_narrower_than_the_difference_of_two():
+    after = table(noise=2.0)
+    before = after.assign(score=after["score"] + np.random.default_rng(1).normal(0, 0.3, len(after)))
+    difference, low, high = paired_difference(after, before, frame_srcc, n=300)
+    single = np.ptp(bootstrap(after, frame_srcc, n=300))
+    assert low < difference < high and high - low < single
+    assert difference == frame_srcc(after) - frame_srcc(before)
+
+
+def test_paired_difference_does_not_depend_on_the_order_of_rows():
+    after, before = table(seed=0), table(seed=0, noise=2.0)
+    shuffled = before.sample(frac=1, random_state=0)
+    assert paired_difference(after, shuffled, frame_srcc, n=50) == pytest.approx(
+        paired_difference(after, before, frame_srcc, n=50)
+    )
+
+
+def test_paired_difference_takes_the_within_level_srcc():
+    after, before = table(noise=0.3), table(noise=0.3)
+    before["score"] = np.random.default_rng(2).permutation(before["score"])
+    difference, low, _ = paired_difference(after, before, frame_within_level_srcc, n=100)
+    assert difference > 0.5 and low > 0
+
+
+def test_frames_of_different_photographs_cannot_be_paired():
+    frame = table()
+    with pytest.raises(ValueError, match="one frame only.*photos/0.png"):
+        paired_difference(frame, frame[frame["reference"] != "photos/0.png"], frame_srcc)
+    with pytest.raises(ValueError, match="200 rows have no 'reference'"):
+        paired_difference(frame, frame.assign(reference=None), frame_srcc)
+
+
+def test_summary_counts_unparseable_answers_and_never_replaces_them():
+    frame = table()
+    frame.loc[:9, "score"] = NAN
+    frame.loc[10, "score"] = np.inf
+    row = summarize(frame, n=50)
+    assert (row["rows"], row["photographs"], row["unparseable"]) == (200, 20, 11)
+    assert row["srcc"] == srcc(frame["score"][11:], frame["mos"][11:])
+    assert set(row) == {
+        "photographs", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi", "srcc_within_level", "plcc", "plcc_fit"
+    }  # fmt: skip
+
+
+def test_summary_of_nothing_parseable_is_nan_and_counted():
+    row = summarize(table().assign(score=NAN), n=20)
+    assert row["unparseable"] == row["rows"] == 200
+    names = ("srcc", "srcc_lo", "srcc_hi", "srcc_within_level", "plcc", "plcc_fit")
+    assert all(math.isnan(row[name]) for name in names)
+
+
+def test_summary_of_a_set_without_levels_has_no_within_level_srcc():
+    assert math.isnan(summarize(table().assign(level=NAN), n=20)["srcc_within_level"])
+
+
+@pytest.mark.parametrize("column", ["score", "mos", "reference", "level"])
+def test_missing_column_is_named(column):
+    with pytest.raises(ValueError, match=column):
+        summarize(table().drop(columns=column))

@@ -1,0 +1,479 @@
+"""Manifests of rated pictures, rendering of their rows, and the rows and batches that TRL trains on.
+
+A manifest is a CSV (UTF-8, header) with the columns of `COLUMNS`. ``image`` is a path relative to the
+set's root. A row with a ``seed`` is rendered: photograph -> ``distort(distortion, level, seed)`` at full
+size -> crop ``x,y,w,h`` in native pixels (empty = whole). Several distortions in turn are written
+``jitter+jpeg`` at level ``3+4``. A row without a seed is the picture as it is on disk: its distortion and
+level, if there, only describe it. ``mos`` is in the set's own scale, higher is better.
+
+The embedded sets (``sim-…``) are rated by simulated observers (`vqr1.observers`), not by people.
+``python -m vqr1.data`` writes their manifests again, bit for bit.
+"""
+
+import multiprocessing
+import os
+import re
+import uuid
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+from vqr1.distortions import DISTORTIONS, distort
+from vqr1.observers import SEED, photograph_rng, rate
+from vqr1.prompts import messages
+
+if TYPE_CHECKING:
+    import datasets
+
+COLUMNS = ("image", "dataset", "mos", "std", "reference", "distortion", "level", "seed", "crop", "split")
+HELD_OUT = ("motion_blur", "color_saturation_2", "jpeg2000", "multiplicative_noise", "darken", "pixelate")
+"""No row that is trained, validated or pretrained on has one of these types."""
+TRAINED = tuple(name for name in DISTORTIONS if name not in HELD_OUT)
+UNRATED = ("sim-mixed",)
+"""Sets rated by dominance between rows: their mos is empty."""
+CROP = 192
+"""Side of the simulated sets' pictures, px."""
+MIX_STAGES = (
+    ("brighten",),
+    ("gaussian_blur", "lens_blur", "high_sharpen", "denoise"),
+    ("color_diffusion", "color_quantization", "color_saturation_1"),
+    ("jitter", "quantization"),
+    ("white_noise", "white_noise_color_component", "impulse_noise"),
+    ("jpeg",),
+)
+"""Trained types that get worse with every level, in the order sim-mixed applies them.
+
+At most one per stage: sharpening would undo a blur, and a blur after noise would remove it, so that a
+higher level of one component could look better. Moved patches and colour blocks are left out: a crop may miss them.
+"""
+SPAWN_FROM = 64
+"""Fewer rows than this are rendered in this process: starting workers would take longer."""
+
+_CROP = re.compile(r"\d+,\d+,\d+,\d+")
+
+
+# Where the data are
+
+
+def data_root() -> Path:
+    """Return the data folder: the environment's ``VQR1_DATA``, else ``data/`` of the repository.
+
+    Raises FileNotFoundError, saying what to set, when it is not there.
+    """
+    chosen = os.environ.get("VQR1_DATA")
+    root = Path(chosen) if chosen else Path(__file__).resolve().parent.parent / "data"
+    if not root.is_dir():
+        why = "VQR1_DATA names" if chosen else "VQR1_DATA is not set, and beside the package there should be"
+        raise FileNotFoundError(
+            f"{why} {root}, which is not a folder; set VQR1_DATA to the folder that holds photos/ and sim-kadid.csv"
+        )
+    return root
+
+
+def load_ratings(name: str | Path, root: str | Path | None = None) -> pd.DataFrame:
+    """Return a set's rows, by the name of an embedded set ("sim-kadid") or by the path of a manifest.
+
+    ``root`` is where its images are: by default `data_root` for a name, the manifest's folder for a path.
+    ``frame.attrs["root"]`` keeps it for `render_rows`. Raises ValueError for an unknown name and for
+    whatever `read_manifest` refuses.
+    """
+    if str(name).endswith(".csv"):
+        return read_manifest(name, root)
+    folder = Path(root) if root else data_root()
+    known = sorted(path.stem for path in folder.glob("sim-*.csv"))
+    if name not in known:
+        raise ValueError(
+            f"unknown set {str(name)!r}; {folder} has: {', '.join(known) or 'none'}. Or give a manifest's path, ….csv"
+        )
+    return read_manifest(folder / f"{name}.csv", folder)
+
+
+# Reading a manifest
+
+
+def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFrame:
+    """Return a manifest's rows after checking every one of them; other columns are dropped.
+
+    mos and std are floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column,
+    or strings ("3+4", "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
+    ``root`` (default: the manifest's folder) is where the images are. Raises FileNotFoundError when the manifest is
+    missing, and ValueError naming file, line (the header is line 1), value and remedy for the first mistake.
+    """
+    path = Path(path)
+    root = Path(root) if root else path.parent
+    text = _read_text(path)  # index = line in the file
+    _check_labels(path, text)
+    _check_renders(path, text)
+    _check_images(path, text, root)
+    single = text["level"].str.fullmatch(r"\d").all()
+    frame = text.assign(
+        mos=pd.to_numeric(text["mos"]).astype(float),
+        std=pd.to_numeric(text["std"]).astype(float),
+        seed=pd.to_numeric(text["seed"]).astype("Int64"),
+        level=text["level"].astype(int) if single else text["level"],
+    ).reset_index(drop=True)
+    frame.attrs["root"] = str(root)
+    return frame
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.data` writes ours)")
+    try:
+        text = pd.read_csv(path, dtype=object, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a CSV in UTF-8 with a header ({error}); save it as one") from error
+    missing = [name for name in COLUMNS if name not in text]
+    if missing:
+        raise ValueError(
+            f"{path}, line 1: column {missing[0]!r} is missing; the header must name {','.join(COLUMNS)}"
+        )
+    text.index += 2
+    text = text[list(COLUMNS)].fillna("").apply(lambda column: column.str.strip())
+    text = text[(text != "").any(axis=1)]  # blank lines
+    if text.empty:
+        raise ValueError(f"{path}: no rows after the header; add at least one")
+    return text
+
+
+def _require(path: Path, good: pd.Series, values: pd.Series, problem: str) -> None:
+    """Raise for the first line where ``good`` is false; ``problem`` says what is wrong and what to do."""
+    if not good.all():
+        line = (~good).idxmax()
+        raise ValueError(f"{path}, line {line}: {values.name} {values[line]!r} {problem}")
+
+
+def _check_labels(path: Path, text: pd.DataFrame) -> None:
+    for name in ("image", "dataset"):
+        _require(path, text[name] != "", text[name], "is empty; every row needs one")
+    mos, std = (pd.to_numeric(text[name], errors="coerce") for name in ("mos", "std"))
+    rated = np.isfinite(mos) | ((text["mos"] == "") & text["dataset"].isin(UNRATED))
+    wanted = f"is not a number; give the mean opinion score (only {', '.join(UNRATED)} has none)"
+    _require(path, rated, text["mos"], wanted)
+    wanted = "is not a number >= 0; give the standard deviation or leave it empty"
+    _require(path, (np.isfinite(std) & (std >= 0)) | (text["std"] == ""), text["std"], wanted)
+    known = text["split"].isin(["train", "val", "test", ""])
+    _require(path, known, text["split"], "is not train, val, test or empty; use one of them")
+
+
+def _check_renders(path: Path, text: pd.DataFrame) -> None:
+    types, levels = text["distortion"].str.split("+"), text["level"].str.split("+")
+    known = types.map(lambda parts: parts == [""] or set(parts) <= set(DISTORTIONS))
+    wanted = f"is not known; use one of {', '.join(DISTORTIONS)}, several joined by +, or leave it empty"
+    _require(path, known, text["distortion"], wanted)
+    valid = levels.map(lambda parts: parts == [""] or set(parts) <= set("12345"))
+    _require(path, valid, text["level"], "is not one of 1, 2, 3, 4, 5 (several joined by +)")
+    paired = (types.map(len) == levels.map(len)) & ((text["distortion"] == "") == (text["level"] == ""))
+    _require(path, paired, text["level"], "does not give one level for each distortion of its row")
+    seeded = text["seed"].map(lambda seed: seed == "" or (seed.isdecimal() and int(seed) < 2**31))
+    wanted = "is not an integer from 0 to 2147483647; leave it empty if the picture is already as rated"
+    _require(path, seeded, text["seed"], wanted)
+    again = text.duplicated(["image", "distortion", "level", "seed", "crop"])
+    wanted = "has the distortion, level, seed and crop of an earlier line; remove one of the two"
+    _require(path, ~again, text["image"], wanted)
+
+
+def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
+    there = text["image"].map({name: (root / name).is_file() for name in text["image"].unique()})
+    wanted = f"is not there below {root}; correct the path, or give the folder of the images as root"
+    _require(path, there, text["image"], wanted)
+    cropped = text[text["crop"] != ""]
+    whole = cropped["crop"].map(lambda crop: bool(_CROP.fullmatch(crop)))
+    _require(path, whole, cropped["crop"], "is not four integers x,y,w,h; give pixels, or leave it empty for the whole")
+    firsts = cropped["image"].drop_duplicates()
+    sizes = {name: _upright_size(root / name, f"{path}, line {line}") for line, name in firsts.items()}
+    inside = [_fits(crop, sizes[name]) for crop, name in zip(cropped["crop"], cropped["image"])]
+    wanted = "is empty or reaches outside its picture; x,y,w,h are pixels of the whole photograph"
+    _require(path, pd.Series(inside, cropped.index, dtype=bool), cropped["crop"], wanted)
+
+
+def _fits(crop: str, size: tuple[int, int]) -> bool:
+    x, y, w, h = map(int, crop.split(","))
+    return w > 0 and h > 0 and x + w <= size[0] and y + h <= size[1]
+
+
+# Pictures
+
+
+def open_picture(path: str | Path, where: str = "") -> Image.Image:
+    """Return the picture as RGB, turned upright as its EXIF says.
+
+    Raises ValueError naming the file (and ``where``, the row that asked for it) when it is missing, empty,
+    truncated or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(_unreadable(path, where, error)) from error
+
+
+def _upright_size(path: Path, where: str) -> tuple[int, int]:
+    """Return width and height from the header alone."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 lie on their side
+            return image.size[::-1] if turned else image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(_unreadable(path, where, error)) from error
+
+
+def _unreadable(path: str | Path, where: str, error: Exception) -> str:
+    path = Path(path)
+    why = f"cannot be read as a picture ({error})"
+    if not path.exists():
+        why = "is missing"
+    elif path.is_file() and path.stat().st_size == 0:
+        why = "has zero bytes"
+    return f"{where + ': ' if where else ''}{path} {why}; replace the file or remove its row"
+
+
+def render(row: pd.Series | dict, root: str | Path | None = None) -> Image.Image:
+    """Return the row's picture: photograph, distorted at full size, then cropped; the same every time.
+
+    ``row`` is a row of a frame of `read_manifest`, ``root`` the folder of its images (default `data_root`).
+    Raises ValueError as `open_picture` does, naming the row by its index in the frame.
+    """
+    where = f"row {row.name} (counted from 0)" if isinstance(row, pd.Series) and row.name is not None else ""
+    return _render(dict(row), Path(root) if root else data_root(), where)
+
+
+def _render(row: dict, root: Path, where: str) -> Image.Image:
+    image = open_picture(root / row["image"], where)
+    if row["distortion"] and not pd.isna(row["seed"]):
+        steps = zip(row["distortion"].split("+"), str(row["level"]).split("+"), strict=True)
+        for place, (name, level) in enumerate(steps):
+            image = distort(image, name, int(level), int(row["seed"]) + place)
+    if not row["crop"]:
+        return image
+    x, y, w, h = map(int, row["crop"].split(","))
+    return image.crop((x, y, x + w, y + h))
+
+
+def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> list[Image.Image]:
+    """Return the pictures of all rows, in order, rendered by ``workers`` processes (default: one per core).
+
+    ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `data_root`. Fewer than
+    `SPAWN_FROM` rows, or ``workers=1``, are rendered in this process. Raises ValueError as `render` does.
+    """
+    root = Path(root or frame.attrs.get("root") or data_root())
+    rows = frame.to_dict("records")
+    names = [f"row {label} (counted from 0)" for label in frame.index]
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(rows) < SPAWN_FROM:
+        return list(map(_render, rows, repeat(root), names))
+    try:  # spawn: a fork of a process in which torch runs threads can hang
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(_render, rows, repeat(root), names, chunksize=32))
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or pass workers=1'
+        ) from error
+
+
+# Rows and batches for TRL
+
+
+class _Pictures:
+    """The dataset's transform: puts prompt and picture into a batch when it is asked for.
+
+    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not to
+    hundreds of megabytes, so copies in one process (and its forks) share the pictures.
+    """
+
+    def __init__(self, images: list[Image.Image], thinking: bool):
+        self.images, self.thinking, self.token = images, thinking, uuid.uuid4().hex
+        _LIVE[self.token] = self
+
+    def __call__(self, batch: dict) -> dict:
+        if "prompt" in batch:
+            batch["prompt"] = [messages(self.thinking) for _ in batch["prompt"]]
+        if "image" in batch:
+            batch["image"] = [self.images[i] for i in batch["image"]]
+        return batch
+
+    def __reduce__(self):
+        return _same_pictures, (self.token,)
+
+
+_LIVE: weakref.WeakValueDictionary[str, _Pictures] = weakref.WeakValueDictionary()
+
+
+def _same_pictures(token: str) -> _Pictures:
+    if token not in _LIVE:
+        raise RuntimeError("the pictures of prompt_rows stay in their process; use dataloader_num_workers=0")
+    return _LIVE[token]
+
+
+def prompt_rows(frame: pd.DataFrame, images: list[Image.Image], thinking: bool = True) -> "datasets.Dataset":
+    """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
+
+    ``images`` are the rows' pictures (`render_rows`). They and the chat messages are put in by a transform
+    when a row is read: all repeats of a row share one picture, nothing is encoded, and the image placeholder
+    stays ``{"type": "image"}`` (Arrow would fill the keys of its neighbours in with None). uid is the row's position
+    in ``frame``; it survives ``select`` and ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
+    """
+    from datasets import Dataset  # slow to import; the worker processes of `render_rows` do without
+
+    if len(frame) != len(images):
+        raise ValueError(f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame")
+    unrated = frame.index[frame["mos"].isna()]
+    if len(unrated):
+        raise ValueError(f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on")
+    uid = list(range(len(frame)))
+    mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
+    columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
+    return Dataset.from_dict(columns).with_transform(_Pictures(images, thinking))
+
+
+def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
+    """Return an order of row positions whose consecutive chunks of ``images_per_batch`` hold one data set each.
+
+    For ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``: scores of
+    different data sets are never compared, so a mixed batch would waste comparisons. Each epoch is shuffled anew
+    within sets and among chunks; rows that do not fill a chunk are left out of that epoch. Raises ValueError for
+    fewer than two images per batch and for a set smaller than a chunk.
+
+    >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
+    >>> order = one_set_batches(frame, 2, seed=0)
+    >>> sorted(map(str, frame["dataset"].iloc[order[::2]])), len(order)
+    (['a', 'b', 'b'], 6)
+    """
+    if images_per_batch < 2:
+        raise ValueError(f"images_per_batch is {images_per_batch}: ranking compares pictures, use at least 2")
+    sets = frame.groupby("dataset", sort=True).indices
+    for name, rows in sets.items():
+        if len(rows) < images_per_batch:
+            raise ValueError(
+                f"set {name!r} has {len(rows)} rows, fewer than the {images_per_batch} images of a batch; "
+                "use a smaller batch or leave the set out"
+            )
+    rng = np.random.default_rng(seed)
+    chunks = [chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)]
+    return [int(row) for chunk in chunks for row in chunk]
+
+
+def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    chunks = [rng.permutation(rows)[: len(rows) // size * size].reshape(-1, size) for rows in sets]
+    return list(rng.permutation(np.concatenate(chunks)))
+
+
+def dominance_pairs(frame: pd.DataFrame) -> np.ndarray:
+    """Return (P, 2) row positions (better, worse): rows that nobody need rate to order them.
+
+    Both rows show the same crop of the same photograph with the same types; the worse one's levels are all at
+    least as high, and one is higher. Only for types that get worse with every level (`MIX_STAGES`).
+
+    >>> rows = {"image": "a.jpg", "crop": "", "distortion": "jitter+jpeg", "level": ["1+2", "1+4", "3+1"]}
+    >>> dominance_pairs(pd.DataFrame(rows)).tolist()
+    [[0, 1]]
+    """
+    groups = frame.groupby(["image", "crop", "distortion"], sort=False).indices.values()
+    pairs = [rows[_dominates(frame["level"].iloc[rows])] for rows in groups]
+    return np.concatenate([np.empty((0, 2), int), *pairs])
+
+
+def _dominates(level: pd.Series) -> np.ndarray:
+    levels = np.array([[int(part) for part in str(text).split("+")] for text in level])  # (rows, components)
+    no_worse = (levels[:, None] <= levels[None, :]).all(2)
+    return np.argwhere(no_worse & (levels[:, None] < levels[None, :]).any(2))  # (P, 2)
+
+
+# The simulated sets
+
+
+def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.DataFrame]:
+    """Return the three simulated sets for the photographs of ``root/photos.csv`` (columns image, split).
+
+    sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split. sim-unseen: test
+    photographs x the 6 held-out types x 5 levels. sim-mixed: test photographs x 3 groups of four composed rows,
+    without mos. Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows some); every number
+    depends on ``seed`` and the photograph's name and size alone.
+    """
+    root = Path(root) if root else data_root()
+    photos = pd.read_csv(root / "photos.csv", dtype=str)
+    sizes = {name: _upright_size(root / name, str(root / "photos.csv")) for name in photos["image"]}
+    rows = pd.concat([_all_cells(name, sizes[name], seed) for name in photos["image"]])
+    rows["split"] = rows["image"].map(photos.set_index("image")["split"])
+    test = photos.loc[photos["split"] == "test", "image"]
+    unseen = rows[rows["distortion"].isin(HELD_OUT) & (rows["split"] == "test")]
+    sets = {
+        "sim-kadid": rows[rows["distortion"].isin(TRAINED)],
+        "sim-unseen": unseen,
+        "sim-mixed": pd.DataFrame([row for name in test for row in _mixed_rows(name, sizes[name], seed)]),
+    }
+    return {name: frame.assign(dataset=name, reference=frame["image"])[list(COLUMNS)] for name, frame in sets.items()}
+
+
+def build_sim_sets(root: str | Path | None = None, out: str | Path | None = None) -> dict[str, int]:
+    """Write the three manifests into ``out`` (default: ``root``), always the same bytes; return the row counts."""
+    root = Path(root) if root else data_root()
+    sets = sim_sets(root)
+    for name, frame in sets.items():
+        path = Path(out or root) / f"{name}.csv"
+        frame.to_csv(path, index=False, float_format="%.4f", lineterminator="\n", encoding="utf-8")
+    return {name: len(frame) for name, frame in sets.items()}
+
+
+def _all_cells(photograph: str, size: tuple[int, int], seed: int) -> pd.DataFrame:
+    """Return the photograph's 125 rows of type and level with simulated ratings."""
+    rng = photograph_rng(photograph, seed, stream=2)
+    rows = rate([photograph], seed)
+    rows["seed"] = rng.integers(2**31, size=len(rows))
+    rows["crop"] = [_random_crop(size, rng) for _ in range(len(rows))]
+    for i, row in rows[rows["distortion"] == "color_block"].iterrows():
+        while not _shows_blocks(rows.at[i, "crop"], row["level"], row["seed"], size):
+            rows.at[i, "crop"] = _random_crop(size, rng)
+    return rows
+
+
+def _shows_blocks(crop: str, level: int, seed: int, size: tuple[int, int]) -> bool:
+    """Tell whether the crop is painted at least half as much as the whole picture, which is what the rating is of.
+
+    Of plainly random crops half would show none of the two blocks of level 1.
+    """
+    x, y, w, h = map(int, crop.split(","))
+    painted = np.asarray(distort(Image.new("RGB", size, (128, 128, 128)), "color_block", level, seed)) != 128
+    return painted[y : y + h, x : x + w].any(2).mean() >= painted.any(2).mean() / 2
+
+
+def _random_crop(size: tuple[int, int], rng: np.random.Generator) -> str:
+    x, y = (16 * int(rng.integers((side - CROP) // 16 + 1)) for side in size)
+    return f"{x},{y},{CROP},{CROP}"
+
+
+def _mixed_rows(photograph: str, size: tuple[int, int], seed: int) -> list[dict]:
+    """Return three groups, two of two types and one of three, of four rows that share types and crop.
+
+    low < middle < high for two middles that raise different components by at least two levels, so each group
+    has five dominance pairs.
+    """
+    rng, rows = photograph_rng(photograph, seed, stream=3), []
+    for count in (2, 2, 3):
+        stages = sorted(rng.choice(len(MIX_STAGES), count, replace=False))
+        types, crop = "+".join(str(rng.choice(MIX_STAGES[stage])) for stage in stages), _random_crop(size, rng)
+        low = rng.integers(1, 4, count)
+        high = rng.integers(low + 2, 6)
+        raised = rng.permutation(count) == 0
+        for levels in (low, np.where(raised, high, low), np.where(raised, low, high), high):
+            level = "+".join(map(str, levels))
+            rows.append({"image": photograph, "mos": np.nan, "std": np.nan, "distortion": types, "level": level,
+                         "seed": int(rng.integers(2**31 - 2)), "crop": crop, "split": "test"})
+    return rows
+
+
+def main() -> None:
+    """Write the three manifests and print how many rows each has."""
+    for name, rows in build_sim_sets().items():
+        print(f"{name}: {rows} rows, {'ordered by dominance' if name in UNRATED else 'rated by simulated observers'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Evaluate a policy: score the rows of rated sets, and put agreement with MOS, intervals and oracles into one table."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vqr1.data import UNRATED, dominance_pairs, load_ratings, render_rows
+from vqr1.distortions import FAMILIES
+from vqr1.metrics import frame_srcc, frame_within_level_srcc, paired_difference, summarize
+from vqr1.observers import oracle_scores
+from vqr1.prompts import format_ok, named_distortions
+from vqr1.scoring import Scorer
+
+SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
+FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
+
+
+def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None) -> dict[str, pd.DataFrame]:
+    """Return each set's rows of a split, with the pictures as a list in ``attrs["images"]``.
+
+    limit: at most so many rows of each set, a fixed sample. Raises ValueError for a set without such rows.
+    """
+    frames = {}
+    for name in names:
+        frame = load_ratings(name)
+        rows = frame[frame["split"] == split] if split != "all" else frame
+        if rows.empty:
+            raise ValueError(f"set {str(name)!r} has no rows with split {split!r}; it has {sorted(frame['split'].unique())}")
+        rows = rows.sample(limit, random_state=0).sort_index() if limit and limit < len(rows) else rows
+        frames[str(name)] = rows.reset_index(drop=True)
+        frames[str(name)].attrs["images"] = render_rows(frames[str(name)])
+    return frames
+
+
+def score_rows(scorer: Scorer, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the columns score, score_std, reasoning, answer, well_formed and error added."""
+    scores = scorer.score(frame.attrs["images"])
+    table = frame.assign(
+        score=[s.score for s in scores], score_std=[s.std for s in scores], reasoning=[s.reasoning for s in scores],
+        answer=[s.answers[0] if s.answers else "" for s in scores], error=[s.error for s in scores],
+        well_formed=[bool(s.answers) and format_ok(s.answers[0], scorer.thinking) for s in scores],
+    )  # fmt: skip
+    table.attrs = {"root": frame.attrs.get("root")}  # pictures do not travel with scores
+    return table
+
+
+def agreement(table: pd.DataFrame) -> dict[str, float]:
+    """Return one result row of scored rows: `summarize`, or for unrated sets the share of dominance pairs ordered right.
+
+    Ties count half. A pair with an unparseable answer counts as wrong.
+    """
+    if table["dataset"].isin(UNRATED).all():
+        pairs = dominance_pairs(table)
+        score = table["score"].to_numpy()
+        better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
+        right = (better > worse) + 0.5 * (better == worse)
+        return {"rows": len(table), "unparseable": int(table["score"].isna().sum()), "photographs": table["reference"].nunique(), "dominance": float(right.mean())}
+    return summarize(table)
+
+
+def oracles(frame: pd.DataFrame) -> dict[str, dict]:
+    """Return the result rows of the oracle that knows the level alone and of the one that knows type and level."""
+    names = "oracle: type and level", "oracle: level"
+    return {name: summarize(frame.assign(score=score)) for name, score in zip(names, oracle_scores(frame))}
+
+
+def naming(table: pd.DataFrame) -> dict[str, float]:
+    """Return how often the reasoning names the right family and the exact distortion, where it is easy to see.
+
+    Rows of levels 3-5, and of 1 and 5 for mean shift and contrast change, whose level 3 is (nearly) the original.
+    """
+    signed = table["distortion"].isin(["mean_shift", "contrast_change"])
+    rows = table[np.where(signed, table["level"].isin([1, 5]), table["level"] >= 3)]
+    named = [(named_distortions(text) or [""])[0] for text in rows["reasoning"]]
+    family = [FAMILY.get(name) == FAMILY[truth] for name, truth in zip(named, rows["distortion"])]
+    exact = [name == truth for name, truth in zip(named, rows["distortion"])]
+    return {"named_rows": len(rows), "family": float(np.mean(family)), "exact": float(np.mean(exact))}
+
+
+def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
+    """Return the paired gains in SRCC and within-level SRCC, each with its 95% interval over photographs."""
+    row = {}
+    for name, statistic in (("srcc", frame_srcc), ("srcc_within_level", frame_within_level_srcc)):
+        columns = ["score", "mos", "reference", "level"]
+        value, low, high = paired_difference(after[columns], before[columns], statistic)
+        row |= {f"{name}_gain": value, f"{name}_gain_lo": low, f"{name}_gain_hi": high}
+    return row
+
+
+def evaluate(policy, frames: dict[str, pd.DataFrame], estimates=("expected",), modes=(True, False), seed: int = 0) -> tuple[pd.DataFrame, dict]:
+    """Return (result rows, scored tables): every set by every estimate, thinking and not.
+
+    policy: what `Scorer` takes; frames: from `evaluation_rows`. Tables are keyed by (set, estimate, thinking). An average
+    over the rated sets follows for each estimate and mode.
+    """
+    rows, tables = [], {}
+    pair = policy if isinstance(policy, tuple) else None
+    for thinking in modes:
+        for estimate in estimates:
+            scorer = Scorer(pair or policy, thinking, estimate, seed=seed)
+            pair = scorer.model, scorer.processor
+            for name, frame in frames.items():
+                table = score_rows(scorer, frame)
+                tables[name, estimate, thinking] = table
+                rows.append({"set": name, "estimate": estimate, "thinking": thinking} | agreement(table))
+    result = pd.DataFrame(rows)
+    rated = result[result["srcc"].notna()] if "srcc" in result else result.iloc[:0]
+    if rated["set"].nunique() > 1:
+        means = rated.groupby(["estimate", "thinking"], sort=False)[["srcc", "srcc_within_level", "plcc", "plcc_fit"]].mean().reset_index()
+        result = pd.concat([result, means.assign(set="average")], ignore_index=True)
+    return result, tables
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table in Markdown; numbers with three decimals, empty cells for NaN."""
+    def cell(value) -> str:
+        if isinstance(value, (float, np.floating)):
+            return "" if np.isnan(value) else f"{value:.3f}" if value != int(value) or abs(value) < 10 else f"{value:.0f}"
+        return re.sub(r"[|\n]", " ", str(value))
+
+    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)])
+
+
+def save_scores(tables: dict, folder: Path) -> None:
+    """Write every scored table as CSV: SET.ESTIMATE.thinking.csv or SET.ESTIMATE.plain.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for (name, estimate, thinking), table in tables.items():
+        table.to_csv(folder / f"{Path(name).stem}.{estimate}.{'thinking' if thinking else 'plain'}.csv", index=False)

@@ -1,0 +1,52 @@
+"""Matplotlib helpers; each draws on the axes it is given."""
+
+import textwrap
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+def curve(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None, window: int = 1) -> None:
+    """Draw a column of log.csv against the step, as a running mean over `window` logged values."""
+    rows = log[["step", column]].dropna()
+    values = rows[column].rolling(window, min_periods=1, center=True).mean()
+    ax.plot(rows["step"], values, marker="o" if len(rows) < 20 else None, markersize=3, label=label)
+    ax.set_xlabel("training step")
+    ax.set_ylabel(column)
+    ax.grid(alpha=0.3)
+
+
+def training_figure(log: pd.DataFrame, sets: str = "sim-kadid") -> Figure:
+    """Return the curves of a run: ranking reward, validation SRCC, and the spread of a picture's K scores."""
+    figure = Figure(figsize=(10, 3), layout="constrained", dpi=100)
+    for ax, column, label, window in zip(
+        figure.subplots(1, 3), ("ranking", "val_srcc", "score_std"),
+        ("ranking reward (training batches)", f"SRCC ({sets} validation)", "deviation of a picture's scores"), (5, 1, 5),
+    ):  # fmt: skip
+        curve(ax, log, column, window=window)
+        ax.set_ylabel(label)
+    return figure
+
+
+def scatter(ax: Axes, mos: np.ndarray, score: np.ndarray, title: str = "") -> None:
+    """Draw scores against (simulated) MOS."""
+    ax.scatter(mos, score, s=4, alpha=0.35, linewidths=0)
+    ax.set(xlabel="simulated MOS", ylabel="score", xlim=(0.9, 5.1), ylim=(0.9, 5.1), title=title, aspect="equal")
+    ax.grid(alpha=0.3)
+
+
+def gallery(pictures: list[Image.Image], titles: list[str], captions: list[str], columns: int = 3) -> Figure:
+    """Return pictures in a grid, each with a title above and a caption below."""
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(3.6 * columns, 4.6 * rows), layout="constrained", dpi=100)
+    for ax, picture, title, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, titles, captions):
+        ax.imshow(np.asarray(picture))
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, 46)), fontsize=8, loc="left")
+        ax.set(xticks=[], yticks=[])
+    for ax in figure.axes[len(pictures) :]:
+        ax.axis("off")
+    return figure

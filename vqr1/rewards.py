@@ -1,0 +1,199 @@
+"""Rewards in TRL's convention: called with columns of the batch, they return one number per completion.
+
+TRL calls a reward once per generation batch with this process's completions, the completions of one prompt side
+by side. A completion is ``[{"role": "assistant", "content": text}]`` or the text alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from vqr1.prompts import SCORE_MAX, SCORE_MIN, format_ok, parse_score
+from vqr1.thurstone import ranking_reward
+
+Completion = str | list[dict]
+LogMetric = Callable[[str, float], None]
+
+
+def completion_text(completion: Completion) -> str:
+    """Return the text of a completion: of its last message, or the string itself.
+
+    >>> completion_text([{"role": "assistant", "content": "<answer>3.20</answer>"}])
+    '<answer>3.20</answer>'
+    """
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def scores_of(completions: Sequence[Completion], log_metric: LogMetric | None = None) -> list[float]:
+    """Return the score in every completion, NaN where there is none.
+
+    With ``log_metric`` (TRL's) it reports the shares of completions that are unparseable, and outside 1..5.
+
+    >>> scores_of(["<answer>3.20</answer>", "good"], log_metric=print)
+    unparseable 0.5
+    out_of_range 0.0
+    [3.2, nan]
+    """
+    scores = [parse_score(completion_text(completion)) for completion in completions]
+    if log_metric and scores:
+        outside = [score < SCORE_MIN or score > SCORE_MAX for score in scores]  # False for NaN
+        log_metric("unparseable", sum(map(math.isnan, scores)) / len(scores))
+        log_metric("out_of_range", sum(outside) / len(scores))
+    return scores
+
+
+class RankingReward:
+    """The paper's reward: how well a completion's score ranks its image among the images of the same data set.
+
+    r_k(x_i) = mean over j != i of fidelity(p(i, j), p_k(i, j)); see ``vqr1.thurstone.ranking_reward``, whose keyword
+    arguments (binary, average, variance, gamma, eps) are the ``variants``.
+
+    ``num_generations`` is K, TRL's own. ``scope="local"`` compares the images of this process: with gradient
+    accumulation the whole generation batch, as TRL passes it, not one micro-batch. ``scope="global"`` compares the
+    images of all processes, which exchange (score, mos, dataset) rows in one collective per call: every process
+    has to call it. A completion without a score gets 0.0. The official code compares within one GPU
+    (``grpo_trainer.py`` line 775).
+
+    Raises ValueError for K < 2 and an unknown scope, and when called without a ``mos`` column, with a number of
+    completions on any process that K does not divide, or with a group whose rows disagree in MOS or data set.
+
+    >>> reward = RankingReward(num_generations=2)
+    >>> answers = [f"<answer>{score}</answer>" for score in (4.2, 4.4, 1.5, 1.1)]
+    >>> [round(value, 4) for value in reward(completions=answers, mos=[80, 80, 20, 20])]
+    [1.001, 1.001, 1.001, 1.001]
+    """
+
+    __name__ = "ranking"  # TRL logs a reward under this name
+
+    def __init__(self, num_generations: int, scope: str = "local", **variants):
+        if num_generations < 2:
+            raise ValueError(f"num_generations = {num_generations}: ranking needs at least 2 completions per image")
+        if scope not in ("local", "global"):
+            raise ValueError(f"scope must be 'local' or 'global', got {scope!r}")
+        ranking_reward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 2], **variants)  # a bad variant fails now
+        self.num_generations, self.scope, self.variants = num_generations, scope, variants
+
+    def __call__(
+        self, prompts=None, completions=(), mos=None, dataset=None, log_metric=None, log_extra=None, **kwargs
+    ) -> list[float]:
+        scores = scores_of(completions, log_metric)
+        columns = [scores, _or_none(mos, scores), _or_none(dataset, scores)]
+        # One list of rows per process, in the order of ranks. Every check comes after this collective and looks at
+        # the rows of all processes, so that all raise together and none is left waiting.
+        everyone = gather_object([columns]) if self.scope == "global" else [columns]
+        rewards = self._rewards(everyone)  # (B, K), B images of all these processes
+        rank = PartialState().process_index if self.scope == "global" else 0
+        start = sum(len(columns[0]) for columns in everyone[:rank])
+        self._log(scores, log_metric, log_extra)
+        return rewards.flatten().tolist()[start : start + len(scores)]
+
+    def _rewards(self, everyone: list[list[list]]) -> torch.Tensor:
+        k = self.num_generations
+        for rank, (scores, mos, dataset) in enumerate(everyone):
+            _check_columns(k, len(scores), mos, dataset, f" (process {rank} of {len(everyone)})")
+        scores, mos, dataset = (sum(column, []) for column in zip(*everyone))
+        table = torch.tensor(scores, dtype=torch.float64).reshape(-1, k)  # (B, K)
+        return ranking_reward(table, mos[::k], dataset[::k], **self.variants)
+
+    def _log(self, scores, log_metric, log_extra) -> None:
+        if log_extra:
+            log_extra("score", scores)
+        if log_metric:
+            groups = [scores[n : n + self.num_generations] for n in range(0, len(scores), self.num_generations)]
+            spreads = [std for std in map(_std, groups) if not math.isnan(std)]
+            if spreads:  # TRL averages what is logged: a NaN would hide the rest
+                log_metric("score_std", sum(spreads) / len(spreads))
+
+
+def _or_none(column, scores: list) -> list:
+    return [None] * len(scores) if column is None else list(column)
+
+
+def _check_columns(k: int, rows: int, mos: list, dataset: list, where: str) -> None:
+    if rows == 0 or rows % k:
+        raise ValueError(
+            f"{rows} completions{where} are not whole groups of num_generations = {k}: a group would be split between "
+            "batches or processes. Make per_device_train_batch_size * steps_per_generation a multiple of it"
+        )
+    for name, column in (("mos", mos), ("dataset", dataset)):
+        if len(column) != rows:
+            raise ValueError(f"{rows} completions but {len(column)} values of {name!r}{where}")
+    if not all(value is not None and math.isfinite(value) for value in mos):
+        raise ValueError(f"the ranking reward needs a number in column 'mos' for every row, got {mos[:3]}…{where}")
+    for start in range(0, rows, k):
+        group = set(zip(mos[start : start + k], dataset[start : start + k]))
+        if len(group) > 1:
+            raise ValueError(
+                f"rows {start}..{start + k - 1}{where} should be {k} completions of one image, but their "
+                f"(mos, dataset) differ: {sorted(group, key=str)[:3]}. Is num_generations the trainer's?"
+            )
+
+
+def _std(scores: list[float]) -> float:
+    values = torch.tensor([score for score in scores if math.isfinite(score)], dtype=torch.float64)
+    return float(values.std()) if len(values) > 1 else math.nan
+
+
+def format_reward(completions: Sequence[Completion], **kwargs) -> list[float]:
+    """Return 1.0 where the whole completion is ``<think>…</think>``, white space, ``<answer>…</answer>``, else 0.0.
+
+    Source: the official code's format reward, added to the ranking reward 1:1.
+
+    >>> format_reward(["<think>sharp</think>\\n<answer>4.5</answer>", "<answer>4.5</answer>"])
+    [1.0, 0.0]
+    """
+    return [float(format_ok(completion_text(completion))) for completion in completions]
+
+
+def answer_format_reward(completions: Sequence[Completion], **kwargs) -> list[float]:
+    """Return 1.0 where the whole completion is ``<answer>…</answer>``, else 0.0: the format without thinking.
+
+    >>> answer_format_reward(["<think>sharp</think><answer>4.5</answer>", "<answer>4.5</answer>"])
+    [0.0, 1.0]
+    """
+    return [float(format_ok(completion_text(completion), thinking=False)) for completion in completions]
+
+
+class ThresholdReward:
+    """Q-Insight's regression reward: 1 if |score - mos| < threshold, else 0; no score gives 0.
+
+    Scores and MOS must be on one scale (1..5), for the threshold is in its units. Raises ValueError unless
+    threshold > 0. Source: Q-Insight, whose threshold is 0.35.
+
+    >>> ThresholdReward()(completions=["<answer>3.2</answer>", "<answer>3.4</answer>", "?"], mos=[3.0, 3.0, 3.0])
+    [1.0, 0.0, 0.0]
+    """
+
+    __name__ = "threshold"
+
+    def __init__(self, threshold: float = 0.35):
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, got {threshold}")
+        self.threshold = threshold
+
+    def __call__(self, completions=(), mos=None, log_metric=None, **kwargs) -> list[float]:
+        scores = scores_of(completions, log_metric)
+        return [float(abs(score - value) < self.threshold) for score, value in _pairs(scores, mos)]  # NaN < x is False
+
+
+def absolute_error_reward(completions, mos=None, log_metric=None, **kwargs) -> list[float]:
+    """Return -|score - mos|, but at least -4, the worst error possible on the scale 1..5; no score gives -4.
+
+    Scores and MOS must be on the scale 1..5. The bound keeps a score of 300 from being worse than none.
+
+    >>> absolute_error_reward(["<answer>3.5</answer>", "<answer>300</answer>", "?"], mos=[3.0, 3.0, 3.0])
+    [-0.5, -4.0, -4.0]
+    """
+    worst = SCORE_MIN - SCORE_MAX
+    scores = scores_of(completions, log_metric)
+    return [worst if math.isnan(score) else max(worst, -abs(score - value)) for score, value in _pairs(scores, mos)]
+
+
+def _pairs(scores: list[float], mos) -> list[tuple[float, float]]:
+    mos = _or_none(mos, scores)
+    if None in mos or len(mos) != len(scores):
+        raise ValueError(f"{len(scores)} completions need as many values of 'mos', got {len(mos)}: {mos[:3]}")
+    return list(zip(scores, mos))

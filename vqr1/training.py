@@ -1,0 +1,221 @@
+"""Reinforcement learning to rank: a configured `trl.GRPOTrainer`, validated by the Scorer, logged to a CSV."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers ping a server when they are built
+
+import pandas as pd
+import torch
+import yaml
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from vqr1.data import load_ratings, one_set_batches, prompt_rows, render_rows
+from vqr1.metrics import plcc, srcc
+from vqr1.policy import load_policy, look_once, lora_config
+from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
+from vqr1.scoring import Scorer
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+KEYS = {"policy", "quantize", "lora", "frozen", "sets", "thinking", "reward", "variant", "validation", "grpo"}
+LOG = {
+    "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
+    "length": "completions/mean_length", "kl": "kl", "unparseable": "unparseable", "score_std": "score_std",
+    "val_srcc": "val_srcc", "val_plcc": "val_plcc", "seconds": "seconds",
+}  # fmt: skip
+"""Column of log.csv -> key in TRL's logs."""
+
+
+def load_config(name_or_path: str | Path) -> dict:
+    """Return a training configuration by its name (cpu) or its path, checked.
+
+    Raises FileNotFoundError listing the names, and ValueError naming a key that is missing or unknown.
+
+    >>> load_config("cpu")["grpo"]["num_generations"]
+    6
+    """
+    path = CONFIGS / f"{name_or_path}.yaml"
+    path = path if path.is_file() else Path(name_or_path)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise FileNotFoundError(f"no configuration {str(name_or_path)!r}; give one of {names}, or the path of a YAML file")
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    for problem, keys in (("is missing", KEYS - set(config)), ("is unknown", set(config) - KEYS)):
+        if keys:
+            raise ValueError(f"{path}: key {sorted(keys)[0]!r} {problem}; the keys are {', '.join(sorted(KEYS))}")
+    return config
+
+
+def rewards(config: dict) -> list:
+    """Return the reward functions of a configuration: what is to be learned, and the format, 1:1 as in the official code."""
+    form = format_reward if config["thinking"] else answer_format_reward
+    k = config["grpo"]["num_generations"]
+    chosen = {
+        "ranking": lambda: [RankingReward(k, **config["variant"])],
+        "threshold": lambda: [ThresholdReward()],
+        "absolute": lambda: [absolute_error_reward],
+        "format": lambda: [],
+    }
+    if config["reward"] not in chosen:
+        raise ValueError(f"reward {config['reward']!r} is unknown; use one of {', '.join(chosen)}")
+    return chosen[config["reward"]]() + [form]
+
+
+def images_per_step(args: GRPOConfig) -> int:
+    """Return how many images are sampled, and compared, for one generation on all processes."""
+    return args.generation_batch_size // args.num_generations
+
+
+def training_rows(config: dict, args: GRPOConfig, frame: pd.DataFrame | None = None):
+    """Return TRL's dataset in the order of training: chunks of one data set, only rows that will be used."""
+    if frame is None:
+        frame = pd.concat([_of_split(load_ratings(name), "train") for name in config["sets"]], ignore_index=True)
+    count = images_per_step(args)
+    passes = args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations)
+    epochs = -(-passes * count // max(1, len(frame) - count * len(config["sets"]) + 1))
+    order = one_set_batches(frame, count, args.seed, max(1, epochs))[: passes * count]
+    used = sorted(set(order))
+    place = {row: i for i, row in enumerate(used)}
+    rows = frame.iloc[used]
+    return prompt_rows(rows, render_rows(rows), config["thinking"]).select([place[row] for row in order])
+
+
+def _of_split(frame: pd.DataFrame, split: str) -> pd.DataFrame:
+    rows = frame[frame["split"] == split]
+    if rows.empty:
+        raise ValueError(f"set {frame['dataset'].iloc[0]!r} has no rows with split {split!r}")
+    return rows
+
+
+class RunLog(TrainerCallback):
+    """Write log.csv as training goes, with validation by the Scorer every so many steps.
+
+    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained.
+    """
+
+    def __init__(self, path: Path, scorer: Scorer, frame: pd.DataFrame, every: int, resumed_at: int):
+        self.path, self.scorer, self.frame, self.every = path, scorer, frame, every
+        self.images, self.start, self.values = render_rows(frame), time.time(), {}
+        self.rows = []
+        if resumed_at and path.is_file():
+            old = pd.read_csv(path, comment="#")
+            self.rows = old[old["step"] <= resumed_at].to_dict("records")
+            self.start -= self.rows[-1]["seconds"] if self.rows else 0
+        self.header = machine_line(self.scorer.seed)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._validate()
+            self._write({"step": 0})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._validate()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" in logs:
+            form = [value for key, value in logs.items() if key.endswith("format_reward/mean")]
+            self._write(logs | {"step": state.global_step, "format": form[0] if form else None})
+
+    def _validate(self) -> None:
+        scores = [score.score for score in self.scorer.score(self.images)]
+        self.values = {"val_srcc": srcc(scores, self.frame["mos"]), "val_plcc": plcc(scores, self.frame["mos"])}
+
+    def _write(self, logs: dict) -> None:
+        logs = logs | self.values | {"seconds": round(time.time() - self.start, 1)}
+        self.values = {}
+        self.rows.append({column: logs.get(key) for column, key in LOG.items()})
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(f"# {self.header}\n")
+            pd.DataFrame(self.rows).to_csv(file, index=False, float_format="%.5g")
+        partial.replace(self.path)
+
+
+def machine_line(seed: int) -> str:
+    """Return one line that says on what, with which versions, seed and commit a log was made."""
+    where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    root = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown"
+    return f"{where}; Python {platform.python_version()}, {versions}; seed {seed}; commit {commit}; {time.strftime('%Y-%m-%d')}"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint; one that a kill left half written has no trainer_state.json yet."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def freeze(model: torch.nn.Module, names: list[str]) -> None:
+    """Stop training the parameters with one of `names` in their path.
+
+    A frozen vision tower must not ask for input gradients either: with gradient checkpointing the backward pass would
+    run through all of it for nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if any(part in name.split(".") for part in names):
+            parameter.requires_grad = False
+    if "visual" in names:
+        model.model.visual.get_input_embeddings = lambda: None
+
+
+def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:
+    """Return the configured trainer: TRL's own, with our rewards, rows and settings.
+
+    policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the sets'.
+    Raises ValueError for settings that cannot rank (K = 1, one image per batch) before anything is loaded.
+    """
+    k = config["grpo"].get("num_generations", 8)
+    if k < 2:
+        raise ValueError(f"num_generations is {k}: a group needs at least 2 answers to have a mean and a variance")
+    args = GRPOConfig(
+        output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, report_to="none",
+        **config["grpo"],
+    )  # fmt: skip
+    rows = training_rows(config, args, frame)
+    model, processor = policy or load_policy(config["policy"], config["quantize"])
+    freeze(model, config["frozen"])
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=rewards(config), args=args, train_dataset=rows, processing_class=processor,
+        peft_config=lora_config(**config["lora"]) if config["lora"] else None,
+    )  # fmt: skip
+    look_once(trainer.model)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def validation_rows(config: dict) -> pd.DataFrame:
+    """Return the fixed sample of val rows that training is watched on."""
+    frame = pd.concat([_of_split(load_ratings(name), "val") for name in config["sets"]], ignore_index=True)
+    return frame.sample(min(len(frame), config["validation"]["rows"]), random_state=0)
+
+
+def train(config: dict, output: str | Path, resume: bool = False, policy=None, frame: pd.DataFrame | None = None) -> Path:
+    """Train and return the folder of the trained policy; see `build_trainer` for policy and frame.
+
+    Writes config.yaml, log.csv, checkpoints/ and policy/ into `output`. `resume` goes on from the last checkpoint.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    found = last_checkpoint(output / "checkpoints")
+    if found and not resume:
+        raise FileExistsError(f"{output} already holds a run, at {found.name}; go on with it by --resume, or give another folder")
+    (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    trainer = build_trainer(config, output, policy, frame)
+    scorer = Scorer((trainer.model, trainer.processing_class), config["thinking"], seed=trainer.args.seed)
+    resumed_at = int(found.name.split("-")[1]) if found else 0
+    rows = validation_rows(config)
+    trainer.add_callback(RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at))
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    trainer.save_model(str(output / "policy"))
+    trainer.processing_class.save_pretrained(output / "policy")
+    return output / "policy"
