@@ -1,5 +1,6 @@
 """Set before anything imports torch or the Hub: offline, quiet, few threads, the same every time."""
 
+import copy
 import csv
 import os
 from pathlib import Path
@@ -28,3 +29,23 @@ def photo() -> Image.Image:
         row = next(row for row in csv.DictReader(file) if row["split"] == "test")
     with Image.open(ROOT / "data" / row["image"]) as image:
         return image.convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    """(model, processor) of the embedded policy before any training. Shared: copy the model to change it."""
+    from vqr1.policy import build_policy
+    from vqr1.pretraining import corpus
+
+    model, processor = build_policy(corpus(), 0)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(untrained, tmp_path_factory) -> Path:
+    """The untrained policy as `vqr1 pretrain` saves one, in fp16."""
+    model, processor = untrained
+    folder = tmp_path_factory.mktemp("untrained")
+    copy.deepcopy(model).half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -37,33 +37,33 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--out", help="write CSV rows to this file instead of the terminal")
 
     compare = command("compare", "Print the probability that the first picture looks better than the second.")
-    compare.add_argument("images", nargs=2, metavar="IMAGE")
+    compare.add_argument("images", nargs=2, metavar="IMAGE", help="picture files")
     _policy(compare)
 
     describe = command("describe", "Print what the policy thinks of a picture.")
-    describe.add_argument("images", nargs=1, metavar="IMAGE")
+    describe.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
     _policy(describe)
 
     evaluate = command("evaluate", "Score rated sets and print SRCC, PLCC and intervals beside the oracles.")
     _policy(evaluate)
     evaluate.add_argument("--sets", nargs="+", default=["sim-kadid", "sim-unseen", "sim-mixed"], help="names or manifests (%(default)s)")
     evaluate.add_argument("--split", default="test", help="train, val, test or all (%(default)s)")
-    evaluate.add_argument("--estimates", nargs="+", choices=("expected", "greedy", "sample"), default=["expected", "greedy", "sample"], help="(%(default)s)")
+    evaluate.add_argument("--estimates", nargs="+", choices=("expected", "greedy", "sample"), default=["expected", "greedy", "sample"], help="how scores are read off (%(default)s)")
     evaluate.add_argument("--limit", type=int, help="at most so many rows of each set, a fixed sample")
     evaluate.add_argument("--out", help="write the tables into this folder")
 
     sheet = command("sheet", "Draw all 25 distortions at 5 levels of a picture.")
-    sheet.add_argument("images", nargs=1, metavar="IMAGE")
-    sheet.add_argument("--out", default="sheet.png", help="(%(default)s)")
+    sheet.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
+    sheet.add_argument("--out", default="sheet.png", help="the PNG to write (%(default)s)")
 
     pretrain = command("pretrain", "Make the embedded policy again: hours on a CPU, minutes on a GPU. Resumes by itself.")
-    pretrain.add_argument("--out", default="runs/pretrain", help="(%(default)s)")
-    pretrain.add_argument("--steps", type=int, nargs=2, metavar=("SEE", "ANSWER"), help="optimizer steps of the two stages")
-    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
+    pretrain.add_argument("--steps", type=int, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages")
+    pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
 
     study = command("study", "Make the rows of a study, one per variant and seed; rows that are there are kept.")
     study.add_argument("name", choices=("demo", "controls"), help="demo: seeds of the demo; controls: what must not learn quality")
-    study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (%(default)s)")
     study.add_argument("--out", default="runs/study", help="folder of the runs (%(default)s)")
     study.add_argument("--csv", help="table to append to (data/runs/NAME.csv)")
     study.add_argument("--limit", type=int, help="evaluate at most so many rows of each set")
@@ -78,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(arguments)
     try:
+        if args.command != "sheet":
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # of loading and saving weights; the training's bar stays
         return globals()[f"_{args.command}"](args)
     except KeyboardInterrupt:
         print("\nInterrupted. What a training run saved up to its last checkpoint is kept: --resume goes on from there.", file=sys.stderr)

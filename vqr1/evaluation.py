@@ -1,5 +1,6 @@
 """Evaluate a policy: score the rows of rated sets, and put agreement with MOS, intervals and oracles into one table."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from vqr1.distortions import FAMILIES
 from vqr1.metrics import frame_srcc, frame_within_level_srcc, paired_difference, summarize
 from vqr1.observers import oracle_scores
 from vqr1.prompts import format_ok, named_distortions
-from vqr1.scoring import Scorer
+from vqr1.scoring import Score, Scorer
 
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
@@ -40,10 +41,17 @@ def score_rows(scorer: Scorer, frame: pd.DataFrame) -> pd.DataFrame:
     table = frame.assign(
         score=[s.score for s in scores], score_std=[s.std for s in scores], reasoning=[s.reasoning for s in scores],
         answer=[s.answers[0] if s.answers else "" for s in scores], error=[s.error for s in scores],
-        well_formed=[bool(s.answers) and format_ok(s.answers[0], scorer.thinking) for s in scores],
+        well_formed=[_well_formed(s, scorer.thinking) for s in scores],
     )  # fmt: skip
     table.attrs = {"root": frame.attrs.get("root")}  # pictures do not travel with scores
     return table
+
+
+def _well_formed(score: Score, thinking: bool) -> bool:
+    """Tell whether the answer has the format; that of an expected score is kept up to the number, which has a `mass`."""
+    if not score.answers or math.isnan(score.mass):
+        return bool(score.answers) and format_ok(score.answers[0], thinking)
+    return not score.error and format_ok(f"{score.answers[0]}{score.score:.2f}</answer>", thinking)
 
 
 def agreement(table: pd.DataFrame) -> dict[str, float]:
@@ -56,7 +64,7 @@ def agreement(table: pd.DataFrame) -> dict[str, float]:
         score = table["score"].to_numpy()
         better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
         right = (better > worse) + 0.5 * (better == worse)
-        return {"rows": len(table), "unparseable": int(table["score"].isna().sum()), "photographs": table["reference"].nunique(), "dominance": float(right.mean())}
+        return {"rows": len(table), "unparseable": int(table["score"].isna().sum()), "photographs": table["reference"].nunique(), "dominance": _mean(right)}
     return summarize(table)
 
 
@@ -76,7 +84,11 @@ def naming(table: pd.DataFrame) -> dict[str, float]:
     named = [(named_distortions(text) or [""])[0] for text in rows["reasoning"]]
     family = [FAMILY.get(name) == FAMILY[truth] for name, truth in zip(named, rows["distortion"])]
     exact = [name == truth for name, truth in zip(named, rows["distortion"])]
-    return {"named_rows": len(rows), "family": float(np.mean(family)), "exact": float(np.mean(exact))}
+    return {"named_rows": len(rows), "family": _mean(family), "exact": _mean(exact)}
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
 
 
 def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:

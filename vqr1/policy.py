@@ -1,6 +1,7 @@
 """Policies: the embedded one, Qwen2.5-VL, Qwen3-VL; their processors; 4-bit and LoRA."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -234,9 +235,11 @@ def load_policy(name_or_path: str | Path = "tiny-policy", quantize: bool = False
 
 
 def load_processor(source: str, model_type: str) -> ProcessorMixin:
-    """Return the processor, left-padded; for Qwen2.5-VL without torchvision, the one for still pictures."""
+    """Return the processor, left-padded; the one for still pictures if it was saved, or for Qwen2.5-VL without torchvision."""
     still = model_type == "qwen2_5_vl" and not is_torchvision_available()
-    kind = PictureProcessor if still or source == str(TINY) else AutoProcessor
+    saved = Path(source) / "processor_config.json"  # AutoProcessor does not know our class
+    ours = saved.is_file() and json.loads(saved.read_text(encoding="utf-8")).get("processor_class") == "PictureProcessor"
+    kind = PictureProcessor if still or ours else AutoProcessor
     return kind.from_pretrained(source, padding_side="left")
 
 

@@ -5,7 +5,7 @@ distorted pictures. Then the whole policy learns to write what it sees and a sco
 the severity word alone, by one rule for all distortions; no MOS, observer or KADID-10k table is read here.
 """
 
-import math
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from scipy import ndimage
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
@@ -228,24 +229,32 @@ class Answers:
 
 
 def _train(model: nn.Module, pictures: Pictures, collate, output: Path, steps: int, batch: int, lr: float, seed: int) -> None:
-    bf16 = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    found = get_last_checkpoint(output) if output.is_dir() else None
+    done = int(found.rsplit("-", 1)[1]) if found else 0
+    if found:  # the Trainer loads by names in the model, and the files of Qwen2.5-VL have the hub's: nothing would match
+        again = type(model).from_pretrained(found).state_dict() if hasattr(model, "config") else load_file(f"{found}/model.safetensors")
+        model.load_state_dict(again)
+    if done >= steps:
+        return
+    pictures.seed += 1000 * done  # go on with new pictures
+    bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
     arguments = TrainingArguments(
         output_dir=str(output), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, seed=seed,
         lr_scheduler_type="cosine", warmup_steps=min(100, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
         adam_beta2=0.98, bf16=bf16, logging_steps=50, save_steps=250, save_total_limit=1, report_to=[],
-        dataloader_num_workers=1, dataloader_prefetch_factor=4, remove_unused_columns=False, ignore_data_skip=True,
+        dataloader_num_workers=max(1, (os.cpu_count() or 2) - 1), dataloader_prefetch_factor=4, remove_unused_columns=False, ignore_data_skip=True,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=pictures, data_collator=collate)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
+    trainer.train(resume_from_checkpoint=found)
     pd.DataFrame(trainer.state.log_history).to_csv(output / "log.csv", index=False)
 
 
-def pretrain(output: str | Path, steps: tuple[int, int] = (3600, 1600), batch: int = 32, seed: int = 0) -> Path:
+def pretrain(output: str | Path, steps: tuple[int, int] = (2400, 700), batch: int = 32, seed: int = 0) -> Path:
     """Make the embedded policy again and return the folder of its fp16 checkpoint.
 
-    Two stages of `steps` optimizer steps: the vision tower alone, then the whole policy on answers.
-    Resumes where it stopped; `output` receives see/, answer/ (checkpoints, log.csv) and policy/.
+    Two stages of `steps` optimizer steps: the vision tower alone, then the language model on what the tower sees.
+    Resumes where it stopped; `output` receives see/, speak/ (checkpoints, log.csv) and policy/.
     """
     output = Path(output)
     model, processor = build_policy(corpus(), seed)
@@ -254,7 +263,8 @@ def pretrain(output: str | Path, steps: tuple[int, int] = (3600, 1600), batch: i
     torch.manual_seed(seed)
     tower, collate = Perception(model.model.visual), Answers(processor, seed)
     _train(tower, Pictures(processor, seed + 1), perception_batch, output / "see", steps[0], batch, 1e-3, seed)
-    _train(model, Pictures(processor, seed + 2), collate, output / "answer", steps[1], batch, 6e-4, seed)
+    model.model.visual.requires_grad_(False)
+    _train(model, Pictures(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed)
     model.half().save_pretrained(output / "policy")
     processor.save_pretrained(output / "policy")
     return output / "policy"

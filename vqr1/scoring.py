@@ -72,7 +72,8 @@ class Scorer:
         self.model, self.processor = policy if isinstance(policy, tuple) else load_policy(policy)
         self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.digits, self.point = _digit_tokens(self.processor.tokenizer)
+        if estimate == "expected":
+            self.digits, self.point = _digit_tokens(self.processor.tokenizer)
 
     def score(self, images: Sequence[Image.Image | str | Path]) -> list[Score]:
         """Return one Score per picture (PIL image or path), in order."""
@@ -88,6 +89,8 @@ class Scorer:
         one, two = self.score([a, b])
         if one.error or two.error:
             raise ValueError(f"cannot compare: {one.error or two.error}")
+        if math.isnan(one.std + two.std):
+            raise ValueError("cannot compare scores without a deviation: use estimate='expected', or 'sample' with two parseable answers")
         mean, variance = torch.tensor([[one.score], [two.score]]), torch.tensor([one.std**2, two.std**2])
         return float(comparative_probability(mean, variance, mean[:, 0], variance)[0, 1, 0])
 
@@ -110,7 +113,7 @@ class Scorer:
         for image, score in zip(images, scores):
             try:
                 pictures.append(image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image))
-            except ValueError as error:
+            except (OSError, ValueError) as error:  # OSError: a PIL image that was opened but cannot be decoded
                 score.error = str(error)
         good = [score for score in scores if not score.error]
         if good:

@@ -10,7 +10,7 @@ from vqr1.data import load_ratings
 from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
 from vqr1.plots import gallery, scatter, training_figure
 from vqr1.policy import load_policy
-from vqr1.training import load_config, machine_line, train
+from vqr1.training import load_config, machine_line, resume_from, train
 
 CONTROLS = ("permuted", "format")
 
@@ -18,18 +18,13 @@ CONTROLS = ("permuted", "format")
 def control(config: dict, kind: str) -> tuple[dict, pd.DataFrame | None]:
     """Return (config, frame) of a control that must not learn quality.
 
-    permuted: within each photograph, MOS is dealt to other pairs of distortion and level, the same for all photographs
-    (one derangement of the cells), so that labels are as consistent as the real ones but about something else.
-    format: the format reward alone.
+    permuted: each photograph's MOS are dealt anew to its pairs of distortion and level. format: the format reward alone.
     """
     if kind == "format":
         return config | {"reward": "format"}, None
     frame = load_ratings("sim-kadid").query("split == 'train'").reset_index(drop=True)
-    cells = frame.groupby(["distortion", "level"], sort=True).ngroup().to_numpy()
-    dealt = np.random.default_rng(config["grpo"]["seed"]).permutation(cells.max() + 1)
-    mos = frame.assign(cell=cells).set_index(["reference", "cell"])["mos"]
-    keys = pd.MultiIndex.from_arrays([frame["reference"], dealt[cells]])
-    return config, frame.assign(mos=mos.reindex(keys).to_numpy())
+    rng = np.random.default_rng(config["grpo"]["seed"])
+    return config, frame.assign(mos=frame.groupby("reference")["mos"].transform(rng.permutation))
 
 
 def run(config: dict, output: Path, frames: dict, kind: str | None = None, resume: bool = True) -> tuple[dict, float]:
@@ -84,6 +79,7 @@ def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: i
     steps, limit: fewer training steps and test rows than the configuration's, for a quick look.
     """
     output, settings = Path(output), load_config(config)
+    resume_from(output, resume)  # before minutes of evaluation
     if steps:
         settings["grpo"]["max_steps"] = steps
     frames = evaluation_rows(SETS, limit=limit)

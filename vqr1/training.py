@@ -4,15 +4,15 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers ping a server when they are built
 
 import pandas as pd
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.data import load_ratings, one_set_batches, prompt_rows, render_rows
@@ -34,7 +34,8 @@ LOG = {
 def load_config(name_or_path: str | Path) -> dict:
     """Return a training configuration by its name (cpu) or its path, checked.
 
-    Raises FileNotFoundError listing the names, and ValueError naming a key that is missing or unknown.
+    Raises FileNotFoundError listing the names, and ValueError naming the file and a key that is missing or unknown,
+    in it or among GRPOConfig's under ``grpo``.
 
     >>> load_config("cpu")["grpo"]["num_generations"]
     6
@@ -44,19 +45,27 @@ def load_config(name_or_path: str | Path) -> dict:
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration {str(name_or_path)!r}; give one of {names}, or the path of a YAML file")
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML in UTF-8 ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("grpo", {}), dict):
+        raise ValueError(f"{path}: not a mapping of keys, with one of trl.GRPOConfig's under grpo")
     for problem, keys in (("is missing", KEYS - set(config)), ("is unknown", set(config) - KEYS)):
         if keys:
             raise ValueError(f"{path}: key {sorted(keys)[0]!r} {problem}; the keys are {', '.join(sorted(KEYS))}")
+    unknown = set(config["grpo"]) - {field.name for field in fields(GRPOConfig)}
+    if unknown:
+        raise ValueError(f"{path}: key {sorted(unknown)[0]!r} under grpo is unknown to trl.GRPOConfig")
     return config
 
 
 def rewards(config: dict) -> list:
     """Return the reward functions of a configuration: what is to be learned, and the format, 1:1 as in the official code."""
     form = format_reward if config["thinking"] else answer_format_reward
-    k = config["grpo"]["num_generations"]
+    k = config["grpo"].get("num_generations", 8)  # TRL's default
     chosen = {
-        "ranking": lambda: [RankingReward(k, **config["variant"])],
+        "ranking": lambda: [_ranking(k, config["variant"])],
         "threshold": lambda: [ThresholdReward()],
         "absolute": lambda: [absolute_error_reward],
         "format": lambda: [],
@@ -64,6 +73,13 @@ def rewards(config: dict) -> list:
     if config["reward"] not in chosen:
         raise ValueError(f"reward {config['reward']!r} is unknown; use one of {', '.join(chosen)}")
     return chosen[config["reward"]]() + [form]
+
+
+def _ranking(k: int, variant: dict) -> RankingReward:
+    try:
+        return RankingReward(k, **variant)
+    except TypeError as error:
+        raise ValueError(f"variant {variant}: {error}") from error
 
 
 def images_per_step(args: GRPOConfig) -> int:
@@ -76,8 +92,8 @@ def training_rows(config: dict, args: GRPOConfig, frame: pd.DataFrame | None = N
     if frame is None:
         frame = pd.concat([_of_split(load_ratings(name), "train") for name in config["sets"]], ignore_index=True)
     count = images_per_step(args)
-    passes = args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations)
-    epochs = -(-passes * count // max(1, len(frame) - count * len(config["sets"]) + 1))
+    passes = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
+    epochs = -(-passes * count // max(1, len(frame) - count * frame["dataset"].nunique() + 1))
     order = one_set_batches(frame, count, args.seed, max(1, epochs))[: passes * count]
     used = sorted(set(order))
     place = {row: i for i, row in enumerate(used)}
@@ -95,12 +111,13 @@ def _of_split(frame: pd.DataFrame, split: str) -> pd.DataFrame:
 class RunLog(TrainerCallback):
     """Write log.csv as training goes, with validation by the Scorer every so many steps.
 
-    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained.
+    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained. Of several
+    processes the first one does both.
     """
 
     def __init__(self, path: Path, scorer: Scorer, frame: pd.DataFrame, every: int, resumed_at: int):
         self.path, self.scorer, self.frame, self.every = path, scorer, frame, every
-        self.images, self.start, self.values = render_rows(frame), time.time(), {}
+        self.images, self.start = render_rows(frame), time.time()
         self.rows = []
         if resumed_at and path.is_file():
             old = pd.read_csv(path, comment="#")
@@ -110,31 +127,48 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self._validate()
-            self._write({"step": 0})
+            self._validate(state)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._validate()
+            self._validate(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in logs:
+        if "reward" in logs and state.is_world_process_zero:
             form = [value for key, value in logs.items() if key.endswith("format_reward/mean")]
-            self._write(logs | {"step": state.global_step, "format": form[0] if form else None})
+            self._write(state.global_step, logs | {"format": form[0] if form else None})
 
-    def _validate(self) -> None:
-        scores = [score.score for score in self.scorer.score(self.images)]
-        self.values = {"val_srcc": srcc(scores, self.frame["mos"]), "val_plcc": plcc(scores, self.frame["mos"])}
+    def _validate(self, state) -> None:
+        if state.is_world_process_zero:
+            scores = [score.score for score in self.scorer.score(self.images)]
+            mos = self.frame["mos"]
+            self._write(state.global_step, {"val_srcc": srcc(scores, mos), "val_plcc": plcc(scores, mos)})
 
-    def _write(self, logs: dict) -> None:
-        logs = logs | self.values | {"seconds": round(time.time() - self.start, 1)}
-        self.values = {}
-        self.rows.append({column: logs.get(key) for column, key in LOG.items()})
+    def _write(self, step: int, logs: dict) -> None:
+        logs = logs | {"step": step, "seconds": round(time.time() - self.start, 1)}
+        row = {column: logs[key] for column, key in LOG.items() if logs.get(key) is not None}
+        if self.rows and self.rows[-1]["step"] == step:  # validation and training log the same step
+            self.rows[-1] |= row
+        else:
+            self.rows.append(row)
         partial = self.path.with_suffix(".tmp")
         with partial.open("w", encoding="utf-8", newline="") as file:
             file.write(f"# {self.header}\n")
-            pd.DataFrame(self.rows).to_csv(file, index=False, float_format="%.5g")
+            pd.DataFrame(self.rows, columns=list(LOG)).to_csv(file, index=False, float_format="%.5g")
         partial.replace(self.path)
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with the reward and the last validation beside it, instead of every log entry."""
+
+    def __init__(self, log: RunLog):
+        super().__init__()
+        self.log = log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and self.log.rows:
+            table = pd.DataFrame(self.log.rows, columns=["reward", "val_srcc"]).ffill().iloc[-1].dropna()
+            self.training_bar.set_postfix({key: f"{value:.3f}" for key, value in table.items()})
 
 
 def machine_line(seed: int) -> str:
@@ -153,6 +187,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def resume_from(output: Path, resume: bool) -> Path | None:
+    """Return the checkpoint of a run's folder to go on from; FileExistsError if there is one and `resume` was not asked for."""
+    found = last_checkpoint(output / "checkpoints")
+    if found and not resume:
+        raise FileExistsError(f"{output} already holds a run, at {found.name}; go on with it by --resume, or give another folder")
+    return found
+
+
 def freeze(model: torch.nn.Module, names: list[str]) -> None:
     """Stop training the parameters with one of `names` in their path.
 
@@ -163,14 +205,24 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
         if any(part in name.split(".") for part in names):
             parameter.requires_grad = False
     if "visual" in names:
-        model.model.visual.get_input_embeddings = lambda: None
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.model.visual.get_input_embeddings = lambda: None
+
+
+def own_names(model: torch.nn.Module) -> None:
+    """Let checkpoints keep the model's own weight names, the only ones by which Trainer reads them again.
+
+    By default transformers 5 writes Qwen2.5-VL's older names, and a resumed run would start anew, with a warning.
+    """
+    if isinstance(model, PreTrainedModel):  # an adapter's checkpoint holds its own names already
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
 
 def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:
     """Return the configured trainer: TRL's own, with our rewards, rows and settings.
 
     policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the sets'.
-    Raises ValueError for settings that cannot rank (K = 1, one image per batch) before anything is loaded.
+    Raises ValueError for settings that cannot rank (K = 1, one image per batch, an unknown reward) before the model is loaded.
     """
     k = config["grpo"].get("num_generations", 8)
     if k < 2:
@@ -179,14 +231,19 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
         output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, report_to="none",
         **config["grpo"],
     )  # fmt: skip
+    if args.max_steps < 1:
+        raise ValueError(f"max_steps is {args.max_steps}: say under grpo, or by --steps, for how many steps to train")
+    functions = rewards(config)
     rows = training_rows(config, args, frame)
     model, processor = policy or load_policy(config["policy"], config["quantize"])
     freeze(model, config["frozen"])
+    model.name_or_path = model.config._name_or_path  # what peft notes as an adapter's base: the name given, not its folder
     trainer = GRPOTrainer(
-        model=model, reward_funcs=rewards(config), args=args, train_dataset=rows, processing_class=processor,
+        model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor,
         peft_config=lora_config(**config["lora"]) if config["lora"] else None,
     )  # fmt: skip
     look_once(trainer.model)
+    own_names(trainer.model)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away
             parameter.data = parameter.data.float()
@@ -206,15 +263,16 @@ def train(config: dict, output: str | Path, resume: bool = False, policy=None, f
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    found = last_checkpoint(output / "checkpoints")
-    if found and not resume:
-        raise FileExistsError(f"{output} already holds a run, at {found.name}; go on with it by --resume, or give another folder")
+    found = resume_from(output, resume)
     (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     trainer = build_trainer(config, output, policy, frame)
     scorer = Scorer((trainer.model, trainer.processing_class), config["thinking"], seed=trainer.args.seed)
     resumed_at = int(found.name.split("-")[1]) if found else 0
     rows = validation_rows(config)
-    trainer.add_callback(RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at))
+    log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(log)
+    trainer.add_callback(Progress(log))
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     trainer.save_model(str(output / "policy"))
     trainer.processing_class.save_pretrained(output / "policy")

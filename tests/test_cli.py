@@ -1,0 +1,271 @@
+"""The commands as a user types them: what they say, what they write, and their exit codes."""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from vqr1 import studies, training
+from vqr1.cli import _parser, main
+from vqr1.data import COLUMNS
+from vqr1.training import last_checkpoint, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTO = ROOT / "data" / "photos" / "kitten.jpg"
+COMMANDS = _parser()._subparsers._group_actions[0].choices
+
+
+# --- usage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_lists_every_option_and_says_what_it_does(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    assert done.value.code == 0 and COMMANDS[name].description in said.replace("\n", " ")
+    for action in COMMANDS[name]._actions:
+        assert action.help, f"vqr1 {name}: {action.dest} has no help"
+        assert (action.option_strings or action.choices or [action.metavar])[-1] in said
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert done.value.code == 0 and all(name in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["score"], ["score", "a.png", "--estimate", "best"], ["train", "--steps", "few"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2 and "usage: vqr1" in capsys.readouterr().err
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """Run a command that cannot be done with what it was given; return the one line it says."""
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"vqr1 {arguments[0]}: ") and "Traceback" not in said
+    assert len(said.splitlines()) == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--config", "nope"], "no configuration 'nope'; give one of"),
+        (["demo", "--config", "nope"], "no configuration 'nope'; give one of"),
+        (["evaluate", "--sets", "sim-nothing"], "unknown set 'sim-nothing'"),
+        (["evaluate", "--sets", "sim-unseen", "--split", "train"], "no rows with split 'train'; it has ['test']"),
+        (["evaluate", "--sets", "nowhere.csv"], "nowhere.csv: no such manifest"),
+        (["evaluate", "--sets", "sim-unseen", "--limit", "2", "--policy", "nowhere"], "nowhere: no such folder"),
+        (["score", str(PHOTO), "--policy", "nowhere"], "nowhere: no such folder"),
+        (["score", str(PHOTO), "--policy", str(ROOT / "tests")], "holds no model"),
+        (["sheet", "nowhere.png"], "nowhere.png is missing"),
+        (["sheet", __file__], "cannot be read as a picture"),
+        (["describe", "nowhere.png"], "nowhere.png is missing"),
+        (["compare", str(PHOTO), "nowhere.png"], "nowhere.png is missing"),
+    ],
+)
+def test_what_cannot_be_used_is_named(arguments, said, capsys):
+    assert said in refused(arguments, capsys)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    """A good picture, four that cannot be read, and another good one."""
+    Image.effect_noise((64, 64), 40).save(tmp_path / "good.png")
+    whole = PHOTO.read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "zero.png").touch()
+    (tmp_path / "text.png").write_text("a cat on a mat", encoding="utf-8")
+    names = ["good.png", "missing.png", "truncated.jpg", "zero.png", "text.png"]
+    return [str(tmp_path / name) for name in names] + [str(PHOTO)]
+
+
+def read_rows(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_score_gives_every_picture_a_row_and_exits_with_1_if_one_failed(pictures, capsys):
+    assert main(["score", *pictures]) == 1
+    rows = read_rows(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == pictures
+    assert list(rows[0]) == ["image", "score", "std", "estimate", "thinking", "reasoning", "error"]
+    reasons = ["", "is missing", "truncated", "has zero bytes", "cannot be read as a picture", ""]
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason:
+            assert row["image"] in row["error"] and reason in row["error"] and row["score"] == row["std"] == ""
+        else:
+            assert row["error"] == "" and 1 <= float(row["score"]) < 6 and float(row["std"]) > 0
+
+
+def test_score_writes_the_same_rows_into_a_file(pictures, tmp_path, capsys):
+    good = [pictures[0], pictures[-1]]
+    assert main(["score", *good]) == 0
+    shown = capsys.readouterr().out
+    assert main(["score", *good, "--out", str(tmp_path / "scores.csv")]) == 0
+    assert capsys.readouterr().out == "" and (tmp_path / "scores.csv").read_text(encoding="utf-8") == shown
+
+
+def test_score_with_thinking_gives_the_reasoning(pictures, capsys):
+    assert main(["score", pictures[-1], "--thinking", "--estimate", "greedy"]) == 0
+    [row] = read_rows(capsys.readouterr().out)
+    assert row["reasoning"] and row["thinking"] == "True" and row["estimate"] == "greedy"
+
+
+def test_compare_is_even_for_one_picture_twice(capsys):
+    assert main(["compare", str(PHOTO), str(PHOTO)]) == 0
+    assert capsys.readouterr().out.strip().endswith("= 0.500")
+
+
+def test_sheet_draws_a_png(pictures, tmp_path, capsys):
+    assert main(["sheet", pictures[0], "--out", str(tmp_path / "sheet.png")]) == 0
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.format == "PNG" and image.height > 25 * 64 and image.width > 5 * 64
+    assert "sheet.png" in capsys.readouterr().out
+
+
+# --- manifests ----------------------------------------------------------------------------------
+
+
+def manifest(folder: Path, rows: list[dict], columns=COLUMNS) -> str:
+    """Write a manifest of the user's own and its pictures; return its path."""
+    for number in range(4):
+        Image.effect_noise((64, 64), 20 * number + 5).convert("RGB").save(folder / f"{number}.png")
+    path = folder / "mine.csv"
+    pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+    return str(path)
+
+
+def own_rows() -> list[dict]:
+    return [
+        {"image": f"{n}.png", "dataset": "mine", "mos": mos, "reference": f"{n}.png", "split": "test"}
+        for n, mos in enumerate((80, 61.5, 40, 22))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ({"mos": "good"}, "mos 'good' is not a number"),
+        ({"image": "nowhere.png"}, "image 'nowhere.png' is not there below"),
+        ({"distortion": "gausian_blur", "level": "3", "seed": "1"}, "distortion 'gausian_blur' is not known"),
+        ({"distortion": "jpeg", "level": "0", "seed": "1"}, "level '0' is not one of 1, 2, 3, 4, 5"),
+        ({"distortion": "jpeg", "level": "6", "seed": "1"}, "level '6' is not one of 1, 2, 3, 4, 5"),
+    ],
+)
+def test_evaluate_names_the_line_of_a_bad_manifest(change, value, tmp_path, capsys):
+    rows = own_rows()
+    rows[2] |= change
+    path = manifest(tmp_path, rows)
+    assert f"{path}, line 4: {value}" in refused(["evaluate", "--sets", path], capsys)
+
+
+def test_evaluate_names_a_missing_column(tmp_path, capsys):
+    path = manifest(tmp_path, own_rows(), [name for name in COLUMNS if name != "mos"])
+    assert f"{path}, line 1: column 'mos' is missing" in refused(["evaluate", "--sets", path], capsys)
+
+
+def test_evaluate_names_a_picture_that_cannot_be_read(tmp_path, capsys):
+    path = manifest(tmp_path, own_rows())
+    (tmp_path / "2.png").write_text("a cat on a mat", encoding="utf-8")
+    said = refused(["evaluate", "--sets", path], capsys)
+    assert "row 2" in said and "2.png cannot be read as a picture" in said
+
+
+def test_evaluate_takes_pictures_of_the_users_own(tmp_path, capsys):
+    path = manifest(tmp_path, own_rows())
+    assert main(["evaluate", "--sets", path, "--estimates", "expected", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("mine.csv | expected") == 2  # thinking and not
+    result = pd.read_csv(tmp_path / "out" / "result.csv")
+    assert list(result["thinking"]) == [True, False] and (result["rows"] == 4).all()
+    scores = pd.read_csv(tmp_path / "out" / "mine.expected.plain.csv")
+    assert list(scores["mos"]) == [80, 61.5, 40, 22] and scores["score"].notna().all()
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def small_config(folder: Path, **grpo) -> str:
+    """Write the cpu configuration with smaller batches and validation; return its path."""
+    config = load_config("cpu")
+    config["validation"]["rows"] = 16
+    config["grpo"] |= {"per_device_train_batch_size": 24, "num_generations": 3, "warmup_steps": 0} | grpo
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_a_run_is_not_overwritten(command, tmp_path, capsys, monkeypatch):
+    """The refusal comes before anything is loaded, rendered or evaluated."""
+    for module in (studies, training):
+        monkeypatch.setattr(module, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(studies, "evaluation_rows", lambda *args, **kwargs: pytest.fail("an evaluation began"))
+    (tmp_path / "checkpoints" / "checkpoint-30").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-30" / "trainer_state.json").touch()
+    said = refused([command, "--out", str(tmp_path)], capsys)
+    assert f"{tmp_path} already holds a run, at checkpoint-30" in said and "--resume" in said
+
+
+def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path):
+    """SIGINT to a process in the middle of training; the next step would take as long as the last."""
+    settings, folder = small_config(tmp_path, max_steps=60, logging_steps=1, save_steps=1), tmp_path / "run"
+    command = [sys.executable, "-m", "vqr1.cli", "train", "--config", settings, "--out", str(folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background ignores it
+    )  # fmt: skip
+    end = time.monotonic() + 200
+    while not last_checkpoint(folder / "checkpoints"):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < end, "no checkpoint appeared"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
+    whole = last_checkpoint(folder / "checkpoints")
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in whole.iterdir()}
+    assert not (folder / "policy").exists()
+    steps = pd.read_csv(folder / "log.csv", comment="#")["step"]
+    assert list(steps) == list(range(len(steps))) and len(steps) > 1
+
+
+def test_demo_writes_what_it_promises(tmp_path, capsys):
+    """All of it but the length: two steps, and a fixed sample of each test set."""
+    folder, config = tmp_path / "demo", small_config(tmp_path)
+    assert main(["demo", "--config", config, "--steps", "2", "--limit", "66", "--out", str(folder)]) == 0
+    said, report = capsys.readouterr().out, (folder / "report.md").read_text(encoding="utf-8")
+    assert report in said
+    for heading in ("## Before", "## After", "## Gain, paired", "## What knowing the level", "## What the reasoning names"):
+        assert heading in report
+    tables = [block for block in report.split("\n\n") if block.startswith("| ")]
+    assert len(tables) == 5 and all(len(set(line.count("|") for line in table.splitlines())) == 1 for table in tables)
+    for name in ("sim-kadid", "sim-unseen", "sim-mixed", "average"):
+        assert f"| {name} |" in tables[0] and f"| {name} |" in tables[1]
+    assert "simulated" in report and "oracle: level" in report
+    for name in ("training.png", "scatter.png", "pictures.png"):
+        assert f"]({name})" in report
+        with Image.open(folder / name) as image:
+            assert image.format == "PNG" and image.width > 400
+    log = pd.read_csv(folder / "log.csv", comment="#")
+    assert list(log["step"]) == [0, 2] and log["val_srcc"].notna().all() and log["reward"].notna().iloc[1]
+    for name in ("policy/model.safetensors", "policy/tokenizer.json", "config.yaml", "before/sim-kadid.expected.thinking.csv"):
+        assert (folder / name).is_file(), name
+    assert len(pd.read_csv(folder / "after" / "sim-unseen.expected.plain.csv")) == 66

@@ -1,0 +1,275 @@
+"""Result rows from scored rows: agreement, dominance, oracles, gains, names, and the tables that are written."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from vqr1 import evaluation
+from vqr1.data import COLUMNS
+from vqr1.evaluation import agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores, score_rows
+from vqr1.scoring import OPEN, Score
+
+NAN = math.nan
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    for name in ("summarize", "paired_difference"):
+        monkeypatch.setattr(evaluation, name, partial(getattr(evaluation, name), n=50))
+
+
+def rated(scores, mos=None, name="sim-kadid"):
+    """Rows of photographs a, b, c in turn, whose MOS rise unless they are given."""
+    count = len(scores)
+    return pd.DataFrame({
+        "dataset": name, "score": scores, "mos": mos or [1 + n / count for n in range(count)],
+        "reference": [f"{'abc'[n % 3]}.jpg" for n in range(count)], "level": [1 + n // 3 % 2 for n in range(count)],
+        "distortion": "jpeg",
+    })  # fmt: skip
+
+
+# Agreement
+
+
+def test_agreement_with_ratings_is_correlation():
+    row = agreement(rated([1.0, 2.0, 3.0, 4.0, 5.0, 9.0]))
+    assert (row["srcc"], row["srcc_within_level"], row["rows"], row["photographs"]) == (1.0, 1.0, 6, 3)
+    assert agreement(rated([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))["srcc"] == -1.0
+    assert "dominance" not in row
+
+
+def test_an_unparseable_answer_is_counted_and_not_replaced():
+    row = agreement(rated([1.0, 2.0, NAN, 4.0, NAN, 6.0]))
+    assert (row["unparseable"], row["rows"], row["srcc"]) == (2, 6, 1.0)
+
+
+def mixed(*scores):
+    """Four rows of one crop: five pairs in which one is worse in every component that differs."""
+    return pd.DataFrame({
+        "dataset": "sim-mixed", "image": "a.jpg", "reference": "a.jpg", "crop": "0,0,64,64", "mos": NAN,
+        "distortion": "jitter+jpeg", "level": ["1+1", "1+3", "3+1", "3+3"], "score": scores,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "share", "why"),
+    [
+        ((4, 3, 2, 1), 1.0, "all in order"),
+        ((4, 2, 3, 1), 1.0, "the two in the middle are no pair"),
+        ((1, 2, 3, 4), 0.0, "all reversed"),
+        ((4, 4, 3, 2), 0.9, "one tie counts half"),
+        ((3, 3, 3, 3), 0.5, "only ties"),
+        ((4, 3, 2, NAN), 0.4, "three pairs without an answer are wrong"),
+        ((NAN, NAN, NAN, NAN), 0.0, "no answers: no ties either"),
+    ],
+)
+def test_dominance_is_the_share_of_pairs_in_order(scores, share, why):
+    row = agreement(mixed(*map(float, scores)))
+    assert row["dominance"] == pytest.approx(share), why
+    assert row["unparseable"] == np.isnan(scores).sum() and "srcc" not in row
+
+
+def test_without_a_pair_there_is_no_dominance():
+    assert math.isnan(agreement(mixed(4.0, 3.0, 2.0, 1.0).iloc[1:3])["dominance"])
+
+
+def test_the_oracle_of_type_and_level_knows_more_than_that_of_the_level():
+    frame = pd.DataFrame({
+        "distortion": ["color_shift", "gaussian_blur", "jitter"] * 2, "level": [1] * 3 + [5] * 3,
+        "mos": [4.5, 4.6, 4.0, 2.2, 1.3, 1.5], "reference": list("aabbcc"),
+    })  # fmt: skip
+    rows = oracles(frame)
+    assert list(rows) == ["oracle: type and level", "oracle: level"]
+    assert rows["oracle: type and level"]["srcc"] > rows["oracle: level"]["srcc"] > 0.5
+    assert math.isnan(rows["oracle: level"]["srcc_within_level"])
+    assert "score" not in frame
+
+
+# Gains
+
+
+def test_a_gain_is_after_minus_before():
+    better, worse = rated([1.0, 2.0, 3.0, 4.0, 5.0, 6.0] * 2), rated([6.0, 5.0, 4.0, 3.0, 2.0, 1.0] * 2)
+    better["mos"] = worse["mos"] = better["score"]
+    up, down = gain(better, worse), gain(worse, better)
+    assert up["srcc_gain"] == 2.0 and up["srcc_gain_lo"] > 0.5 and up["srcc_within_level_gain"] == 2.0
+    assert down["srcc_gain"] == -2.0 and down["srcc_gain_hi"] < -0.5
+    assert set(gain(better, better).values()) == {0.0}
+    assert up["srcc_gain_lo"] <= up["srcc_gain"] <= up["srcc_gain_hi"]
+
+
+def test_a_gain_needs_the_same_photographs():
+    with pytest.raises(ValueError, match="a.jpg"):
+        gain(rated([1.0, 2.0, 3.0]), rated([1.0, 2.0, 3.0]).iloc[1:])
+
+
+# Naming
+
+
+def test_naming_counts_family_and_type_where_they_are_easy_to_see():
+    rows = [  # distortion, level, reasoning
+        ("jpeg", 4, "strong jpeg blocking in the flat areas"),  # exact
+        ("gaussian_blur", 3, "moderate lens blur all over the picture"),  # the family alone
+        ("jitter", 5, "severe pixel jitter along the edges, then white noise"),  # the first name counts
+        ("white_noise", 5, "severe jpeg blocking, or white noise"),  # the first name is wrong
+        ("white_noise", 3, "no visible distortion"),  # wrong
+        ("lens_blur", 3, ""),  # no reasoning: wrong
+        ("mean_shift", 1, "moderate brightness shift"),  # exact: its ends are levels 1 and 5
+        ("contrast_change", 5, "moderate contrast change"),  # exact
+        ("jpeg", 2, "slight white noise"),  # too faint to count, like the next three
+        ("mean_shift", 3, "no visible distortion"),
+        ("mean_shift", 4, "slight contrast change"),
+        ("contrast_change", 2, "no visible distortion"),
+    ]
+    table = pd.DataFrame(rows, columns=["distortion", "level", "reasoning"])
+    assert naming(table) == {"named_rows": 8, "family": 5 / 8, "exact": 4 / 8}
+
+
+def test_naming_without_rows_is_nan():
+    row = naming(pd.DataFrame({"distortion": ["jpeg"], "level": [1], "reasoning": [""]}))
+    assert row["named_rows"] == 0 and math.isnan(row["family"]) and math.isnan(row["exact"])
+
+
+# Rows and scores
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    rows = []
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        split = "train" if number == 7 else "test"
+        rows.append([f"{number}.png", "mine", 1 + number / 2, "", f"{number}.png", "", "", "", "", split])
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(tmp_path / "mine.csv", index=False)
+    return str(tmp_path / "mine.csv")
+
+
+def reds(frame):
+    return [image.getpixel((0, 0))[0] // 30 for image in frame.attrs["images"]]
+
+
+def test_evaluation_rows_are_those_of_the_split_with_their_pictures(manifest):
+    frames = evaluation_rows([manifest])
+    assert list(frames) == [manifest] and reds(frames[manifest]) == [0, 1, 2, 3, 4, 5, 6]
+    assert reds(evaluation_rows([manifest], "train")[manifest]) == [7]
+    assert len(evaluation_rows([manifest], "all")[manifest]) == 8
+
+
+def test_a_limit_takes_a_fixed_sample_in_order(manifest):
+    frame = evaluation_rows([manifest], limit=3)[manifest]
+    assert len(frame) == 3 and frame.index.tolist() == [0, 1, 2]
+    assert reds(frame) == sorted(reds(frame)) == [int(name[0]) for name in frame["image"]] != [0, 1, 2]
+    assert reds(evaluation_rows([manifest], limit=3)[manifest]) == reds(frame)
+    assert len(evaluation_rows([manifest], limit=99)[manifest]) == 7
+
+
+def test_a_split_without_rows_is_named(manifest):
+    with pytest.raises(ValueError, match=r"mine.csv' has no rows with split 'val'; it has \['test', 'train'\]"):
+        evaluation_rows([manifest], "val")
+
+
+class Told:
+    """In the Scorer's place: a picture is a number, its score; half a point more with thinking."""
+
+    made = []
+
+    def __init__(self, policy, thinking, estimate, seed=0):
+        self.made.append((policy, thinking, estimate, seed))
+        self.model, self.processor, self.thinking = "model", "processor", thinking
+
+    def score(self, images):
+        return [Score(image + self.thinking / 2, 0.1, [f"<answer>{image}</answer>"], "seen") for image in images]
+
+
+def with_images(frame, images):
+    frame.attrs |= {"images": images, "root": "here"}
+    return frame.drop(columns="score")
+
+
+def test_scored_rows_hold_every_picture_in_order(monkeypatch):
+    scores = [
+        Score(3.0, 0.5, ["<answer>3.00</answer>"]),
+        Score(answers=["<think>dull</think>"], reasoning="dull", error="no score"),
+        Score(error="b.jpg is missing"),
+    ]
+    scorer = Told(None, False, "greedy")
+    monkeypatch.setattr(scorer, "score", lambda images: scores, raising=False)
+    table = score_rows(scorer, with_images(rated([0, 0, 0]), ["p", "q", "r"]))
+    assert table["score"].tolist() == pytest.approx([3.0, NAN, NAN], nan_ok=True)
+    assert table["error"].tolist() == ["", "no score", "b.jpg is missing"]
+    assert table["answer"].tolist() == ["<answer>3.00</answer>", "<think>dull</think>", ""]
+    assert table["well_formed"].tolist() == [True, False, False] and table["reasoning"].tolist() == ["", "dull", ""]
+    assert table.attrs == {"root": "here"}  # pictures do not travel with scores
+    assert agreement(table)["unparseable"] == 2
+
+
+@pytest.mark.parametrize(
+    ("thinking", "score", "well_formed"),
+    [
+        (True, Score(3.0, answers=[f"<think>dull</think>{OPEN}"], mass=0.99), True),
+        (False, Score(3.0, answers=[OPEN], mass=0.99), True),
+        (True, Score(3.0, answers=[f"dull{OPEN}"], mass=0.99), False),  # no think block
+        (True, Score(answers=[f"<think>dull</think>{OPEN}"], mass=0.2, error="only 0.20"), False),  # no number follows
+        (True, Score(answers=["<think>dull and"], mass=0.0, error="no <answer>"), False),
+        (True, Score(3.0, answers=["<think>dull</think><answer>3.00</answer>"]), True),  # greedy: the whole answer
+        (True, Score(3.0, answers=["<answer>3.00</answer>"]), False),
+    ],
+)
+def test_an_expected_score_is_well_formed_up_to_its_number(monkeypatch, thinking, score, well_formed):
+    scorer = Told(None, thinking, "expected")
+    monkeypatch.setattr(scorer, "score", lambda images: [score], raising=False)
+    assert score_rows(scorer, with_images(rated([0]), ["p"]))["well_formed"].tolist() == [well_formed]
+
+
+def test_every_set_is_scored_by_every_estimate_in_every_mode(monkeypatch):
+    monkeypatch.setattr(evaluation, "Scorer", Told)
+    Told.made.clear()
+    frames = {
+        "one": with_images(rated([0] * 6), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+        "two": with_images(rated([0] * 6, name="two"), [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]),
+        "sim-mixed": with_images(mixed(0, 0, 0, 0), [4.0, 3.0, 2.0, 1.0]),
+    }
+    result, tables = evaluate("a policy", frames, estimates=("expected", "greedy"), seed=3)
+    assert Told.made[0] == ("a policy", True, "expected", 3) and len(Told.made) == 4
+    assert {policy for policy, *_ in Told.made[1:]} == {("model", "processor")}  # loaded once
+    assert set(tables) == {(name, estimate, thinking) for name in frames for estimate in ("expected", "greedy") for thinking in (True, False)}
+    assert tables["one", "greedy", True]["score"].tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    found = result.set_index(["set", "estimate", "thinking"])
+    assert found.loc[("one", "greedy", False), "srcc"] == 1.0 and found.loc[("two", "greedy", False), "srcc"] == -1.0
+    assert found.loc[("sim-mixed", "greedy", False), "dominance"] == 1.0
+    average = result[result["set"] == "average"]
+    assert average["srcc"].tolist() == [0.0] * 4 and average["dominance"].isna().all()
+    assert len(result) == 4 * 4
+
+
+def test_one_rated_set_has_no_average(monkeypatch):
+    monkeypatch.setattr(evaluation, "Scorer", Told)
+    result, _ = evaluate("a policy", {"one": with_images(rated([0] * 3), [1.0, 2.0, 3.0])}, modes=(False,))
+    assert result["set"].tolist() == ["one"]
+    result, _ = evaluate("a policy", {"sim-mixed": with_images(mixed(0, 0, 0, 0), [4.0, 3.0, 2.0, 1.0])}, modes=(False,))
+    assert result["dominance"].tolist() == [1.0]
+
+
+# Writing
+
+
+def test_markdown_is_a_table_whatever_the_cells_hold():
+    table = pd.DataFrame({"set": ["a|b", "two\nlines"], "srcc": [0.12345, NAN], "rows": [1400, 3], "seconds": [512.0, 3.0]})
+    assert markdown(table).split("\n") == [
+        "| set | srcc | rows | seconds |",
+        "|---|---|---|---|",
+        "| a b | 0.123 | 1400 | 512 |",
+        "| two lines |  | 3 | 3.000 |",
+    ]
+
+
+def test_scores_are_saved_by_set_estimate_and_mode(tmp_path):
+    table = rated([1.0, NAN, 3.0])
+    save_scores({("sim-kadid", "expected", True): table, ("my/sets/koniq.csv", "greedy", False): table}, tmp_path / "new" / "before")
+    assert sorted(path.name for path in (tmp_path / "new" / "before").iterdir()) == ["koniq.greedy.plain.csv", "sim-kadid.expected.thinking.csv"]
+    back = pd.read_csv(tmp_path / "new" / "before" / "koniq.greedy.plain.csv")
+    pd.testing.assert_frame_equal(back, table)

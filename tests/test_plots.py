@@ -1,0 +1,50 @@
+"""Plot helpers: what is drawn is the data, on the axes that were given."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vqr1.plots import curve, gallery, scatter, training_figure
+
+
+def axes():
+    return Figure().subplots()
+
+
+def test_curve_leaves_out_steps_without_a_value():
+    ax, log = axes(), pd.DataFrame({"step": [1, 2, 3], "val_srcc": [0.1, np.nan, 0.5]})
+    curve(ax, log, "val_srcc", label="policy")
+    assert ax.lines[0].get_xdata().tolist() == [1, 3] and ax.lines[0].get_ydata().tolist() == [0.1, 0.5]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.lines[0].get_label()) == ("training step", "val_srcc", "policy")
+
+
+def test_curve_is_a_centred_running_mean():
+    ax, log = axes(), pd.DataFrame({"step": range(5), "reward": [0.0, 3.0, 6.0, 9.0, 30.0]})
+    curve(ax, log, "reward", window=3)
+    assert ax.lines[0].get_ydata().tolist() == [1.5, 3.0, 6.0, 15.0, 19.5]
+
+
+def test_training_figure_shows_reward_validation_and_spread():
+    log = pd.DataFrame({"step": range(3), "ranking": [0.7, 0.7, 0.8], "val_srcc": [0.1, np.nan, 0.4], "score_std": [0.5, 0.4, 0.3]})
+    drawn = training_figure(log).axes
+    assert [len(ax.lines[0].get_xdata()) for ax in drawn] == [3, 2, 3]
+    assert "sim-kadid" in drawn[1].get_ylabel() and drawn[2].lines[0].get_ydata()[1] == np.mean([0.5, 0.4, 0.3])
+
+
+def test_scatter_draws_mos_across_and_score_up():
+    ax = axes()
+    scatter(ax, np.array([1.0, 4.0]), np.array([2.0, 3.0]), "after")
+    assert ax.collections[0].get_offsets().tolist() == [[1.0, 2.0], [4.0, 3.0]]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("simulated MOS", "score", "after")
+
+
+def test_gallery_shows_every_picture_and_hides_the_empty_places():
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue", "white")]
+    figure = gallery(pictures, list("abcd"), ["one\ntwo", "", "word " * 30, "d"])
+    figure.canvas.draw()
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", "d", "", ""]
+    assert [ax.axison for ax in figure.axes] == [True] * 4 + [False] * 2
+    assert (figure.axes[0].images[0].get_array()[0, 0] == [255, 0, 0]).all()
+    captions = [ax.get_xlabel() for ax in figure.axes[:3]]
+    assert captions[:2] == ["one\ntwo", ""] and max(map(len, captions[2].split("\n"))) <= 46

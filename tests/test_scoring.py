@@ -1,0 +1,373 @@
+"""The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about failures."""
+
+import itertools
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vqr1.policy import load_policy
+from vqr1.prompts import format_ok, messages, parse_score
+from vqr1.scoring import OPEN, Scorer
+from vqr1.thurstone import comparative_probability
+
+
+class Known(torch.nn.Module):
+    """A model whose answers are known: a picture's width says from which distribution, {answer: probability}.
+
+    Like a transformer it knows of the text so far only what the attention mask shows.
+    """
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, processor, *answers):
+        super().__init__()
+        self.answers, self.tokenizer, self.modes = answers, processor.tokenizer, []
+        self.model = SimpleNamespace(rope_deltas=0)
+        end, pad = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.generation_config = SimpleNamespace(eos_token_id=end, pad_token_id=pad)
+
+    def told(self, grid):
+        return [self.answers[width // 2 - 2] for width in grid[:, 2].tolist()]  # in patches of 16 px
+
+    def forward(self, input_ids, attention_mask, image_grid_thw=None, past_key_values=None, **_):
+        self.modes.append(self.training)
+        if past_key_values is None:
+            return SimpleNamespace(past_key_values=SimpleNamespace(told=self.told(image_grid_thw), get_seq_length=lambda: input_ids.shape[1]))
+        seen = attention_mask[:, 0, :, -input_ids.shape[1] :] == 0  # (B, T, T)
+        logits = torch.full((*input_ids.shape, len(self.tokenizer)), -30.0)
+        for row, answers in enumerate(past_key_values.told):
+            for token in range(input_ids.shape[1]):
+                so_far = self.tokenizer.decode(input_ids[row, seen[row, token]]).removeprefix(OPEN)
+                for following, share in next_characters(answers, so_far).items():
+                    logits[row, token, self.tokenizer.convert_tokens_to_ids(following)] = math.log(share)
+        return SimpleNamespace(logits=logits)
+
+    def generate(self, input_ids, image_grid_thw, generation_config, **_):
+        self.modes.append(self.training)
+        k, texts = generation_config.num_return_sequences or 1, []
+        for answers in self.told(image_grid_thw):
+            share = torch.tensor(list(answers.values()))
+            drawn = torch.multinomial(share, k, replacement=True) if generation_config.do_sample else share.argmax()[None]
+            texts += [f"<answer>{list(answers)[i]}</answer><|im_end|>" for i in drawn]
+        ids = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
+        return SimpleNamespace(sequences=torch.cat([input_ids.repeat_interleave(k, 0), ids], 1))
+
+
+def next_characters(answers, so_far):
+    """Return {character: share} of what follows `so_far` among the answers; {} if nothing does."""
+    shares = {}
+    for answer, share in answers.items():
+        if answer.startswith(so_far) and answer != so_far:
+            shares[answer[len(so_far)]] = shares.get(answer[len(so_far)], 0) + share
+    return {character: share / sum(shares.values()) for character, share in shares.items()}
+
+
+def picture(number):
+    """A picture for which `Known` answers from its distribution of this number."""
+    return Image.new("RGB", (64 + 32 * number, 64), "gray")
+
+
+@pytest.fixture
+def known(untrained):
+    """known(*distributions, **options): a Scorer of a model with these answers."""
+    processor = untrained[1]
+    return lambda *answers, **options: Scorer((Known(processor, *answers), processor), **options)
+
+
+# The expected score
+
+
+def test_mean_and_deviation_are_those_of_the_distribution(known):
+    scorer = known({"3.25": 0.5, "4.75": 0.25, "1.00": 0.25}, {"2.00": 1.0}, {"5.99": 0.5, "1.00": 0.5}, batch_size=2)
+    mixed, sure, wide = scorer.score([picture(0), picture(1), picture(2)])
+    assert mixed.score == pytest.approx(3.0625, abs=1e-6)
+    assert mixed.std == pytest.approx(math.sqrt(0.5 * 0.1875**2 + 0.25 * 1.6875**2 + 0.25 * 2.0625**2), abs=1e-6)
+    assert (sure.score, sure.std) == (pytest.approx(2.0, abs=1e-6), pytest.approx(0.0, abs=1e-3))
+    assert (wide.score, wide.std) == (pytest.approx(3.495, abs=1e-6), pytest.approx(2.495, abs=1e-6))
+    assert [score.mass for score in (mixed, sure, wide)] == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_all_500_scores_count_with_their_own_probability(known):
+    rng = np.random.default_rng(0)
+    values = [f"{d}.{n:02d}" for d in range(1, 6) for n in range(100)]
+    share = rng.dirichlet(np.full(500, 0.3))
+    score = known(dict(zip(values, share.tolist()))).score([picture(0)])[0]
+    mean = share @ np.array(values, float)
+    assert score.score == pytest.approx(mean, abs=1e-5)
+    assert score.std == pytest.approx(math.sqrt(share @ (np.array(values, float) - mean) ** 2), abs=1e-5)
+
+
+def test_other_answers_are_left_out_and_the_rest_renormalised(known):
+    score = known({"3.00": 0.3, "4.00": 0.3, "good": 0.2, "7.00": 0.1, "0.50": 0.1}).score([picture(0)])[0]
+    assert score.mass == pytest.approx(0.6, abs=1e-6) and score.score == pytest.approx(3.5, abs=1e-6) and not score.error
+
+
+def test_a_distribution_mostly_of_other_answers_is_no_score(known):
+    poor, good = known({"3.00": 0.4, "good": 0.6}, {"3.00": 1.0}).score([picture(0), picture(1)])
+    assert math.isnan(poor.score) and math.isnan(poor.std) and poor.mass == pytest.approx(0.4, abs=1e-6)
+    assert "only 0.40 of the probability" in poor.error
+    assert good.score == pytest.approx(3.0) and not good.error
+
+
+def crops(photo):
+    """Small pictures of one photograph: four sizes, and two that differ in pixels alone."""
+    boxes = [(0, 0, 64, 64), (100, 60, 228, 156), (200, 100, 264, 164), (30, 200, 190, 296), (0, 100, 96, 164), (250, 30, 314, 158)]
+    return [photo.crop(box) for box in boxes]
+
+
+@torch.no_grad()
+def brute_force(model, processor, image, thinking, text):
+    """Return (mean, std, mass) of 1.00..5.99 after the prompt and `text`, one whole forward for each d.d."""
+    prompt = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False) + text
+    beginnings = [f"{first}.{second}" for first in range(1, 6) for second in range(10)]
+    batch = processor(text=[prompt + start for start in beginnings], images=[image] * 50, return_tensors="pt").to(model.device)
+    chance = model(**batch, logits_to_keep=4).logits.double().log_softmax(-1).cpu()  # (50, 4, V): before d . d and d
+    start = chance[:, :3].gather(2, batch["input_ids"][:, -3:, None].cpu()).sum((1, 2))  # (50,)
+    ends = chance[:, 3, processor.tokenizer.convert_tokens_to_ids(list("0123456789"))]  # (50, 10)
+    p, values = (start[:, None] + ends).exp().flatten(), torch.arange(100, 600).double() / 100
+    mean = float(p @ values / p.sum())
+    return mean, float((p @ (values - mean) ** 2 / p.sum()).sqrt()), float(p.sum())
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return load_policy("tiny-policy", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_expected_score_is_that_of_brute_force(trained, photo, thinking):
+    pictures = crops(photo)[:3]  # two sizes, so that the batch is padded
+    for image, score in zip(pictures, Scorer(trained, thinking).score(pictures)):
+        assert not score.error and score.answers[0].startswith("<think>") == thinking
+        mean, std, mass = brute_force(*trained, image, thinking, score.answers[0])
+        assert (score.score, score.std, score.mass) == (pytest.approx(mean, abs=1e-5), pytest.approx(std, abs=1e-5), pytest.approx(mass, abs=1e-5))
+        assert 0.05 < std < 2 and mass > 0.5
+
+
+@pytest.fixture(scope="module")
+def alone(trained, photo):
+    return [Scorer(trained, batch_size=1).score([image])[0] for image in crops(photo)]
+
+
+@settings(max_examples=8)
+@given(order=st.lists(st.integers(0, 5), min_size=2, max_size=7), size=st.integers(1, 7))
+def test_a_picture_has_one_score_in_any_company(trained, photo, alone, order, size):
+    pictures = crops(photo)
+    scores = Scorer(trained, batch_size=size).score([pictures[i] for i in order])
+    assert [score.score for score in scores] == pytest.approx([alone[i].score for i in order], abs=1e-4)
+    assert [score.std for score in scores] == pytest.approx([alone[i].std for i in order], abs=1e-4)
+
+
+def test_the_trained_policy_thinks_and_answers_in_format(trained, photo):
+    pictures = crops(photo)[1:3]
+    greedy = Scorer(trained, thinking=True, estimate="greedy").score(pictures)
+    expected = Scorer(trained, thinking=True).score(pictures)
+    for one, two in zip(greedy, expected):
+        assert format_ok(one.answers[0]) and 1 <= one.score <= 5 and one.score == parse_score(one.answers[0])
+        assert one.answers[0].startswith(two.answers[0]) and two.answers[0].endswith(OPEN)  # the same greedy reasoning
+        assert one.reasoning == two.reasoning != ""
+    assert Scorer(trained).describe(pictures[0]) == greedy[0].reasoning
+
+
+def test_a_policy_that_never_answers_gives_no_score(untrained):
+    for estimate in ("expected", "greedy"):
+        score = Scorer(untrained, thinking=True, estimate=estimate, max_new_tokens=3).score([picture(0)])[0]
+        assert math.isnan(score.score) and math.isnan(score.std) and score.error.startswith("no ")
+        with pytest.raises(ValueError, match="no <answer> in 3 tokens"):
+            Scorer(untrained, max_new_tokens=3).describe(picture(0))
+
+
+# Greedy and sampled scores
+
+
+def test_greedy_takes_the_likeliest_answer(known):
+    scorer = known({"3.25": 0.4, "4.75": 0.6}, {"The score is 2.5": 1.0}, estimate="greedy")
+    one, two = scorer.score([picture(0), picture(1)])
+    assert (one.score, two.score) == (4.75, 2.5) and math.isnan(one.std) and math.isnan(one.mass)
+    assert one.answers == ["<answer>4.75</answer>"]
+
+
+MIXED = {f"{value}.00": 0.2 for value in range(1, 6)}
+
+
+def test_sampled_scores_have_the_mean_and_deviation_of_their_answers(known):
+    scores = known(MIXED, MIXED, estimate="sample", k=6).score([picture(0), picture(1)])
+    for score in scores:
+        values = [parse_score(answer) for answer in score.answers]
+        assert len(values) == 6 and len(set(values)) > 1
+        assert score.score == pytest.approx(np.mean(values)) and score.std == pytest.approx(np.std(values, ddof=1))
+    assert scores[0].answers != scores[1].answers
+
+
+def test_the_seed_repeats_the_samples(known):
+    def answers(seed):
+        return known(MIXED, estimate="sample", k=12, seed=seed).score([picture(0)])[0].answers
+
+    assert answers(1) == answers(1) != answers(2)
+
+
+def test_sampling_leaves_the_global_generator_alone(known):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    known(MIXED, estimate="sample").score([picture(0)])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_real_policy_samples_without_truncation(untrained):
+    """At temperature 1, top_k 0 and top_p 1, and of an untrained policy no two answers are alike."""
+    score = Scorer(untrained, estimate="sample", k=4, max_new_tokens=6).score([picture(0)])[0]
+    again = Scorer(untrained, estimate="sample", k=4, max_new_tokens=6).score([picture(0)])[0]
+    assert len(set(score.answers)) == 4 and score.answers == again.answers
+
+
+@pytest.mark.parametrize("estimate", ["greedy", "sample"])
+@pytest.mark.parametrize("answer", ["good", "nan", "inf", ""])
+def test_what_cannot_be_parsed_never_becomes_a_number(known, estimate, answer):
+    score, fine = known({answer: 1.0}, {"2.50": 1.0}, estimate=estimate).score([picture(0), picture(1)])
+    assert math.isnan(score.score) and math.isnan(score.std)
+    assert f"<answer>{answer}</answer>" in score.error and fine.score == 2.5
+
+
+def test_only_parseable_samples_are_averaged(known):
+    score = known({"good": 0.5, "3.00": 0.25, "5.00": 0.25}, estimate="sample", k=20).score([picture(0)])[0]
+    values = [value for value in map(parse_score, score.answers) if not math.isnan(value)]
+    assert 2 < len(values) < 18 and len(score.answers) == 20 and not score.error
+    assert (score.score, score.std) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
+
+
+# Pictures that cannot be read
+
+
+@pytest.fixture
+def bad_files(tmp_path, photo):
+    photo.save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
+    (tmp_path / "a folder.png").mkdir()
+    return [tmp_path / name for name in ("missing.png", "truncated.jpg", "empty.png", "text.png", "a folder.png")]
+
+
+@pytest.mark.parametrize("estimate", ["expected", "greedy", "sample"])
+def test_a_file_that_cannot_be_read_is_a_row_with_an_error(known, bad_files, estimate):
+    scorer = known({"3.00": 1.0}, {"4.00": 1.0}, estimate=estimate, batch_size=4)
+    scores = scorer.score([bad_files[0], picture(0), *bad_files[1:], picture(1)])
+    assert [round(score.score) for score in scores if not score.error] == [3, 4] and not scores[1].error and not scores[-1].error
+    for path, score in zip(bad_files, [scores[0], *scores[2:]]):
+        assert str(path) in score.error and math.isnan(score.score) and score.answers == []
+
+
+def test_a_batch_without_a_readable_picture_needs_no_model(known, bad_files):
+    scorer = known()
+    assert all(score.error for score in scorer.score(bad_files)) and scorer.model.modes == []
+    assert scorer.score([]) == []
+
+
+def test_what_a_file_holds_counts_and_not_its_name(known, tmp_path):
+    for number, (kind, mode) in enumerate([("gif", "P"), ("png", "RGBA"), ("tiff", "L"), ("bmp", "1")]):
+        picture(0).convert(mode).save(tmp_path / f"{number}.{kind}")
+        shutil.move(tmp_path / f"{number}.{kind}", tmp_path / f"{number}.jpg")
+    scores = known({"3.00": 1.0}).score([*sorted(tmp_path.glob("*.jpg")), str(tmp_path / "0.jpg"), picture(0).convert("LA")])
+    assert [score.error for score in scores] == [""] * 6
+
+
+def test_an_opened_picture_that_cannot_be_decoded_is_a_row_with_an_error(known, bad_files):
+    with Image.open(bad_files[1]) as broken:
+        error, score = known({"3.00": 1.0}).score([broken, picture(0)])
+    assert "truncated" in error.error and math.isnan(error.score) and score.score == pytest.approx(3.0)
+
+
+def test_describe_and_compare_say_which_file_cannot_be_read(known, bad_files):
+    scorer = known({"3.00": 1.0})
+    with pytest.raises(ValueError, match="missing.png is missing"):
+        scorer.describe(bad_files[0])
+    with pytest.raises(ValueError, match="cannot compare.*empty.png has zero bytes"):
+        scorer.compare(picture(0), bad_files[2])
+
+
+# Comparing and ranking
+
+
+def test_compare_is_thurstones_probability(known):
+    scorer = known({"3.00": 0.5, "4.00": 0.5}, {"2.00": 0.5, "4.00": 0.5})
+    better, worse = scorer.compare(picture(0), picture(1)), scorer.compare(picture(1), picture(0))
+    variances = torch.tensor([0.25]), torch.tensor([1.0])
+    law = comparative_probability(torch.tensor([[3.5]]), variances[0], torch.tensor([3.0]), variances[1])
+    assert better == pytest.approx(law.item(), abs=1e-5) and better > 0.6
+    assert better + worse == pytest.approx(1.0, abs=1e-6)
+    assert scorer.compare(picture(0), picture(0)) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_compare_refuses_scores_without_a_deviation(known):
+    with pytest.raises(ValueError, match="without a deviation.*expected"):
+        known({"3.00": 1.0}, estimate="greedy").compare(picture(0), picture(0))
+
+
+def test_rank_is_best_first_and_failures_last(known, bad_files):
+    scorer = known({"2.00": 1.0}, {"4.50": 1.0}, {"3.00": 1.0}, {"good": 1.0})
+    assert scorer.rank([picture(0), bad_files[0], picture(1), picture(3), picture(2)])[:3] == [2, 4, 0]
+    assert set(scorer.rank([bad_files[0], picture(0), picture(3)])[1:]) == {0, 2}
+
+
+# Settings and state
+
+
+@pytest.mark.parametrize("estimate", ["expected", "sample"])
+def test_scoring_is_done_in_eval_mode_and_puts_training_back(known, estimate):
+    scorer = known(MIXED, estimate=estimate)
+    for training in (True, False):
+        scorer.model.train(training)
+        scorer.score([picture(0)])
+        assert scorer.model.training is training
+    assert set(scorer.model.modes) == {False}
+
+
+def test_training_is_put_back_after_an_error(known):
+    scorer = known()  # no distribution: the model's forward raises
+    scorer.model.train()
+    with pytest.raises(IndexError):
+        scorer.score([picture(0)])
+    assert scorer.model.training
+
+
+def test_scores_leave_no_gradient_behind(untrained):
+    model, _ = untrained
+    Scorer(untrained).score([picture(0)])
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimate": "best"}, "'best' is unknown.*expected, greedy, sample"),
+        ({"estimate": "sample", "k": 1}, "k is 1.*at least 2"),
+        ({"estimate": "sample", "k": 0}, "k is 0"),
+    ],
+)
+def test_wrong_settings_are_named(known, options, message):
+    with pytest.raises(ValueError, match=message):
+        known(MIXED, **options)
+
+
+def test_only_the_expected_score_needs_a_token_per_digit():
+    tokenizer = SimpleNamespace(encode=lambda text, **_: list(text.encode() * 2))
+    policy = SimpleNamespace(), SimpleNamespace(tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="every digit.*greedy"):
+        Scorer(policy)
+    assert Scorer(policy, estimate="greedy").estimate == "greedy"
+
+
+def test_batches_come_one_after_the_other(known):
+    scorer = known(MIXED, batch_size=2)
+    batches = scorer.batches([picture(0)] * 5)
+    assert len(next(batches)) == 2 and len(scorer.model.modes) == 2  # one prefill, one tree
+    assert [len(batch) for batch in itertools.islice(batches, 5)] == [2, 1]

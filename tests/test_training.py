@@ -1,0 +1,539 @@
+"""Training as it is run: a few steps of the embedded policy on a few pictures.
+
+Run by torchrun, this file is the worker of the test of two processes.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import trl
+import yaml
+from PIL import Image
+from transformers import TrainerState
+
+from vqr1 import training
+from vqr1.cli import main
+from vqr1.data import load_ratings, render
+from vqr1.policy import load_policy
+from vqr1.prompts import NON_THINKING, THINKING
+from vqr1.scoring import Score, Scorer
+from vqr1.training import CONFIGS, LOG, RunLog, build_trainer, last_checkpoint, load_config, train, training_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def tiny(**grpo) -> dict:
+    """The cpu configuration with 4 pictures x 3 completions; Adam's first step moves every weight by the learning rate."""
+    config = load_config("cpu")
+    config["validation"] = {"rows": 4, "every": 2}
+    small = {"per_device_train_batch_size": 12, "num_generations": 3, "max_steps": 3}
+    config["grpo"] |= small | {"warmup_steps": 0, "logging_steps": 1, "save_steps": 2} | grpo
+    return config
+
+
+def some_rows() -> pd.DataFrame:
+    return load_ratings("sim-kadid").query("split == 'train'").iloc[::311].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """16 training rows of many photographs, types and levels."""
+    return some_rows()
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """Copies of all weights by the name they have without an adapter."""
+    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def run(rows, tmp_path_factory):
+    """(folder, weights before, weights after) of a run of three steps."""
+    folder = tmp_path_factory.mktemp("run")
+    model, processor = load_policy()
+    before = weights(model)
+    assert train(tiny(), folder, policy=(model, processor), frame=rows) == folder / "policy"
+    return folder, before, weights(model)
+
+
+def read_log(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "log.csv", comment="#")
+
+
+# --- what moves ---------------------------------------------------------------------------------
+
+
+def test_every_trained_weight_moves_and_no_frozen_one(run):
+    folder, before, after = run
+    assert (read_log(folder)["reward_std"].dropna() > 0).all(), "without reward differences nothing could move"
+    frozen = {name for name in before if ".visual." in name}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert frozen and moved == set(before) - frozen
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def test_the_trained_policy_is_what_was_saved(run):
+    folder, _, after = run
+    model, processor = load_policy(folder / "policy")
+    saved = weights(model)
+    assert saved.keys() == after.keys() and all(torch.equal(saved[name], after[name]) for name in after)
+    assert processor.tokenizer.padding_side == "left"
+
+
+@pytest.fixture(scope="module")
+def adapter(rows, tmp_path_factory):
+    """(folder, model after, weights before, [(gradients, dtypes) of each step]) of LoRA on 4-bit NF4, validated before each."""
+    seen = []
+
+    class Watching(RunLog):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            seen.append(({name: float(p.grad.abs().max()) for name, p in trained.items()}, {p.dtype for p in trained.values()}))
+
+    config = tiny(max_steps=3, learning_rate=1e-3) | {"quantize": True, "lora": {"r": 4, "alpha": 8}, "validation": {"rows": 4, "every": 1}}
+    folder = tmp_path_factory.mktemp("adapter")
+    model, processor = load_policy("tiny-policy", quantize=True)
+    before = weights(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "RunLog", Watching)
+        train(config, folder, policy=(model, processor), frame=rows)
+    return folder, model, before, seen
+
+
+def test_lora_on_4_bit_has_every_gradient_after_a_validation_pass(adapter):
+    """lora_B starts at zero, so lora_A's gradient is zero in the first step alone."""
+    folder, _, _, steps = adapter
+    assert read_log(folder)["val_srcc"].notna().sum() == 4 and len(steps) == 3
+    for number, (gradients, dtypes) in enumerate(steps):
+        assert dtypes == {torch.float32}
+        assert gradients and all(".lora_" in name and ".language_model." in name for name in gradients)
+        expected = {name for name in gradients if number > 0 or ".lora_B." in name}
+        assert {name for name, size in gradients.items() if size > 0} == expected
+
+
+def test_lora_on_4_bit_moves_the_adapter_and_not_the_base(adapter):
+    _, model, before, steps = adapter
+    after = weights(model)
+    assert after.keys() - before.keys() == {name.removeprefix("base_model.model.") for name in steps[0][0]}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(value.abs().max() > 0 for name, value in after.items() if ".lora_B." in name)
+    four_bit = [name for name, value in before.items() if value.dtype == torch.uint8]
+    assert four_bit and all(".language_model." in name for name in four_bit)
+
+
+@pytest.fixture(scope="module")
+def question(rows):
+    """One picture and the paper's question, as the model takes it."""
+
+    def inputs(processor) -> dict:
+        prompt = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+        return processor(text=[prompt], images=[render(rows.iloc[0])], return_tensors="pt")
+
+    return inputs
+
+
+def test_a_validation_pass_leaves_the_gradients_of_a_4_bit_model_as_they_were(adapter, question):
+    """bitsandbytes packs the weights for inference in an eval-mode forward, and never unpacks them (facts: trap 3)."""
+    folder, *_ = adapter
+    model, processor = load_policy(folder / "policy", quantize=True)
+    inputs = question(processor)
+    both = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        both.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        Scorer((model, processor)).score([Image.new("RGB", (64, 64), "gray")])
+    first, second = both
+    assert first and all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_an_adapter_loads_as_it_was_trained_and_names_its_base_portably(adapter, question):
+    folder, model, *_ = adapter
+    settings = json.loads((folder / "policy" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == "tiny-policy"
+    assert str(ROOT) not in json.dumps(settings)
+    assert not list((folder / "policy").glob("model*.safetensors")), "an adapter's folder holds no base"
+    loaded, processor = load_policy(folder / "policy", quantize=True)
+    inputs = question(processor)
+    with torch.no_grad():
+        expected, found = (m.eval()(**inputs).logits for m in (model, loaded))
+        with loaded.disable_adapter():
+            base = loaded(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - base).abs().max() > 1e-3, "the adapter does something"
+
+
+def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
+    folder, model, *_ = adapter
+    config = tiny(max_steps=1, save_strategy="no") | {"policy": str(folder / "policy")}
+    trainer = build_trainer(config, tmp_path, frame=rows)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {n for n in after if ".lora_" in n}
+
+
+# --- the log ------------------------------------------------------------------------------------
+
+
+def test_log_has_its_header_columns_steps_and_validation(run):
+    folder, *_ = run
+    lines = (folder / "log.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and f"torch {torch.__version__.partition('+')[0]}" in lines[0]
+    assert f"trl {trl.__version__}" in lines[0] and "seed 0" in lines[0] and "commit " in lines[0]
+    assert lines[1] == ",".join(LOG)
+    log = read_log(folder).set_index("step")
+    assert list(log.index) == [0, 1, 2, 3]
+    assert list(log.index[log["val_srcc"].notna()]) == [0, 2, 3]  # before, every 2, and the last
+    assert log["seconds"].is_monotonic_increasing
+    logged = ["reward", "ranking", "format", "reward_std", "length", "unparseable", "score_std"]
+    assert log.loc[1:, logged].notna().all(axis=None) and log.loc[0, logged].isna().all()
+
+
+def test_run_folder_says_how_it_was_made(run):
+    folder, *_ = run
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == tiny()
+
+
+class Fake:
+    """A scorer that gives rising scores."""
+
+    seed = 0
+
+    def score(self, images):
+        return [Score(score=float(n)) for n in range(len(images))]
+
+
+def at(step: int, **more) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=7, **more)
+
+
+def test_a_validation_between_two_logs_keeps_its_own_step(tmp_path, rows):
+    log = RunLog(tmp_path / "log.csv", Fake(), rows[:4], every=3, resumed_at=0)
+    log.on_train_begin(None, at(0), None)
+    for step in range(1, 8):
+        log.on_step_end(None, at(step), None)
+        if step % 2 == 0:
+            log.on_log(None, at(step), None, logs={"reward": step / 10, "rewards/answer_format_reward/mean": 0.5})
+    log.on_log(None, at(7), None, logs={"train_runtime": 1.0})  # the Trainer's last words are no step
+    table = read_log(tmp_path).set_index("step")
+    assert list(table.index) == [0, 2, 3, 4, 6, 7]
+    assert list(table.index[table["val_srcc"].notna()]) == [0, 3, 6, 7]
+    assert table["reward"].dropna().to_dict() == {2: 0.2, 4: 0.4, 6: 0.6}
+    assert table["format"].dropna().to_dict() == {2: 0.5, 4: 0.5, 6: 0.5}
+
+
+def test_only_the_first_of_several_processes_validates_and_writes(tmp_path, rows):
+    log = RunLog(tmp_path / "log.csv", Fake(), rows[:2], every=1, resumed_at=0)
+    second = at(0, is_world_process_zero=False)
+    log.on_train_begin(None, second, None)
+    log.on_step_end(None, second, None)
+    log.on_log(None, second, None, logs={"reward": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+# --- interrupted, and resumed -------------------------------------------------------------------
+
+
+def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert last_checkpoint(tmp_path / "no such folder") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-20"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    assert last_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10"):  # the Trainer writes this file last
+        (tmp_path / name / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def training_process(config: dict, folder: Path) -> subprocess.Popen:
+    """`vqr1 train` in a process of its own, into folder/run."""
+    settings = folder / "tiny.yaml"
+    settings.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "vqr1.cli", "train", "--config", str(settings), "--out", str(folder / "run")]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Return as soon as the path is there; a process that ends before is an error."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < end, f"{path} did not appear in {seconds} s"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys):
+    config = tiny(max_steps=4, save_steps=2)
+    folder, settings = tmp_path / "run", tmp_path / "tiny.yaml"
+    process = training_process(config, tmp_path)
+    wait_for(folder / "checkpoints" / "checkpoint-2" / "trainer_state.json", process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert not (folder / "policy").exists(), "the kill came after the end"
+    kept = (folder / "log.csv").read_text(encoding="utf-8").splitlines()[1:5]  # header, steps 0 to 2
+    half = folder / "checkpoints" / "checkpoint-3"
+    half.mkdir(exist_ok=True)
+    (half / "model.safetensors").write_bytes(b"half")
+
+    assert main(["train", "--config", str(settings), "--out", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "already holds a run, at checkpoint-2" in said and "--resume" in said
+
+    assert main(["train", "--config", str(settings), "--out", str(folder), "--resume"]) == 0
+    assert last_checkpoint(folder / "checkpoints").name == "checkpoint-4"
+    lines = (folder / "log.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[1:5] == kept
+    assert list(read_log(folder)["step"]) == [0, 1, 2, 3, 4]
+    assert (folder / "policy" / "model.safetensors").is_file()
+
+
+def rerun(config: dict, folder: Path, frame: pd.DataFrame) -> dict[str, torch.Tensor]:
+    """Resume the run in the folder and return all of its weights at the end."""
+    model, processor = load_policy("tiny-policy", config["quantize"])
+    train(config, folder, resume=True, policy=(model, processor), frame=frame)
+    return weights(model)
+
+
+def test_resuming_a_finished_run_trains_no_further(run, rows, tmp_path):
+    folder, _, after = run
+    again = Path(shutil.copytree(folder, tmp_path / "run"))
+    found = rerun(tiny(), again, rows)
+    assert all(torch.equal(found[name], value) for name, value in after.items())
+    assert read_log(again).equals(read_log(folder))
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_ended(run, rows, tmp_path):
+    """Weights, optimizer, schedule, rows and random numbers go on from checkpoint-2."""
+    folder, _, after = run
+    again = Path(shutil.copytree(folder, tmp_path / "run"))
+    shutil.rmtree(again / "checkpoints" / "checkpoint-3")
+    found = rerun(tiny(), again, rows)
+    for name, value in after.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=name)
+    columns = [name for name in LOG if name != "seconds"]
+    pd.testing.assert_frame_equal(read_log(again)[columns], read_log(folder)[columns], rtol=1e-3)
+
+
+def test_a_resumed_adapter_goes_on_as_it_was(adapter, rows, tmp_path):
+    folder, model, *_ = adapter
+    again = Path(shutil.copytree(folder, tmp_path / "run"))
+    found = rerun(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), again, rows)
+    assert all(torch.equal(found[name], value) for name, value in weights(model).items())
+
+
+# --- what cannot be trained ---------------------------------------------------------------------
+
+
+def changed(config: dict, **changes) -> dict:
+    grpo = config["grpo"] | changes.pop("grpo", {})
+    return config | changes | {"grpo": grpo}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grpo": {"num_generations": 1}}, "num_generations is 1: a group needs at least 2"),
+        ({"grpo": {"per_device_train_batch_size": 3}}, "ranking compares pictures, use at least 2"),
+        ({"grpo": {"per_device_train_batch_size": 10}}, "divisible by num_generations"),
+        ({"grpo": {"max_steps": 0}}, "max_steps is 0"),
+        ({"grpo": {"per_device_train_batch_size": 600}}, "fewer than the 200 images of a batch"),
+        ({"reward": "rank"}, "reward 'rank' is unknown; use one of ranking, threshold"),
+        ({"variant": {"binray": True}}, "binray"),
+        ({"variant": {"scope": "everywhere"}}, "everywhere"),
+    ],
+)
+def test_what_cannot_rank_is_refused_before_the_policy_is_loaded(changes, message, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
+    with pytest.raises(ValueError, match=message):
+        train(changed(tiny(), **changes), tmp_path, frame=rows)
+
+
+@pytest.mark.parametrize(("name", "message"), [("sim-nothing", "unknown set 'sim-nothing'"), ("sim-unseen", "no rows with split 'train'")])
+def test_a_set_without_training_rows_is_refused_before_the_policy_is_loaded(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
+    with pytest.raises(ValueError, match=message):
+        train(tiny() | {"sets": [name]}, tmp_path)
+
+
+def test_an_unknown_configuration_lists_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=f"'nope'.*{', '.join(NAMES)}"):
+        load_config("nope")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("reward: ranking", "rewards: ranking"), "mine.yaml: key 'reward' is missing"),
+        (lambda text: text + "\nrewrad: ranking\n", "mine.yaml: key 'rewrad' is unknown"),
+        (lambda text: text.replace("  max_steps:", "  max_step:"), "mine.yaml: key 'max_step' under grpo is unknown"),
+        (lambda text: "", "mine.yaml: not a mapping"),
+        (lambda text: "a list\n", "mine.yaml: not a mapping"),
+        (lambda text: text[: text.index("grpo:")] + "grpo:\n", "mine.yaml: not a mapping"),
+        (lambda text: "grpo: {seed: 0", "mine.yaml: not YAML"),
+    ],
+)
+def test_a_configuration_with_a_mistake_is_named_with_it(change, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(change((CONFIGS / "cpu.yaml").read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+# --- rows and rewards ---------------------------------------------------------------------------
+
+
+def arguments(**grpo) -> tuple[dict, trl.GRPOConfig]:
+    config = tiny(**grpo)
+    return config, trl.GRPOConfig(output_dir="unused", report_to="none", **config["grpo"])
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_rows_are_in_batches_of_one_set_and_only_used_ones_are_rendered(thinking, rows, monkeypatch):
+    """A picture's gray value is its row, so that picture and MOS can be told to belong together."""
+    frame = rows.assign(dataset=["one", "two"] * (len(rows) // 2) + ["one"] * (len(rows) % 2))
+    rendered = []
+
+    def gray(part):
+        rendered.extend(part.index)
+        return [Image.new("RGB", (8, 8), (label,) * 3) for label in part.index]
+
+    monkeypatch.setattr(training, "render_rows", gray)
+    config, args = arguments(max_steps=3)
+    dataset = training_rows(config | {"thinking": thinking}, args, frame)
+    assert len(dataset) == 3 * 4  # steps x pictures
+    batches = [dataset[n : n + 4] for n in range(0, 12, 4)]
+    assert all(len(set(batch["dataset"])) == 1 for batch in batches)
+    shown = [image.getpixel((0, 0))[0] for batch in batches for image in batch["image"]]
+    assert sorted(rendered) == sorted(set(shown))
+    assert [mos for batch in batches for mos in batch["mos"]] == frame["mos"].iloc[shown].tolist()
+    text = batches[0]["prompt"][0][0]["content"][1]["text"]
+    assert text.endswith(THINKING if thinking else NON_THINKING)
+
+
+@pytest.mark.parametrize(
+    ("settings", "generations"),
+    [
+        ({"max_steps": 3, "gradient_accumulation_steps": 2}, 3),
+        ({"max_steps": 4, "num_iterations": 2}, 2),
+        ({"max_steps": 3, "num_iterations": 2}, 2),  # the last one is used for one step
+        ({"max_steps": 1, "steps_per_generation": 2}, 1),
+        ({"max_steps": 9}, 9),  # more than the rows last: another epoch
+    ],
+)
+def test_as_many_pictures_are_drawn_as_will_be_shown(settings, generations, rows, monkeypatch):
+    monkeypatch.setattr(training, "render_rows", lambda part: [Image.new("RGB", (8, 8))] * len(part))
+    config, args = arguments(**settings)
+    drawn = training_rows(config, args, rows)
+    assert len(drawn) == generations * training.images_per_step(args)
+
+
+def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compared(rows, tmp_path, monkeypatch):
+    calls = []
+
+    class Spy(training.RankingReward):
+        def __call__(self, *args, completions=(), mos=None, **kwargs):
+            calls.append((len(completions), mos))
+            return super().__call__(*args, completions=completions, mos=mos, **kwargs)
+
+    monkeypatch.setattr(training, "RankingReward", Spy)
+    config = tiny(max_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=4, save_strategy="no")
+    build_trainer(config, tmp_path, frame=rows).train()
+    [(count, mos)] = calls
+    assert count == 24 and len(set(mos)) == 8  # one call per step: 8 images x 3 answers
+
+
+# --- the libraries ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_a_configuration_is_one_of_trls(name):
+    known = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    config = load_config(name)
+    assert set(config["grpo"]) <= known
+    assert config["grpo"]["max_steps"] > 0 and training.rewards(config)
+
+
+@pytest.mark.parametrize("called", ["GRPOTrainer", "GRPOConfig"])
+def test_every_keyword_given_to_trl_exists(called):
+    tree = ast.parse(Path(training.__file__).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == called]
+    given = {keyword.arg for call in calls for keyword in call.keywords if keyword.arg}
+    assert given and given <= set(inspect.signature(getattr(trl, called)).parameters)
+
+
+def test_nobody_is_told_that_a_training_starts():
+    """The library's telemetry is off also where neither CI nor the user's environment says so."""
+    code = (
+        "from vqr1.cli import main; assert main(['train', '--config', 'nope']) == 2\n"
+        "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
+    )
+    asked = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CI")
+    environment = {name: value for name, value in os.environ.items() if name not in asked}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(200)
+def test_a_step_on_two_processes_ends_with_equal_weights(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=190)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert one["world"] == two["world"] == 2
+    assert one["before"] == two["before"] and one["after"] == two["after"] != one["before"]
+    assert one["compared"] == two["compared"] == [[6, 6]]  # one call; each knows both processes' completions
+    assert list(read_log(tmp_path / "run")["step"]) == [0, 1]
+    assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
+
+
+def worker(folder: Path) -> None:
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    rank = PartialState(cpu=True).process_index
+    compared = []
+
+    class Spy(training.RankingReward):
+        def _rewards(self, everyone):
+            compared.append([len(columns[0]) for columns in everyone])
+            return super()._rewards(everyone)
+
+    def digest(model) -> str:
+        return hashlib.sha256(b"".join(p.numpy().tobytes() for p in weights(model).values())).hexdigest()
+
+    training.RankingReward = Spy
+    model, processor = load_policy()
+    found = {"world": dist.get_world_size(), "before": digest(model)}
+    config = tiny(max_steps=1, per_device_train_batch_size=6) | {"variant": {"scope": "global"}}
+    train(config, folder / "run", policy=(model, processor), frame=some_rows())
+    found |= {"after": digest(model), "compared": compared}
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
