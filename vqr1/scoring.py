@@ -21,7 +21,9 @@ OPEN = "<answer>"
 # The scores d.dd as one tree of 61 tokens after the prefix: its last token, 5 first digits, 5 points, 50 second digits.
 _DEPTH = torch.tensor([0] + [1] * 5 + [2] * 5 + [3] * 50)
 _PARENT = torch.tensor([0] + [0] * 5 + [1 + d for d in range(5)] + [6 + d for d in range(5) for _ in range(10)])
-_VALUES = (torch.arange(1, 6)[:, None, None] + torch.arange(10)[:, None] / 10 + torch.arange(10) / 100).double()
+_DIGITS = torch.arange(10, dtype=torch.float64)
+_FIRST, _SECOND = _DIGITS[1:6], _DIGITS[1:6, None] + _DIGITS / 10  # (5,), (5, 10)
+_VALUES = torch.cat([(_SECOND[..., None] + _DIGITS / 100).flatten(), _SECOND.flatten(), _FIRST])  # (555,)
 
 
 def _ancestors() -> torch.Tensor:
@@ -39,8 +41,8 @@ _SEES = _ancestors()
 class Score:
     """A picture's score (1..5, higher is better) and its standard deviation.
 
-    answers: the completions it was read from ("" for an expected score without thinking); mass: the probability
-    of d.dd answers, of which the expected score is the mean (NaN for other estimates); error: why there is no score.
+    answers: the completions it was read from (up to the number for an expected score); mass: the probability of answers
+    between 1 and 5.99, of which the expected score is the mean (NaN for other estimates); error: why there is no score.
     """
 
     score: float = math.nan
@@ -54,8 +56,8 @@ class Score:
 class Scorer:
     """Score pictures with a policy.
 
-    estimate="expected": the mean and deviation of the model's own distribution over the answers 1.00..5.99,
-    exact, from token probabilities; with thinking, given the greedy reasoning. "greedy": the parsed greedy answer.
+    estimate="expected": the mean and deviation of the model's own distribution over the answers d.dd, d.d and d with
+    a first digit of 1..5, exact, from token probabilities; with thinking, given the greedy reasoning. "greedy": the parsed greedy answer.
     "sample": mean and deviation (ddof 1) of the parseable ones among k answers sampled at temperature 1, the
     paper's; `seed` makes them repeatable. A picture that cannot be read or whose answer cannot be parsed has a NaN
     score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
@@ -73,7 +75,7 @@ class Scorer:
         self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         if estimate == "expected":
-            self.digits, self.point = _digit_tokens(self.processor.tokenizer)
+            self.digits, self.point, self.end = _answer_tokens(self.processor.tokenizer)
 
     def score(self, images: Sequence[Image.Image | str | Path]) -> list[Score]:
         """Return one Score per picture (PIL image or path), in order."""
@@ -169,20 +171,20 @@ class Scorer:
             out = self.model(**inputs, use_cache=True, logits_to_keep=1)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             texts, last = [OPEN] * len(scores), torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
-        probability = self._answers(ids, mask, last, out.past_key_values)  # (B, 5, 10, 10)
+        probability = self._answers(ids, mask, last, out.past_key_values)  # (B, 555)
         for score, text, p in zip(scores, texts, probability.double().cpu()):
             score.answers, score.reasoning = [text], parse_reasoning(text)
             score.mass = float(p.sum())
             if not text.endswith(OPEN):
                 score.error = f"no {OPEN} in {self.max_new_tokens} tokens: {text[:200]!r}"
             elif score.mass < 0.5:
-                score.error = f"only {score.mass:.2f} of the probability is on scores 1.00..5.99 after {text[-200:]!r}"
+                score.error = f"only {score.mass:.2f} of the probability is on scores between 1 and 5.99 after {text[-200:]!r}"
             else:
                 mean = float((p * _VALUES).sum()) / score.mass
                 score.score, score.std = mean, math.sqrt(max(0.0, float((p * (_VALUES - mean) ** 2).sum()) / score.mass))
 
     def _answers(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache) -> torch.Tensor:
-        """Return P(d.dd) after each row's `last` token, (B, 5, 10, 10), in one forward on the shared cache.
+        """Return the probability of each of `_VALUES` after each row's `last` token, (B, 555), in one forward.
 
         All 5 x 10 beginnings are one tree under a 4-D mask: every token sees the prefix and its ancestors.
         ids, mask: (B, T) prefix tokens and which are real; last: (B,) position of the last real one.
@@ -204,15 +206,17 @@ class Scorer:
         first, dot = p[:, 0, digits[1:6]], p[:, 1:6, point]  # (B, 5)
         second = p[:, 6:11][..., digits]  # (B, 5, 10)
         third = p[:, 11:61][..., digits].reshape(rows, 5, 10, 10)
-        return (first * dot)[..., None, None] * second[..., None] * third
+        one, two = first * p[:, 1:6, self.end], (first * dot)[..., None] * second  # "d</", "d.d"
+        short = two * p[:, 11:61, self.end].reshape(rows, 5, 10)  # "d.d</"
+        return torch.cat([(two[..., None] * third).flatten(1), short.flatten(1), one], 1)
 
 
-def _digit_tokens(tokenizer) -> tuple[torch.Tensor, int]:
-    """Return the ids of the ten digits and of the point; each must be one token."""
+def _answer_tokens(tokenizer) -> tuple[torch.Tensor, int, int]:
+    """Return the ids of the ten digits, of the point, and of what ends a number; each digit must be one token."""
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in "0123456789."]
     if any(len(i) != 1 for i in ids):
         raise ValueError("this tokenizer has no token of its own for every digit: use estimate='greedy' or 'sample'")
-    return torch.tensor([i[0] for i in ids[:10]]), ids[10][0]
+    return torch.tensor([i[0] for i in ids[:10]]), ids[10][0], tokenizer.encode("</answer>", add_special_tokens=False)[0]
 
 
 def _chunks(items: list, size: int) -> list[list]:

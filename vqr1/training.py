@@ -242,7 +242,8 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
         model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor,
         peft_config=lora_config(**config["lora"]) if config["lora"] else None,
     )  # fmt: skip
-    look_once(trainer.model)
+    for looker in filter(None, (trainer.model, trainer.ref_model)):
+        look_once(looker)
     own_names(trainer.model)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away
