@@ -65,7 +65,9 @@ def next_characters(answers, so_far):
     shares = {}
     for answer, share in answers.items():
         if answer.startswith(so_far) and answer != so_far:
-            shares[answer[len(so_far)]] = shares.get(answer[len(so_far)], 0) + share
+            rest = answer[len(so_far) :]
+            following = rest if rest == "</answer>" else rest[0]
+            shares[following] = shares.get(following, 0) + share
     return {character: share / sum(shares.values()) for character, share in shares.items()}
 
 
@@ -109,6 +111,11 @@ def test_other_answers_are_left_out_and_the_rest_renormalised(known):
     assert score.mass == pytest.approx(0.6, abs=1e-6) and score.score == pytest.approx(3.5, abs=1e-6) and not score.error
 
 
+def test_answers_with_fewer_decimals_count_as_they_stand(known):
+    score = known({"3.00</answer>": 0.25, "4.5</answer>": 0.25, "2</answer>": 0.5}).score([picture(0)])[0]
+    assert score.mass == pytest.approx(1.0, abs=1e-6) and score.score == pytest.approx(0.25 * 3 + 0.25 * 4.5 + 0.5 * 2, abs=1e-6)
+
+
 def test_a_distribution_mostly_of_other_answers_is_no_score(known):
     poor, good = known({"3.00": 0.4, "good": 0.6}, {"3.00": 1.0}).score([picture(0), picture(1)])
     assert math.isnan(poor.score) and math.isnan(poor.std) and poor.mass == pytest.approx(0.4, abs=1e-6)
@@ -124,14 +131,18 @@ def crops(photo):
 
 @torch.no_grad()
 def brute_force(model, processor, image, thinking, text):
-    """Return (mean, std, mass) of 1.00..5.99 after the prompt and `text`, one whole forward for each d.d."""
+    """Return (mean, std, mass) of d.dd, d.d and d after the prompt and `text`, one whole forward for each d.d."""
     prompt = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False) + text
     beginnings = [f"{first}.{second}" for first in range(1, 6) for second in range(10)]
     batch = processor(text=[prompt + start for start in beginnings], images=[image] * 50, return_tensors="pt").to(model.device)
     chance = model(**batch, logits_to_keep=4).logits.double().log_softmax(-1).cpu()  # (50, 4, V): before d . d and d
     start = chance[:, :3].gather(2, batch["input_ids"][:, -3:, None].cpu()).sum((1, 2))  # (50,)
     ends = chance[:, 3, processor.tokenizer.convert_tokens_to_ids(list("0123456789"))]  # (50, 10)
-    p, values = (start[:, None] + ends).exp().flatten(), torch.arange(100, 600).double() / 100
+    end = processor.tokenizer.convert_tokens_to_ids("</answer>")
+    tenths = (start + chance[:, 3, end]).exp()  # d.d</answer>
+    ones = (chance[:, 0].gather(1, batch["input_ids"][:, -3, None].cpu())[:, 0] + chance[:, 1, end])[::10].exp()  # d</answer>
+    p = torch.cat([(start[:, None] + ends).exp().flatten(), tenths, ones])
+    values = torch.cat([torch.arange(100, 600).double() / 100, torch.arange(10, 60).double() / 10, torch.arange(1, 6).double()])
     mean = float(p @ values / p.sum())
     return mean, float((p @ (values - mean) ** 2 / p.sum()).sqrt()), float(p.sum())
 

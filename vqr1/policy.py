@@ -230,7 +230,6 @@ def load_policy(name_or_path: str | Path = "tiny-policy", quantize: bool = False
     device = {"": 0} if torch.cuda.is_available() else None
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device, use_safetensors=True, **more)
     keep_gradients(model)
-    model.config._name_or_path = name  # an adapter remembers its base by this
     return model, load_processor(source, model.config.model_type)
 
 

@@ -237,7 +237,8 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     rows = training_rows(config, args, frame)
     model, processor = policy or load_policy(config["policy"], config["quantize"])
     freeze(model, config["frozen"])
-    model.name_or_path = model.config._name_or_path  # what peft notes as an adapter's base: the name given, not its folder
+    if config["lora"]:
+        model.name_or_path = str(config["policy"])  # what peft notes as an adapter's base: the name given, not its folder
     trainer = GRPOTrainer(
         model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor,
         peft_config=lora_config(**config["lora"]) if config["lora"] else None,
