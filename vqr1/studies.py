@@ -82,11 +82,12 @@ def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: i
     resume_from(output, resume)  # before minutes of evaluation
     if steps:
         settings["grpo"]["max_steps"] = steps
-    frames = evaluation_rows(SETS, limit=limit)
     start = time.time()
+    print("Rendering the test pictures and scoring them before training.", flush=True)
+    frames = evaluation_rows(SETS, limit=limit)
     before, old = evaluate(settings["policy"], frames)
     evaluated = time.time()
-    print(f"Evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.", flush=True)
+    print(f"Rendered and evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.", flush=True)
     policy = train(settings, output, resume=resume)
     trained = time.time()
     print(f"Trained in {trained - evaluated:.0f} s. Evaluating again.", flush=True)
