@@ -91,6 +91,7 @@ def build_tokenizer(texts: list[str], vocab_size: int = 640) -> PreTrainedTokeni
 def build_policy(texts: list[str], seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, PictureProcessor]:
     """Build the untrained embedded policy: Qwen2.5-VL's class with 3.5 million weights.
 
+    Pictures above 256x256 pixels are shrunk: it was taught on crops of that size.
     Every linear layer's sizes are multiples of 64, which 4-bit layers need on CPUs
     (facts: bitsandbytes 0.50).
     """
@@ -118,7 +119,7 @@ def build_policy(texts: list[str], seed: int = 0) -> tuple[Qwen2_5_VLForConditio
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     pictures = Qwen2VLImageProcessorPil(
         patch_size=PATCH, temporal_patch_size=1, merge_size=2,
-        size={"shortest_edge": 64 * 64, "longest_edge": 512 * 384},
+        size={"shortest_edge": 64 * 64, "longest_edge": 256 * 256},
     )  # fmt: skip
     return model, PictureProcessor(pictures, tokenizer, chat_template=CHAT_TEMPLATE)
 
