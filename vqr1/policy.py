@@ -92,8 +92,7 @@ def build_policy(texts: list[str], seed: int = 0) -> tuple[Qwen2_5_VLForConditio
     """Build the untrained embedded policy: Qwen2.5-VL's class with 3.5 million weights.
 
     Pictures above 256x256 pixels are shrunk: it was taught on crops of that size.
-    Every linear layer's sizes are multiples of 64, which 4-bit layers need on CPUs
-    (facts: bitsandbytes 0.50).
+    Every linear layer's sizes are multiples of 64, which bitsandbytes' 4-bit layers need on CPUs.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(texts)
