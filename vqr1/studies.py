@@ -13,6 +13,12 @@ from vqr1.policy import load_policy
 from vqr1.training import load_config, machine_line, resume_from, train
 
 CONTROLS = ("permuted", "format")
+COLUMNS = [
+    "study", "variant", "seed", "set", "estimate", "photographs", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi",
+    "srcc_within_level", "plcc", "plcc_fit", "dominance", "seconds", "srcc_before", "srcc_within_level_before", "dominance_before",
+    "srcc_gain", "srcc_gain_lo", "srcc_gain_hi", "srcc_within_level_gain", "srcc_within_level_gain_lo", "srcc_within_level_gain_hi",
+]  # fmt: skip
+"""Of a study's CSV. after - before = gain, with its 95% interval paired over photographs."""
 
 
 def control(config: dict, kind: str) -> tuple[dict, pd.DataFrame | None]:
@@ -44,7 +50,7 @@ def study(name: str, seeds: list[int], output: Path, csv: Path, config: str = "c
     Rows that are already there are not made again. Each holds before, after and the paired gain of a set.
     """
     variants = [None] if name == "demo" else list(CONTROLS)
-    done = pd.read_csv(csv, comment="#") if csv.is_file() else pd.DataFrame(columns=["variant", "seed"])
+    done = pd.read_csv(csv, comment="#") if csv.is_file() else pd.DataFrame(columns=COLUMNS)
     todo = [(v, s) for v in variants for s in seeds if not ((done["variant"] == (v or "ranking")) & (done["seed"] == s)).any()]
     if not todo:
         return done
@@ -59,12 +65,18 @@ def study(name: str, seeds: list[int], output: Path, csv: Path, config: str = "c
             | _compared(before[key], after[key]) | {"seconds": round(seconds, 1)}
             for key in after
         ]  # fmt: skip
-        done = pd.concat([done, pd.DataFrame(rows)], ignore_index=True)
-        csv.parent.mkdir(parents=True, exist_ok=True)
-        partial = csv.with_suffix(".tmp")
-        partial.write_text(f"# {machine_line(seed)}\n{done.to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
-        partial.replace(csv)
+        done = pd.concat([done, pd.DataFrame(rows)]) if len(done) else pd.DataFrame(rows)
+        done = done.reindex(columns=COLUMNS).convert_dtypes()
+        _write(csv, done)
     return done
+
+
+def _write(csv: Path, table: pd.DataFrame) -> None:
+    csv.parent.mkdir(parents=True, exist_ok=True)
+    partial = csv.with_suffix(".tmp")
+    seeds = ", ".join(map(str, sorted(set(table["seed"]))))
+    partial.write_text(f"# {machine_line(seeds)}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
+    partial.replace(csv)
 
 
 def _compared(before: pd.DataFrame, after: pd.DataFrame) -> dict:

@@ -171,7 +171,7 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix({key: f"{value:.3f}" for key, value in table.items()})
 
 
-def machine_line(seed: int) -> str:
+def machine_line(seed: int | str) -> str:
     """Return one line that says on what, with which versions, seed and commit a log was made."""
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
