@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from transformers.modeling_utils import load_state_dict
 
 from vqr1 import observers, pretraining
 from vqr1.data import HELD_OUT, TRAINED, data_root
 from vqr1.pretraining import (
     REGIONS, SCORES, STRENGTH, Answers, Pictures, answer, corpus, dead_leaves, perception_batch, pink_textures,
-    reasoning, where,
+    reasoning, where, pretrain,
 )  # fmt: skip
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, named_distortions, named_severity, parse_reasoning, parse_score
 
@@ -231,3 +232,17 @@ def test_perception_calls_a_picture_clean_whatever_was_done_to_it_unseen():
     batch = perception_batch([row("jpeg", 2), row("jpeg", 0), row("jitter", 5)])
     assert batch["kind"].tolist() == [TRAINED.index("jpeg") + 1, 0, TRAINED.index("jitter") + 1]
     assert batch["strength"].tolist() == [2, 0, 5]
+
+
+def test_pretraining_again_finds_the_weights_of_every_stage(tmp_path):
+    """The Trainer alone would look for the model's names in files that have the hub's, and start anew."""
+
+    def weights(*steps):
+        file = pretrain(tmp_path, steps, batch=2) / "model.safetensors"
+        return {name: tensor.clone() for name, tensor in load_state_dict(file).items()}  # the file is written again
+
+    first, again = weights(1, 2), weights(1, 2)
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    further = weights(1, 4)
+    moved = [float((further[name].float() - first[name].float()).abs().max()) for name in first]
+    assert 0 < max(moved) < 0.02  # two more steps of at most 1e-3 in every weight, not another start

@@ -97,7 +97,7 @@ def test_unparseable_and_out_of_range_answers_are_counted():
         completions=completions, mos=[3, 3, 2, 2, 1, 1], log_metric=metrics.__setitem__, log_extra=extra.__setitem__
     )
     assert metrics["unparseable"] == pytest.approx(2 / 6) and metrics["out_of_range"] == pytest.approx(2 / 6)
-    assert metrics["score_std"] == pytest.approx((1.5 / 2**0.5 + 1.0 / 2**0.5) / 2)
+    assert metrics["score_std"] == pytest.approx((1.5 / 2**0.5 + 1.0 / 2**0.5) / 2)  # the median of two
     assert list(extra) == ["score"] and extra["score"][:2] == [4.0, 5.5] and math.isnan(extra["score"][2])
 
 

@@ -34,7 +34,7 @@ def training_figure(log: pd.DataFrame, sets: str = "sim-kadid") -> Figure:
 def scatter(ax: Axes, mos: np.ndarray, score: np.ndarray, title: str = "") -> None:
     """Draw scores against (simulated) MOS."""
     ax.scatter(mos, score, s=4, alpha=0.35, linewidths=0)
-    ax.set(xlabel="simulated MOS", ylabel="score", xlim=(0.9, 5.1), ylim=(0.9, 5.1), title=title, aspect="equal")
+    ax.set(xlabel="simulated MOS", ylabel="score", xlim=(0.9, 5.1), ylim=(0.9, 5.1), title=title)
     ax.grid(alpha=0.3)
 
 

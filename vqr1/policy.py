@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -276,3 +277,12 @@ def look_once(model: PreTrainedModel) -> None:
 def _fingerprint(picture: torch.Tensor, grid: torch.Tensor) -> tuple:
     """Return what tells one picture's pixels from another's, exactly: its shape and a digest of its bytes."""
     return (*grid.tolist(), hashlib.blake2b(picture.contiguous().cpu().view(torch.uint8).numpy().data, digest_size=16).digest())
+
+
+def own_names(model: torch.nn.Module) -> None:
+    """Let checkpoints keep the model's own weight names, the only ones by which Trainer reads them again.
+
+    By default transformers 5 writes Qwen2.5-VL's older names, and a resumed run would start anew, with a warning.
+    """
+    if isinstance(model, PreTrainedModel):  # an adapter's checkpoint holds its own names already
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)

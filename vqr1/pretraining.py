@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 from scipy import ndimage
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_utils import load_state_dict
 from transformers.trainer_utils import get_last_checkpoint
 
 from vqr1.data import CROP, TRAINED, data_root
 from vqr1.distortions import distort
-from vqr1.policy import build_policy, start_from_energies
+from vqr1.policy import build_policy, own_names, start_from_energies
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
 
 STRENGTH = {"mean_shift": (3, 2, 0, 2, 3), "contrast_change": (4, 3, 2, 2, 3)}
@@ -231,10 +231,8 @@ class Answers:
 def _train(model: nn.Module, pictures: Pictures, collate, output: Path, steps: int, batch: int, lr: float, seed: int) -> None:
     found = get_last_checkpoint(output) if output.is_dir() else None
     done = int(found.rsplit("-", 1)[1]) if found else 0
-    if found:  # the Trainer loads by names in the model, and the files of Qwen2.5-VL have the hub's: nothing would match
-        again = type(model).from_pretrained(found).state_dict() if hasattr(model, "config") else load_file(f"{found}/model.safetensors")
-        model.load_state_dict(again)
     if done >= steps:
+        model.load_state_dict(load_state_dict(f"{found}/model.safetensors"), strict=False)  # tied weights are there once
         return
     pictures.seed += 1000 * done  # go on with new pictures
     bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -264,6 +262,7 @@ def pretrain(output: str | Path, steps: tuple[int, int] = (2400, 700), batch: in
     tower, collate = Perception(model.model.visual), Answers(processor, seed)
     _train(tower, Pictures(processor, seed + 1), perception_batch, output / "see", steps[0], batch, 1e-3, seed)
     model.model.visual.requires_grad_(False)
+    own_names(model)
     _train(model, Pictures(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed)
     model.half().save_pretrained(output / "policy")
     processor.save_pretrained(output / "policy")

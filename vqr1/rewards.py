@@ -6,6 +6,7 @@ by side. A completion is ``[{"role": "assistant", "content": text}]`` or the tex
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 from accelerate import PartialState
@@ -104,8 +105,8 @@ class RankingReward:
         if log_metric:
             groups = [scores[n : n + self.num_generations] for n in range(0, len(scores), self.num_generations)]
             spreads = [std for std in map(_std, groups) if not math.isnan(std)]
-            if spreads:  # TRL averages what is logged: a NaN would hide the rest
-                log_metric("score_std", sum(spreads) / len(spreads))
+            if spreads:  # TRL averages what is logged: a NaN would hide the rest, and so would one answer of 40
+                log_metric("score_std", median(spreads))
 
 
 def _or_none(column, scores: list) -> list:

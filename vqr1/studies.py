@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vqr1.data import load_ratings
 from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
@@ -144,20 +145,18 @@ def figures(output: Path, frames: dict, old: dict, new: dict, thinking: bool) ->
     one, two = old[key], new[key]
     figure = scatter_pair(one, two)
     figure.savefig(output / "scatter.png")
-    chosen = one.groupby("distortion", sort=False).apply(lambda rows: rows.index[len(rows) // 2], include_groups=False).to_numpy()
-    chosen = chosen[np.linspace(0, len(chosen) - 1, 6).astype(int)]
+    varied = one[one["level"] > 1].sample(frac=1, random_state=0)
+    chosen = varied.drop_duplicates("reference").drop_duplicates("distortion").index[:6]
     captions = [
         f"before {one.score[i]:.2f}: {one.reasoning[i]}\nafter {two.score[i]:.2f}: {two.reasoning[i]}" for i in chosen
     ]
-    titles = [f"{one.distortion[i]}, level {one.level[i]}; simulated MOS {one.mos[i]:.2f}" for i in chosen]
+    titles = [f"{one.distortion[i]}, level {one.level[i]}\nsimulated MOS {one.mos[i]:.2f}" for i in chosen]
     gallery([frames["sim-kadid"].attrs["images"][i] for i in chosen], titles, captions).savefig(output / "pictures.png")
 
 
 def scatter_pair(one: pd.DataFrame, two: pd.DataFrame):
     """Return scores against MOS before and after, side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained", dpi=100)
+    figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=100)
     for ax, table, title in zip(figure.subplots(1, 2), (one, two), ("before", "after")):
         scatter(ax, table["mos"], table["score"], title)
     return figure

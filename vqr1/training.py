@@ -5,19 +5,18 @@ import platform
 import subprocess
 import time
 from dataclasses import fields
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 import yaml
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.data import load_ratings, one_set_batches, prompt_rows, render_rows
 from vqr1.metrics import plcc, srcc
-from vqr1.policy import load_policy, look_once, lora_config
+from vqr1.policy import load_policy, look_once, lora_config, own_names
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
 
@@ -207,15 +206,6 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
     if "visual" in names:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.model.visual.get_input_embeddings = lambda: None
-
-
-def own_names(model: torch.nn.Module) -> None:
-    """Let checkpoints keep the model's own weight names, the only ones by which Trainer reads them again.
-
-    By default transformers 5 writes Qwen2.5-VL's older names, and a resumed run would start anew, with a warning.
-    """
-    if isinstance(model, PreTrainedModel):  # an adapter's checkpoint holds its own names already
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
 
 def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:
