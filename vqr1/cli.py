@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     sheet.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
     sheet.add_argument("--out", default="sheet.png", help="the PNG to write (%(default)s)")
 
-    pretrain = command("pretrain", "Make the embedded policy again: hours on a CPU, minutes on a GPU. Resumes by itself.")
+    pretrain = command("pretrain", "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself.")
     pretrain.add_argument("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
     pretrain.add_argument("--steps", type=int, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages")
     pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")

@@ -123,7 +123,6 @@ def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict,
     gold = [{"set": name, "oracle": oracle} | row for name, frame in frames.items() if name != "sim-mixed" for oracle, row in oracles(frame).items()]
     names = [{"policy": which, "well_formed": table["well_formed"].mean()} | naming(table) for which, table in
              (("before", old["sim-kadid", "expected", True]), ("after", new["sim-kadid", "expected", True]))]  # fmt: skip
-    short = {"study", "named_rows"}
     parts = [
         "# From photographs to a trained ranker",
         "Ratings are simulated (`sim-`): made from published human means of KADID-10k's types and levels, not from people who saw these pictures.",
@@ -132,7 +131,7 @@ def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict,
         "## After", markdown(after.reindex(columns=columns)),
         "## Gain, paired over the same photographs (95% intervals)", markdown(pd.DataFrame(lines)),
         "## What knowing the level, or type and level, would give", markdown(pd.DataFrame(gold)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
-        "## What the reasoning names", markdown(pd.DataFrame(names).drop(columns=list(short), errors="ignore")),
+        "## What the reasoning names", markdown(pd.DataFrame(names).drop(columns="named_rows")),
         "![curves](training.png)", "![scores against simulated MOS](scatter.png)", "![six pictures](pictures.png)",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
