@@ -1,6 +1,5 @@
 """The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about failures."""
 
-import itertools
 import math
 import shutil
 from types import SimpleNamespace
@@ -13,9 +12,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqr1.policy import load_policy
-from vqr1.prompts import format_ok, messages, parse_score
+from vqr1.prompts import format_ok, messages, named_distortions, parse_score
 from vqr1.scoring import OPEN, Scorer
 from vqr1.thurstone import comparative_probability
+
+
+class KnownCache(SimpleNamespace):
+    """What a model keeps of a prefilled prompt: how long it is, and of which picture it was told."""
+
+    def get_seq_length(self):
+        return self.length
+
+    def batch_repeat_interleave(self, repeats):
+        self.told = [answers for answers in self.told for _ in range(repeats)]
 
 
 class Known(torch.nn.Module):
@@ -28,18 +37,13 @@ class Known(torch.nn.Module):
 
     def __init__(self, processor, *answers):
         super().__init__()
-        self.answers, self.tokenizer, self.modes = answers, processor.tokenizer, []
-        self.model = SimpleNamespace(rope_deltas=0)
+        self.answers, self.tokenizer, self.modes, self.batches = answers, processor.tokenizer, [], []
         end, pad = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.generation_config = SimpleNamespace(eos_token_id=end, pad_token_id=pad)
+        self.model = KnownInner(self)
 
-    def told(self, grid):
-        return [self.answers[width // 2 - 2] for width in grid[:, 2].tolist()]  # in patches of 16 px
-
-    def forward(self, input_ids, attention_mask, image_grid_thw=None, past_key_values=None, **_):
+    def forward(self, input_ids, attention_mask, past_key_values, **_):
         self.modes.append(self.training)
-        if past_key_values is None:
-            return SimpleNamespace(past_key_values=SimpleNamespace(told=self.told(image_grid_thw), get_seq_length=lambda: input_ids.shape[1]))
         seen = attention_mask[:, 0, :, -input_ids.shape[1] :] == 0  # (B, T, T)
         logits = torch.full((*input_ids.shape, len(self.tokenizer)), -30.0)
         for row, answers in enumerate(past_key_values.told):
@@ -49,15 +53,33 @@ class Known(torch.nn.Module):
                     logits[row, token, self.tokenizer.convert_tokens_to_ids(following)] = math.log(share)
         return SimpleNamespace(logits=logits)
 
-    def generate(self, input_ids, image_grid_thw, generation_config, **_):
+    def generate(self, input_ids, past_key_values, generation_config, **_):
         self.modes.append(self.training)
-        k, texts = generation_config.num_return_sequences or 1, []
-        for answers in self.told(image_grid_thw):
+        texts = []
+        for answers in past_key_values.told:
             share = torch.tensor(list(answers.values()))
-            drawn = torch.multinomial(share, k, replacement=True) if generation_config.do_sample else share.argmax()[None]
-            texts += [f"<answer>{list(answers)[i]}</answer><|im_end|>" for i in drawn]
+            drawn = torch.multinomial(share, 1) if generation_config.do_sample else share.argmax()[None]
+            texts.append(f"<answer>{list(answers)[drawn]}</answer><|im_end|>")
         ids = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
-        return SimpleNamespace(sequences=torch.cat([input_ids.repeat_interleave(k, 0), ids], 1))
+        return SimpleNamespace(sequences=torch.cat([input_ids, ids], 1))
+
+
+class KnownInner:
+    """`Known` below its output layer: takes pictures in, and remembers which."""
+
+    def __init__(self, outer):
+        self.outer = outer
+
+    def get_rope_index(self, ids, kinds, image_grid_thw, attention_mask):
+        return torch.zeros(3, *ids.shape, dtype=torch.long), torch.zeros(len(ids), 1, dtype=torch.long)
+
+    def __call__(self, input_ids, image_grid_thw=None, past_key_values=None, **_):
+        self.outer.modes.append(self.outer.training)
+        if image_grid_thw is None:  # the beginning that all prompts share
+            return SimpleNamespace(past_key_values=KnownCache(length=input_ids.shape[1], told=[None]))
+        self.outer.batches.append(image_grid_thw[:, 2].tolist())
+        past_key_values.length += input_ids.shape[1]
+        past_key_values.told = [self.outer.answers[width // 2 - 2] for width in image_grid_thw[:, 2].tolist()]  # in patches of 16 px
 
 
 def next_characters(answers, so_far):
@@ -184,7 +206,11 @@ def test_the_trained_policy_thinks_and_answers_in_format(trained, photo):
         assert format_ok(one.answers[0]) and 1 <= one.score <= 5 and one.score == parse_score(one.answers[0])
         assert one.answers[0].startswith(two.answers[0]) and two.answers[0].endswith(OPEN)  # the same greedy reasoning
         assert one.reasoning == two.reasoning != ""
-    assert Scorer(trained).describe(pictures[0]) == greedy[0].reasoning
+    described = Scorer(trained).describe(pictures[0])
+    assert described.text == greedy[0].reasoning and described.distortions == named_distortions(described.text)
+    assert described.score.score == pytest.approx(expected[0].score, abs=1e-5)
+    assert str(described).splitlines()[-1] == f"score {expected[0].score:.2f} ± {expected[0].std:.2f}"
+    assert f"<em>{described.text}</em>" in described._repr_html_()
 
 
 def test_a_policy_that_never_answers_gives_no_score(untrained):
@@ -279,7 +305,7 @@ def test_a_file_that_cannot_be_read_is_a_row_with_an_error(known, bad_files, est
 
 def test_a_batch_without_a_readable_picture_needs_no_model(known, bad_files):
     scorer = known()
-    assert all(score.error for score in scorer.score(bad_files)) and scorer.model.modes == []
+    assert all(score.error for score in scorer.score(bad_files)) and scorer.model.batches == []
     assert scorer.score([]) == []
 
 
@@ -325,10 +351,93 @@ def test_compare_refuses_scores_without_a_deviation(known):
 
 def test_rank_is_best_first_and_failures_last(known, bad_files):
     scorer = known({"2.00": 1.0}, {"4.50": 1.0}, {"3.00": 1.0}, {"good": 1.0})
-    assert scorer.rank([picture(0), bad_files[0], picture(1), picture(3), picture(2)])[:3] == [2, 4, 0]
-    assert set(scorer.rank([bad_files[0], picture(0), picture(3)])[1:]) == {0, 2}
+    ranked = scorer.rank([picture(0), bad_files[0], picture(1), picture(3), picture(2)])
+    assert ranked["image"].tolist() == [2, 4, 0, 1, 3]
+    assert ranked["rank_lo"].tolist()[:3] == ranked["rank_hi"].tolist()[:3] == [1, 2, 3]  # all sure
+    assert ranked["error"].iloc[3:].ne("").all() and ranked["score"].iloc[3:].isna().all()
+    assert scorer.rank([]).empty and scorer.rank(bad_files)["image"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_ranks_have_the_intervals_that_the_deviations_allow(known):
+    scorer = known({"2.00": 0.5, "4.00": 0.5}, {"2.10": 0.5, "4.10": 0.5}, {"4.99": 0.5, "5.01": 0.5}, {"1.00": 1.0})
+    ranked = scorer.rank([picture(i) for i in range(4)])
+    assert ranked["image"].tolist() == [2, 1, 0, 3]
+    assert ranked["lo"].tolist() == pytest.approx((ranked["score"] - 1.96 * ranked["std"]).tolist())
+    assert ranked["rank_lo"].tolist() == [1, 1, 2, 3] and ranked["rank_hi"].tolist() == [1, 3, 3, 4]
+    assert ranked.equals(scorer.rank([picture(i) for i in range(4)]))
+
+
+# A reward, streams and memory
+
+
+def test_as_a_reward_it_gives_one_number_per_picture_without_gradients(trained, photo, known, bad_files):
+    pictures = crops(photo)[:3]
+    scorer = Scorer(trained)
+    rewards = scorer(pictures)
+    assert rewards.shape == (3,) and not rewards.requires_grad
+    assert rewards.tolist() == pytest.approx([score.score for score in scorer.score(pictures)])
+    same = [np.asarray(pictures[0])] * 2
+    tensor = torch.tensor(np.stack(same)).permute(0, 3, 1, 2).float().div(255).requires_grad_()
+    assert scorer(tensor).tolist() == pytest.approx([rewards[0].item()] * 2, abs=1e-4)
+    assert known({"3.00": 1.0})([picture(0), bad_files[0]]).isnan().tolist() == [False, True]
+
+
+def test_a_stream_is_scored_as_it_comes_and_no_further_ahead_than_two_windows(known):
+    scorer, taken = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=2), []
+
+    def stream():
+        for i in range(100):
+            taken.append(i)
+            yield picture(i % 2)
+
+    windows = scorer.batches(stream())
+    first = next(windows)
+    assert [round(score.score) for score in first] == [3, 4] * 4  # a window: 4 batches of 2
+    assert len(taken) == 16
+    windows.close()
+    assert len(taken) == 16
+
+
+def test_batches_are_formed_by_size_and_the_order_kept(known):
+    scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=2)
+    assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [3, 4] * 3 + [3]
+    assert scorer.model.batches == [[4, 4], [4, 4], [6, 6], [6]]  # widths in patches
+
+
+def test_the_prompt_is_the_processors_own(trained, photo):
+    """Ids, mask and positions are put together from parts; they are what the processor and the model make of the whole."""
+    model, processor = trained
+    pictures = crops(photo)[:2]
+    scorer = Scorer(trained, thinking=True)
+    opened = [scorer._open(image) for image in pictures]
+    ids, mask, cache = scorer._prefill(opened, scorer._prefix())
+    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
+    whole = processor(text=[text] * 2, images=pictures, padding=True, return_tensors="pt")
+    assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask)] == [
+        row[keep.bool()].tolist() for row, keep in zip(whole["input_ids"], whole["attention_mask"])
+    ]
+    deltas = model.model.rope_deltas.clone()
+    model(**whole)
+    assert torch.equal(deltas, model.model.rope_deltas)
+    assert cache.get_seq_length() == ids.shape[1] - 1
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(known):
+    scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=4)
+    real = scorer._prefill
+    def small(pictures, prefix):
+        if len(pictures) > 1 or pictures[0]["image_grid_thw"][0, 2] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pictures, prefix)
+    scorer._prefill = small
+    one, two, three = scorer.score([picture(0), picture(1), picture(0)])
+    assert (one.score, three.score) == (pytest.approx(3.0), pytest.approx(3.0)) and "does not fit" in two.error and math.isnan(two.score)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_needs_a_picture(known, size):
+    with pytest.raises(ValueError, match="batch_size"):
+        known({"3.00": 1.0}, batch_size=size)
 # Settings and state
 
 
@@ -369,16 +478,17 @@ def test_wrong_settings_are_named(known, options, message):
         known(MIXED, **options)
 
 
-def test_only_the_expected_score_needs_a_token_per_digit():
-    tokenizer = SimpleNamespace(encode=lambda text, **_: list(text.encode() * 2))
-    policy = SimpleNamespace(), SimpleNamespace(tokenizer=tokenizer)
+def test_only_the_expected_score_needs_a_token_per_digit(untrained):
+    real = untrained[1]
+
+    class Bytes:
+        def encode(self, text, **_):
+            return list(text.encode() * 2)
+
+        def __call__(self, text):
+            return real.tokenizer(text)
+
+    processor = SimpleNamespace(tokenizer=Bytes(), apply_chat_template=real.apply_chat_template, image_token=real.image_token)
     with pytest.raises(ValueError, match="every digit.*greedy"):
-        Scorer(policy)
-    assert Scorer(policy, estimate="greedy").estimate == "greedy"
-
-
-def test_batches_come_one_after_the_other(known):
-    scorer = known(MIXED, batch_size=2)
-    batches = scorer.batches([picture(0)] * 5)
-    assert len(next(batches)) == 2 and len(scorer.model.modes) == 2  # one prefill, one tree
-    assert [len(batch) for batch in itertools.islice(batches, 5)] == [2, 1]
+        Scorer((SimpleNamespace(), processor))
+    assert Scorer((SimpleNamespace(), processor), estimate="greedy").estimate == "greedy"

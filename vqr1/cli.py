@@ -140,10 +140,7 @@ def _compare(args) -> int:
 def _describe(args) -> int:
     from vqr1.scoring import Scorer
 
-    score = Scorer(args.policy, thinking=True).score(args.images)[0]
-    if score.error:
-        raise ValueError(score.error)
-    print(f"{score.reasoning}\nscore {score.score:.2f} ± {score.std:.2f}")
+    print(Scorer(args.policy).describe(args.images[0]))
     return EXIT_OK
 
 

@@ -1,22 +1,32 @@
 """The Scorer: one picture, one score with its uncertainty, the same every time. There is no second way to a score."""
 
+import copy
+import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vqr1.data import open_picture
 from vqr1.policy import load_policy
-from vqr1.prompts import messages, parse_reasoning, parse_score
+from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
 
 ESTIMATES = ("expected", "greedy", "sample")
 OPEN = "<answer>"
+WINDOW = 4
+"""Batches that are decoded, sorted by size and scored together."""
+THREADS = 4
+"""Pictures decoded at a time."""
 
 # The scores d.dd as one tree of 61 tokens after the prefix: its last token, 5 first digits, 5 points, 50 second digits.
 _DEPTH = torch.tensor([0] + [1] * 5 + [2] * 5 + [3] * 50)
@@ -53,14 +63,37 @@ class Score:
     error: str = ""
 
 
+@dataclass
+class Description:
+    """What the policy thinks of a picture: its words, the KADID-10k distortions they name, and the score given these words."""
+
+    text: str
+    distortions: list[str]
+    score: Score
+
+    def __str__(self) -> str:
+        named = f"\nnames: {', '.join(self.distortions)}" if self.distortions else ""
+        return f"{self.text}{named}\nscore {self.score.score:.2f} ± {self.score.std:.2f}"
+
+    def _repr_html_(self) -> str:
+        named = ", ".join(self.distortions) or "none"
+        return (
+            f"<p><em>{html.escape(self.text)}</em></p><p>distortions named: {html.escape(named)}<br>"
+            f"score <b>{self.score.score:.2f}</b> ± {self.score.std:.2f} (1 very poor, 5 excellent)</p>"
+        )
+
+
 class Scorer:
     """Score pictures with a policy.
 
     estimate="expected": the mean and deviation of the model's own distribution over the answers d.dd, d.d and d with
-    a first digit of 1..5, exact, from token probabilities; with thinking, given the greedy reasoning. "greedy": the parsed greedy answer.
-    "sample": mean and deviation (ddof 1) of the parseable ones among k answers sampled at temperature 1, the
-    paper's; `seed` makes them repeatable. A picture that cannot be read or whose answer cannot be parsed has a NaN
+    a first digit of 1..5, exact, from token probabilities. With thinking, the reasoning is generated greedily first, and mean and
+    deviation are given that reasoning: another reasoning would have another mean, which ``std`` does not show. "greedy": the parsed
+    greedy answer. "sample": mean and deviation (ddof 1) of the parseable ones among k answers sampled at temperature 1, the
+    paper's; `seed` makes them repeatable in the same batch. A picture that cannot be read or whose answer cannot be parsed has a NaN
     score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
+
+    Pictures are decoded ahead in background threads, sorted by size into batches, and each goes through the vision tower once.
     """
 
     def __init__(
@@ -71,20 +104,54 @@ class Scorer:
             raise ValueError(f"estimate {estimate!r} is unknown; use one of {', '.join(ESTIMATES)}")
         if estimate == "sample" and k < 2:
             raise ValueError(f"k is {k}: a mean and a deviation need at least 2 samples")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: score at least one picture at a time")
         self.model, self.processor = policy if isinstance(policy, tuple) else load_policy(policy)
         self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         if estimate == "expected":
             self.digits, self.point, self.end = _answer_tokens(self.processor.tokenizer)
+        prompt = self.processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+        texts = prompt.split(self.processor.image_token)  # before and after the picture
+        self.answered = estimate == "expected" and not thinking  # the answer's tag can be put in the model's mouth
+        self.before, self.after = (
+            torch.tensor(self.processor.tokenizer(text).input_ids) for text in (texts[0], texts[1] + OPEN * self.answered)
+        )
 
-    def score(self, images: Sequence[Image.Image | str | Path]) -> list[Score]:
+    def score(self, images: Iterable[Image.Image | str | Path]) -> list[Score]:
         """Return one Score per picture (PIL image or path), in order."""
-        return [score for batch in self.batches(images) for score in batch]
+        return [score for window in self.batches(images) for score in window]
 
-    def batches(self, images: Sequence[Image.Image | str | Path]) -> Iterator[list[Score]]:
-        """Yield the scores of one batch of pictures after the other."""
-        for start in range(0, len(images), self.batch_size):
-            yield self._batch(images[start : start + self.batch_size])
+    def batches(self, images: Iterable[Image.Image | str | Path]) -> Iterator[list[Score]]:
+        """Yield scores in the order of the pictures, a window of `WINDOW` batches at a time.
+
+        While a window is scored the next one is being decoded: two windows of resized pixels and one whole picture per thread
+        are in memory. The pictures of a window are batched by size, so that little is padded.
+        """
+        images = iter(images)
+        with ThreadPoolExecutor(THREADS, "decode") as pool:
+            def following() -> list[Future]:
+                return [pool.submit(self._open, image) for image in islice(images, WINDOW * self.batch_size)]
+
+            try:
+                window = following()
+                prefix = self._prefix() if window else None
+                while window:
+                    ahead = following()
+                    yield self._window([future.result() for future in window], prefix)
+                    window = ahead
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def __call__(self, images: Sequence[Image.Image | str | Path] | torch.Tensor) -> torch.Tensor:
+        """Return the scores (B,) as a tensor, without gradients: a reward for other people's training.
+
+        images: PIL images, paths, or a tensor (B, 3, H, W) in 0..1, as diffusers' pipelines return. A picture without a score is NaN.
+        """
+        if isinstance(images, torch.Tensor):
+            pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            images = [Image.fromarray(picture) for picture in pixels.numpy()]
+        return torch.tensor([score.score for score in self.score(images)])
 
     def compare(self, a: Image.Image | str | Path, b: Image.Image | str | Path) -> float:
         """Return P(a looks better than b) under Thurstone's law, from both score distributions."""
@@ -96,56 +163,119 @@ class Scorer:
         mean, variance = torch.tensor([[one.score], [two.score]]), torch.tensor([one.std**2, two.std**2])
         return float(comparative_probability(mean, variance, mean[:, 0], variance)[0, 1, 0])
 
-    def rank(self, images: Sequence[Image.Image | str | Path]) -> list[int]:
-        """Return the positions of the pictures from best to worst; those without a score come last."""
-        scores = self.score(images)
-        return sorted(range(len(scores)), key=lambda i: (bool(scores[i].error), -scores[i].score if not scores[i].error else 0))
+    def rank(self, images: Iterable[Image.Image | str | Path], draws: int = 10_000) -> pd.DataFrame:
+        """Return the pictures from best to worst; those without a score come last.
 
-    def describe(self, image: Image.Image | str | Path) -> str:
-        """Return the policy's reasoning about a picture; raises ValueError where it gives none."""
+        Columns: image (position in the input), score, std, lo and hi (the score's 95% interval under Thurstone's normal law),
+        rank_lo and rank_hi (95% interval of the rank, 1 = best, over `draws` joint draws of all scores), error.
+        """
+        scores = self.score(images)
+        table = pd.DataFrame({"image": range(len(scores))} | {key: [getattr(s, key) for s in scores] for key in ("score", "std", "error")})
+        good = table[table["error"] == ""].sort_values("score", ascending=False, kind="stable")
+        std = good["std"].to_numpy()
+        drawn = np.random.default_rng(self.seed).normal(good["score"], std, (draws, len(good))) if len(good) else np.empty((1, 0))
+        ranks = 1 + np.argsort(np.argsort(-drawn, axis=1), axis=1)  # (draws, pictures)
+        low, high = np.quantile(ranks, (0.025, 0.975), axis=0, method="nearest")
+        good = good.assign(lo=good["score"] - 1.96 * std, hi=good["score"] + 1.96 * std, rank_lo=low, rank_hi=high)
+        ranked = pd.concat([good, table[table["error"] != ""]], ignore_index=True)
+        columns = ["image", "score", "std", "lo", "hi", "rank_lo", "rank_hi", "error"]
+        return ranked.reindex(columns=columns).astype({"rank_lo": "Int64", "rank_hi": "Int64"})
+
+    def describe(self, image: Image.Image | str | Path) -> Description:
+        """Return what the policy thinks of a picture, and its score; raises ValueError where it gives none."""
         thinker = Scorer((self.model, self.processor), thinking=True, max_new_tokens=self.max_new_tokens)
         score = thinker.score([image])[0]
         if score.error:
             raise ValueError(score.error)
-        return score.reasoning
+        return Description(score.reasoning, named_distortions(score.reasoning), score)
 
-    def _batch(self, images: Sequence[Image.Image | str | Path]) -> list[Score]:
-        scores = [Score() for _ in images]
-        pictures = []
-        for image, score in zip(images, scores):
-            try:
-                pictures.append(image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image))
-            except (OSError, ValueError) as error:  # OSError: a PIL image that was opened but cannot be decoded
-                score.error = str(error)
-        good = [score for score in scores if not score.error]
-        if good:
-            with torch.no_grad(), _evaluating(self.model):
-                (self._expected if self.estimate == "expected" else self._parsed)(pictures, good)
+    def _open(self, image: Image.Image | str | Path) -> dict | str:
+        """Return the picture as the processor gives it, or why it cannot be."""
+        try:
+            picture = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
+            return dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
+        except (OSError, ValueError) as error:  # OSError: a PIL image that was opened but cannot be decoded
+            return str(error)
+
+    def _window(self, opened: list[dict | str], prefix: Cache) -> list[Score]:
+        scores = [Score(error=picture) if isinstance(picture, str) else Score() for picture in opened]
+        good = sorted((i for i, score in enumerate(scores) if not score.error), key=lambda i: len(opened[i]["pixel_values"]))
+        for batch in _chunks(good, self.batch_size):
+            self._batch([opened[i] for i in batch], [scores[i] for i in batch], prefix)
         return scores
 
-    def _inputs(self, pictures: list[Image.Image], start: str = "") -> dict:
-        prompt = self.processor.apply_chat_template(messages(self.thinking), add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(text=[prompt + start] * len(pictures), images=pictures, padding=True, return_tensors="pt")
-        return inputs.to(self.model.device)
+    def _batch(self, pictures: list[dict], scores: list[Score], prefix: Cache) -> None:
+        try:
+            with torch.no_grad(), _evaluating(self.model):
+                (self._expected if self.estimate == "expected" else self._parsed)(scores, *self._prefill(pictures, prefix))
+        except torch.OutOfMemoryError:
+            if len(pictures) == 1:
+                scores[0].error = "does not fit into the GPU's memory; use a smaller model, quantize it, or limit the processor's pixels"
+                return
+            torch.cuda.empty_cache()
+            half = len(pictures) // 2
+            self._batch(pictures[:half], scores[:half], prefix)
+            self._batch(pictures[half:], scores[half:], prefix)
 
-    def _generate(self, inputs: dict, **options):
-        own = self.model.generation_config
+    @property
+    def _inner(self) -> PreTrainedModel:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _prefix(self) -> Cache:
+        """Return the cache of the prompt before the picture, which is the same for all."""
+        ids = self.before[None].to(self.model.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
+        with torch.no_grad(), _evaluating(self.model):
+            return self._inner.model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+
+    def _prefill(self, pictures: list[dict], prefix: Cache) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+        """Run all of the prompts but their last token; return their ids and mask, (B, T) each, and the cache.
+
+        A row is the shared beginning, padding, picture, question. The model keeps `rope_deltas`, how far its
+        positions are from the number of tokens, as it does for its own prefill.
+        """
+        inner, device = self._inner.model, self.model.device
+        grid = torch.cat([picture["image_grid_thw"] for picture in pictures])
+        sizes = (grid.prod(1) // self.processor.image_processor.merge_size**2).tolist()
+        image, pad = self.processor.image_token_id, self.model.generation_config.pad_token_id
+        rows = [torch.cat([self.before, torch.full((max(sizes) - n,), pad), torch.full((n,), image), self.after]) for n in sizes]
+        ids, start = torch.stack(rows), len(self.before)
+        place = torch.arange(ids.shape[1])
+        mask = ((place < start) | (place >= start + max(sizes) - torch.tensor(sizes)[:, None])).long()
+        positions, inner.rope_deltas = inner.get_rope_index(ids, (ids == image).int(), image_grid_thw=grid, attention_mask=mask)
+        ids, mask, grid, positions = (tensor.to(device) for tensor in (ids, mask, grid, positions))
+        inner.rope_deltas = inner.rope_deltas.to(device)
+        cache = copy.deepcopy(prefix)
+        cache.batch_repeat_interleave(len(ids))
+        inner(
+            input_ids=ids[:, start:-1], attention_mask=mask[:, :-1], position_ids=positions[:, :, start:-1], past_key_values=cache,
+            pixel_values=torch.cat([picture["pixel_values"] for picture in pictures]).to(device), image_grid_thw=grid, use_cache=True,
+        )  # fmt: skip
+        return ids, mask, cache
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options):
+        """Return what `generate` makes of k copies of every prefilled row."""
+        own, inner = self.model.generation_config, self._inner.model
+        if k > 1:
+            cache.batch_repeat_interleave(k)
+            ids, mask, inner.rope_deltas = (tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas))
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, return_dict_in_generate=True,
             eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, **options,
         )  # fmt: skip
-        return self.model.generate(**inputs, generation_config=config, tokenizer=self.processor.tokenizer)
+        return self.model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, tokenizer=self.processor.tokenizer
+        )
 
-    def _parsed(self, pictures: list[Image.Image], scores: list[Score]) -> None:
-        inputs = self._inputs(pictures)
-        options = {"do_sample": False}
+    def _parsed(self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> None:
+        k, options = 1, {"do_sample": False}
         if self.estimate == "sample":
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": self.k}
+            k, options = self.k, {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            ids = self._generate(inputs, **options).sequences[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for score, answers in zip(scores, _chunks(texts, len(texts) // len(scores))):
+            out = self._generate(ids, mask, cache, k, **options).sequences[:, ids.shape[1] :]
+        texts = self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)
+        for score, answers in zip(scores, _chunks(texts, k)):
             values = torch.tensor([parse_score(text) for text in answers], dtype=torch.float64)
             values = values[~values.isnan()]
             score.answers, score.reasoning = answers, parse_reasoning(answers[0])
@@ -155,23 +285,19 @@ class Scorer:
                 score.score = float(values.mean())
                 score.std = float(values.std()) if len(values) > 1 else math.nan
 
-    def _expected(self, pictures: list[Image.Image], scores: list[Score]) -> None:
-        if self.thinking:
-            inputs = self._inputs(pictures)
-            out = self._generate(inputs, do_sample=False, stop_strings=[OPEN])
-            ids, length = out.sequences, inputs["input_ids"].shape[1]
+    def _expected(self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> None:
+        length = ids.shape[1]
+        if self.answered:
+            texts, last = [OPEN] * len(scores), torch.full((len(ids),), length - 1, device=ids.device)
+        else:
+            out = self._generate(ids, mask, cache, do_sample=False, stop_strings=[OPEN])
+            ids, cache = out.sequences, out.past_key_values
             pad = self.model.generation_config.pad_token_id
             lengths = (ids[:, length:] != pad).long().cumsum(1).argmax(1) + 1  # up to the last token that is no padding
             texts = [self.processor.tokenizer.decode(row[length : length + n], skip_special_tokens=True) for row, n in zip(ids, lengths)]
             kept = torch.arange(ids.shape[1] - length, device=ids.device) < lengths[:, None]
-            mask = torch.cat([inputs["attention_mask"], kept.long()], 1)
-            last = length + lengths - 1
-        else:
-            inputs = self._inputs(pictures, OPEN)
-            out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            texts, last = [OPEN] * len(scores), torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
-        probability = self._answers(ids, mask, last, out.past_key_values)  # (B, 555)
+            mask, last = torch.cat([mask, kept.long()], 1), length + lengths - 1
+        probability = self._answers(ids, mask, last, cache)  # (B, 555)
         for score, text, p in zip(scores, texts, probability.double().cpu()):
             score.answers, score.reasoning = [text], parse_reasoning(text)
             score.mass = float(p.sum())
@@ -197,8 +323,7 @@ class Scorer:
         before = (mask.bool() & before)[:, :size]
         sees = torch.cat([before[:, None].expand(-1, 61, -1), _SEES.to(device).expand(rows, -1, -1)], 2)
         bias = torch.zeros(sees.shape, dtype=self.model.dtype, device=device).masked_fill(~sees, torch.finfo(self.model.dtype).min)
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        position = before.sum(1, keepdim=True) + inner.model.rope_deltas + _DEPTH.to(device)  # (B, 61)
+        position = before.sum(1, keepdim=True) + self._inner.model.rope_deltas + _DEPTH.to(device)  # (B, 61)
         logits = self.model(
             input_ids=tree, attention_mask=bias[:, None], position_ids=position.expand(3, -1, -1), past_key_values=cache, use_cache=True
         ).logits  # (B, 61, V)
