@@ -11,10 +11,10 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 from torch.testing import assert_close
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from vqr1 import policy
-from vqr1.policy import PictureProcessor, load_policy, load_processor, look_once, lora_config, start_from_energies
+from vqr1.policy import PictureProcessor, load_policy, load_processor, look_once, lora_config, prefill_once, start_from_energies
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING, messages
 
 
@@ -315,3 +315,53 @@ def test_the_first_block_starts_with_squares(untrained):
     assert torch.linalg.matrix_rank(mix) == 192
     deviation = embedded.std(0)
     assert deviation[:-1].min() > 0.8 and deviation[:-1].max() < 1.001 and not embedded[:, -1].any()
+
+
+# One look, one prefill, one processing per picture
+
+
+def repeated(processor, photo, k=3):
+    """A batch as TRL makes it: three pictures of two sizes, each k times."""
+    pictures = [photo.crop(box) for box in ((0, 0, 96, 64), (100, 60, 228, 156), (0, 0, 64, 96))]
+    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
+    images = [picture for picture in pictures for _ in range(k)]
+    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sharing_the_prefill_changes_no_sample(photo, temperature):
+    model, processor = load_policy("tiny-policy")
+    batch = repeated(processor, photo)
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=temperature, top_k=0, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
+    seen = []
+    model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.manual_seed(3)
+    expected = model.generate(**batch, generation_config=config)
+    prefill_once(model)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**batch, generation_config=config), expected)
+    assert seen[0] == 3 * seen[1]  # each picture went through the tower once
+    assert len({tuple(row) for row in expected.tolist()}) > 3  # the answers of one picture differ
+
+
+def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
+    model, processor = load_policy("tiny-policy")
+    batch = repeated(processor, photo, k=1)
+    shuffled = repeated(processor, photo, k=2)
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
+    once = model.generate(**batch, generation_config=config)
+    prefill_once(model)
+    assert torch.equal(model.generate(**shuffled, generation_config=config), once.repeat_interleave(2, 0))
+
+
+def test_the_processor_works_once_on_a_picture_given_many_times(photo):
+    _, processor = load_policy("tiny-policy")
+    a, b = photo.crop((0, 0, 96, 64)), photo.crop((100, 60, 228, 156))
+    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
+    work = processor.image_processor.preprocess
+    given = []
+    processor.image_processor.preprocess = lambda images, **kwargs: given.append(len(images)) or work(images, **kwargs)
+    shared = processor(text=[text] * 4, images=[[a], [b], [a], [a]], padding=True, return_tensors="pt")
+    apart = processor(text=[text] * 4, images=[[a], [b], [a.copy()], [a.copy()]], padding=True, return_tensors="pt")
+    assert given == [2, 4] and shared.keys() == apart.keys()
+    assert all(torch.equal(shared[key], apart[key]) for key in shared)

@@ -363,7 +363,7 @@ def test_ranks_have_the_intervals_that_the_deviations_allow(known):
     ranked = scorer.rank([picture(i) for i in range(4)])
     assert ranked["image"].tolist() == [2, 1, 0, 3]
     assert ranked["lo"].tolist() == pytest.approx((ranked["score"] - 1.96 * ranked["std"]).tolist())
-    assert ranked["rank_lo"].tolist() == [1, 1, 2, 3] and ranked["rank_hi"].tolist() == [1, 3, 3, 4]
+    assert ranked["rank_lo"].tolist() == [1, 1, 2, 3] and ranked["rank_hi"].tolist() == [2, 3, 3, 4]
     assert ranked.equals(scorer.rank([picture(i) for i in range(4)]))
 
 

@@ -94,6 +94,18 @@ def test_the_trained_policy_is_what_was_saved(run):
     assert processor.tokenizer.padding_side == "left"
 
 
+def test_a_kl_term_is_that_of_the_untrained_policy_and_costs_no_second_look(rows, tmp_path):
+    trainer = build_trainer(tiny(beta=0.5, max_steps=2, learning_rate=1e-3), tmp_path, frame=rows)
+    looks = []
+    trainer.model.model.visual.patch_embed.register_forward_hook(lambda module, args, out: looks.append(len(out)))
+    reference = weights(trainer.ref_model)
+    trainer.train()
+    assert len(looks) == 2  # one a step, for rollouts, log-probabilities and reference
+    first, second = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert first == pytest.approx(0, abs=1e-5) and second > 1e-3
+    assert all(torch.equal(p, reference[name]) for name, p in weights(trainer.ref_model).items())
+
+
 @pytest.fixture(scope="module")
 def adapter(rows, tmp_path_factory):
     """(folder, model after, weights before, [(gradients, dtypes) of each step]) of LoRA on 4-bit NF4, validated before each."""

@@ -14,7 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     BitsAndBytesConfig,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
 )
+from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
@@ -61,6 +64,17 @@ class PictureProcessor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def _process_images(self, images, **kwargs):
+        """Work once on a picture that is given many times: TRL repeats each one for its K answers."""
+        images = make_flat_list_of_images(images)
+        once = list({id(image): image for image in images}.values())
+        done = self.image_processor(once, **kwargs | {"return_tensors": "pt"})
+        grid, places = done["image_grid_thw"], {id(image): i for i, image in enumerate(once)}
+        order = [places[id(image)] for image in images]
+        patches = done["pixel_values"].split(grid.prod(1).tolist())
+        done = BatchFeature({"pixel_values": torch.cat([patches[i] for i in order]), "image_grid_thw": grid[order]})
+        return done, [self.replace_image_token(done, image_idx=i) for i in range(len(images))]
 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
@@ -272,6 +286,51 @@ def look_once(model: PreTrainedModel) -> None:
         return BaseModelOutputWithPooling(pooler_output=torch.cat([found[key] for key in keys]))
 
     tower.forward = shared
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pixel_values: torch.Tensor, grid: torch.Tensor, cache: Cache | None = None) -> Cache:
+    """Run prompts with one picture each through the model, all but their last token, and return the cache.
+
+    ids, mask: (B, T); pixel_values, grid: as the image processor gives them; cache: of the first tokens, where these are
+    known. The model keeps `rope_deltas`, how far positions are from the number of tokens, as it does for its own prefill.
+    Ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after `cache.batch_repeat_interleave(K)`.
+    """
+    inner = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    kinds = (ids == model.config.image_token_id).int()
+    positions, inner.rope_deltas = inner.get_rope_index(ids, kinds, image_grid_thw=grid, attention_mask=mask)
+    known = cache.get_seq_length() if cache else 0
+    out = inner(
+        input_ids=ids[:, known:-1], attention_mask=mask[:, :-1], position_ids=positions[:, :, known:-1],
+        pixel_values=pixel_values, image_grid_thw=grid, past_key_values=cache, use_cache=True,
+    )  # fmt: skip
+    return out.past_key_values
+
+
+def prefill_once(model: PreTrainedModel) -> None:
+    """Let `model.generate` run each distinct prompt of a batch once: TRL repeats it for each of its K answers.
+
+    The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a cache go the stock way.
+    """
+    generate = model.generate
+
+    def shared(*args, **inputs):
+        ids, pixels, grid = (inputs.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw"))
+        if args or ids is None or pixels is None or grid is None or len(grid) != len(ids) or inputs.get("past_key_values") is not None:
+            return generate(*args, **inputs)
+        mask, pictures = inputs["attention_mask"], pixels.split(grid.prod(1).tolist())
+        keys = [(row.numpy().tobytes(), _fingerprint(picture, size)) for row, picture, size in zip(ids.cpu(), pictures, grid)]
+        first = list({key: i for i, key in reversed(list(enumerate(keys)))}.values())
+        places = {keys[i]: place for place, i in enumerate(first)}
+        order = torch.tensor([places[key] for key in keys], device=ids.device)
+        with torch.no_grad():
+            cache = prefill(model, ids[first], mask[first], torch.cat([pictures[i] for i in first]), grid[first])
+        cache.reorder_cache(order)
+        inner = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+        inner.rope_deltas = inner.rope_deltas[order]
+        rest = {key: value for key, value in inputs.items() if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+        return generate(**rest, past_key_values=cache)
+
+    model.generate = shared
 
 
 def _fingerprint(picture: torch.Tensor, grid: torch.Tensor) -> tuple:

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vqr1.data import open_picture
-from vqr1.policy import load_policy
+from vqr1.policy import load_policy, prefill
 from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
 
@@ -229,29 +229,21 @@ class Scorer:
             return self._inner.model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
 
     def _prefill(self, pictures: list[dict], prefix: Cache) -> tuple[torch.Tensor, torch.Tensor, Cache]:
-        """Run all of the prompts but their last token; return their ids and mask, (B, T) each, and the cache.
+        """Return ids and mask of the prompts, (B, T) each, and the cache of all but their last token.
 
-        A row is the shared beginning, padding, picture, question. The model keeps `rope_deltas`, how far its
-        positions are from the number of tokens, as it does for its own prefill.
+        A row is the shared beginning, padding, picture, question.
         """
-        inner, device = self._inner.model, self.model.device
         grid = torch.cat([picture["image_grid_thw"] for picture in pictures])
+        pixels = torch.cat([picture["pixel_values"] for picture in pictures])
         sizes = (grid.prod(1) // self.processor.image_processor.merge_size**2).tolist()
         image, pad = self.processor.image_token_id, self.model.generation_config.pad_token_id
         rows = [torch.cat([self.before, torch.full((max(sizes) - n,), pad), torch.full((n,), image), self.after]) for n in sizes]
-        ids, start = torch.stack(rows), len(self.before)
-        place = torch.arange(ids.shape[1])
+        ids, place, start = torch.stack(rows), torch.arange(len(rows[0])), len(self.before)
         mask = ((place < start) | (place >= start + max(sizes) - torch.tensor(sizes)[:, None])).long()
-        positions, inner.rope_deltas = inner.get_rope_index(ids, (ids == image).int(), image_grid_thw=grid, attention_mask=mask)
-        ids, mask, grid, positions = (tensor.to(device) for tensor in (ids, mask, grid, positions))
-        inner.rope_deltas = inner.rope_deltas.to(device)
+        ids, mask, pixels, grid = (tensor.to(self.model.device) for tensor in (ids, mask, pixels, grid))
         cache = copy.deepcopy(prefix)
         cache.batch_repeat_interleave(len(ids))
-        inner(
-            input_ids=ids[:, start:-1], attention_mask=mask[:, :-1], position_ids=positions[:, :, start:-1], past_key_values=cache,
-            pixel_values=torch.cat([picture["pixel_values"] for picture in pictures]).to(device), image_grid_thw=grid, use_cache=True,
-        )  # fmt: skip
-        return ids, mask, cache
+        return ids, mask, prefill(self.model, ids, mask, pixels, grid, cache)
 
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options):
         """Return what `generate` makes of k copies of every prefilled row."""

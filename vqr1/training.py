@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.data import load_ratings, one_set_batches, prompt_rows, render_rows
 from vqr1.metrics import plcc, srcc
-from vqr1.policy import load_policy, look_once, lora_config, own_names
+from vqr1.policy import load_policy, look_once, lora_config, own_names, prefill_once
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
 
@@ -233,8 +233,10 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
         model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor,
         peft_config=lora_config(**config["lora"]) if config["lora"] else None,
     )  # fmt: skip
-    for looker in filter(None, (trainer.model, trainer.ref_model)):
-        look_once(looker)
+    look_once(trainer.model)
+    prefill_once(trainer.model)
+    if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both
+        trainer.ref_model.model.visual = trainer.model.model.visual
     own_names(trainer.model)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away
