@@ -54,10 +54,8 @@ bench: $(STAMP) ## the benchmarks, one after the other
 	@set -e; for script in tests/benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
-notebooks: $(STAMP) ## run every notebook and store its outputs in place
-	@set -e; for notebook in notebooks/*.ipynb; do [ -e "$$notebook" ] || continue; \
-	  HF_HUB_OFFLINE=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace \
-	    --ExecutePreprocessor.timeout=1800 "$$notebook"; done
+notebooks: $(STAMP) ## run every notebook and its solutions, and store the outputs in place
+	$(BIN)/python tools/run_notebooks.py $(or $(ARGS),$(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb))
 
 clean: ## remove .venv and caches (runs/ stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
