@@ -1,11 +1,13 @@
 """Plot helpers: what is drawn is the data, on the axes that were given."""
 
+import io
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.plots import curve, gallery, scatter, training_figure
+from vqr1.plots import bells, curve, gallery, jpeg, scatter, training_figure
 
 
 def axes():
@@ -48,3 +50,23 @@ def test_gallery_shows_every_picture_and_hides_the_empty_places():
     assert (figure.axes[0].images[0].get_array()[0, 0] == [255, 0, 0]).all()
     captions = [ax.get_xlabel() for ax in figure.axes[:3]]
     assert captions[:2] == ["one\ntwo", ""] and max(map(len, captions[2].split("\n"))) <= 46
+
+
+def test_jpeg_is_the_figure_at_its_own_resolution():
+    figure = Figure(figsize=(3, 2), dpi=80, facecolor="red")
+    with Image.open(io.BytesIO(jpeg(figure))) as image:
+        assert image.format == "JPEG" and image.size == (240, 160)
+        assert image.getpixel((5, 5))[0] > 240 and max(image.getpixel((5, 5))[1:]) < 15
+
+
+def test_bells_peak_at_the_means_with_areas_of_one_and_samples_below():
+    ax = axes()
+    bells(ax, [2.0, 4.0], [0.5, 1.0], ["a", "b"], samples=[[2.1, 1.8], [4.5]])
+    curves = [line for line in ax.lines if len(line.get_xdata()) == 400]
+    for line, mean in zip(curves, (2.0, 4.0)):
+        x, y = line.get_data()
+        assert abs(x[y.argmax()] - mean) < 0.03 and abs(np.trapezoid(y, x) - 1) < 1e-2
+    ticks = [line for line in ax.lines if line not in curves]
+    assert [list(line.get_xdata()) for line in ticks] == [[2.1, 1.8], [4.5]] and all((line.get_ydata() < 0).all() for line in ticks)
+    assert [line.get_color() for line in ticks] == [line.get_color() for line in curves]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
