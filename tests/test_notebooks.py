@@ -81,6 +81,8 @@ def test_it_stores_no_widget_no_stderr_and_no_machine(path):
     assert content["metadata"] == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     assert [kind for output in outputs(path) for kind in output.get("data", {}) if kind.startswith(WIDGET)] == []
     assert [output["text"] for output in outputs(path) if output.get("name") == "stderr"] == []
+    streams = [[output.get("name") for output in cell["outputs"]] for cell in cells(path, "code")]
+    assert not any("stdout" == one == two for names in streams for one, two in zip(names, names[1:])), "a print in pieces"
     ids = [cell["id"] for cell in content["cells"]]
     assert len(set(ids)) == len(ids)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -27,13 +28,15 @@ def with_palette(png: str) -> str:
 
 def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": str(path.parent)}})
+    where = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, timeout=1800, record_timing=False, resources=where)
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
             for data in (o.data for o in cell.outputs if "image/png" in o.get("data", {})):
                 data["image/png"] = with_palette(data["image/png"])
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})  # pieces of one print would be shown apart
     # Without language_info, which changes with every Python, and without the state of widgets.
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     nbformat.write(notebook, path)
