@@ -185,7 +185,7 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "lying.jpg", exif=exif)
-    assert open_picture(tmp_path / "lying.jpg").size == data._upright_size(tmp_path / "lying.jpg", "") == (10, 20)
+    assert open_picture(tmp_path / "lying.jpg").size == data.upright_size(tmp_path / "lying.jpg", "") == (10, 20)
 
 
 @pytest.mark.parametrize("content, why", [

@@ -34,11 +34,12 @@ ROOMS = {
     "metrics": "nothing",
     "distortions": "nothing",
     "observers": "thurstone",
-    "data": "distortions observers prompts",
+    "pictures": "nothing",
+    "data": "distortions observers pictures prompts",
     "readers": "data",
     "rewards": "thurstone prompts",
     "policy": "prompts",
-    "scoring": "data prompts policy thurstone",  # data opens pictures
+    "scoring": "pictures prompts policy thurstone",
     "training": "data rewards policy scoring metrics",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.observers import SEED, photograph_rng, rate
+from vqr1.pictures import open_picture, upright_size
 from vqr1.prompts import messages
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
     whole = cropped["crop"].map(lambda crop: bool(_CROP.fullmatch(crop)))
     _require(path, whole, cropped["crop"], "is not four integers x,y,w,h; give pixels, or leave it empty for the whole")
     firsts = cropped["image"].drop_duplicates()
-    sizes = {name: _upright_size(root / name, f"{path}, line {line}") for line, name in firsts.items()}
+    sizes = {name: upright_size(root / name, f"{path}, line {line}") for line, name in firsts.items()}
     inside = [_fits(crop, sizes[name]) for crop, name in zip(cropped["crop"], cropped["image"])]
     wanted = "is empty or reaches outside its picture; x,y,w,h are pixels of the whole photograph"
     _require(path, pd.Series(inside, cropped.index, dtype=bool), cropped["crop"], wanted)
@@ -202,39 +203,6 @@ def _fits(crop: str, size: tuple[int, int]) -> bool:
 # Pictures
 
 
-def open_picture(path: str | Path, where: str = "") -> Image.Image:
-    """Return the picture as RGB, turned upright as its EXIF says.
-
-    Raises ValueError naming the file (and ``where``, the row that asked for it) when it is missing, empty,
-    truncated or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(_unreadable(path, where, error)) from error
-
-
-def _upright_size(path: Path, where: str) -> tuple[int, int]:
-    """Return width and height from the header alone."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 lie on their side
-            return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(_unreadable(path, where, error)) from error
-
-
-def _unreadable(path: str | Path, where: str, error: Exception) -> str:
-    path = Path(path)
-    why = f"cannot be read as a picture ({error})"
-    if not path.exists():
-        why = "is missing"
-    elif path.is_file() and path.stat().st_size == 0:
-        why = "has zero bytes"
-    return f"{where + ': ' if where else ''}{path} {why}; replace the file or remove its row"
-
-
 def render(row: pd.Series | dict, root: str | Path | None = None) -> Image.Image:
     """Return the row's picture: photograph, distorted at full size, then cropped; the same every time.
 
@@ -246,7 +214,7 @@ def render(row: pd.Series | dict, root: str | Path | None = None) -> Image.Image
 
 
 def _render(row: dict, root: Path, where: str) -> Image.Image:
-    image = open_picture(root / row["image"], where)
+    image = open_picture(root / row["image"], where, shrink=False)  # crops are in native pixels
     if row["distortion"] and not pd.isna(row["seed"]):
         steps = zip(row["distortion"].split("+"), str(row["level"]).split("+"), strict=True)
         for place, (name, level) in enumerate(steps):
@@ -399,7 +367,7 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
     """
     root = Path(root) if root else data_root()
     photos = pd.read_csv(root / "photos.csv", dtype=str)
-    sizes = {name: _upright_size(root / name, str(root / "photos.csv")) for name in photos["image"]}
+    sizes = {name: upright_size(root / name, str(root / "photos.csv")) for name in photos["image"]}
     rows = pd.concat([_all_cells(name, sizes[name], seed) for name in photos["image"]])
     rows["split"] = rows["image"].map(photos.set_index("image")["split"])
     test = photos.loc[photos["split"] == "test", "image"]
