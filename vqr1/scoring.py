@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from vqr1.data import open_picture
+from vqr1.pictures import as_rgb, open_picture
 from vqr1.policy import load_policy, prefill
 from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
@@ -52,7 +52,8 @@ class Score:
     """A picture's score (1..5, higher is better) and its standard deviation.
 
     answers: the completions it was read from (up to the number for an expected score); mass: the probability of answers
-    between 1 and 5.99, of which the expected score is the mean (NaN for other estimates); error: why there is no score.
+    between 1 and 5.99, of which the expected score is the mean (NaN for other estimates); note: what was done to the picture
+    to read it, as "frame 1 of several"; error: why there is no score.
     """
 
     score: float = math.nan
@@ -60,6 +61,7 @@ class Score:
     answers: list[str] = field(default_factory=list)
     reasoning: str = ""
     mass: float = math.nan
+    note: str = ""
     error: str = ""
 
 
@@ -190,15 +192,15 @@ class Scorer:
         return Description(score.reasoning, named_distortions(score.reasoning), score)
 
     def _open(self, image: Image.Image | str | Path) -> dict | str:
-        """Return the picture as the processor gives it, or why it cannot be."""
+        """Return the picture as the processor gives it, with a note, or why it cannot be."""
         try:
-            picture = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
-            return dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
-        except (OSError, ValueError) as error:  # OSError: a PIL image that was opened but cannot be decoded
+            picture = as_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
+            return dict(self.processor.image_processor(images=[picture], return_tensors="pt")) | {"note": picture.info.get("note", "")}
+        except ValueError as error:
             return str(error)
 
     def _window(self, opened: list[dict | str], prefix: Cache) -> list[Score]:
-        scores = [Score(error=picture) if isinstance(picture, str) else Score() for picture in opened]
+        scores = [Score(error=picture) if isinstance(picture, str) else Score(note=picture["note"]) for picture in opened]
         good = sorted((i for i, score in enumerate(scores) if not score.error), key=lambda i: len(opened[i]["pixel_values"]))
         for batch in _chunks(good, self.batch_size):
             self._batch([opened[i] for i in batch], [scores[i] for i in batch], prefix)
