@@ -99,6 +99,7 @@ def test_pictures_are_turned_upright(kind, orientation, tmp_path):
     assert corners == [True, False, False]
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_damaged_exif_is_no_reason_to_lose_a_picture(tmp_path, photo):
     photo.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     assert open_picture(tmp_path / "a.jpg").size == upright_size(tmp_path / "a.jpg") == photo.size
