@@ -45,7 +45,7 @@ def test_help_lists_every_command(capsys):
     assert done.value.code == 0 and all(name in said for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["score"], ["score", "a.png", "--estimate", "best"], ["train", "--steps", "few"]])
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["score"], ["score", "a.png", "--estimate", "best"], ["score", "a.png", "--k", "few"], ["train", "--steps", "few"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as done:
         main(arguments)
@@ -70,6 +70,9 @@ def refused(arguments: list[str], capsys) -> str:
         (["evaluate", "--sets", "sim-unseen", "--split", "train"], "no rows with split 'train'; it has ['test']"),
         (["evaluate", "--sets", "nowhere.csv"], "nowhere.csv: no such manifest"),
         (["evaluate", "--sets", "sim-unseen", "--limit", "2", "--policy", "nowhere"], "nowhere: no such folder"),
+        (["score", str(PHOTO), "--shard", "3/2"], "--shard 3/2 is not i/n"),
+        (["score", str(PHOTO), "--estimate", "sample", "--k", "1"], "need at least 2 samples"),
+        (["score", str(PHOTO), "--batch-size", "0"], "at least one picture at a time"),
         (["score", str(PHOTO), "--policy", "nowhere"], "nowhere: no such folder"),
         (["score", str(PHOTO), "--policy", str(ROOT / "tests")], "holds no model"),
         (["sheet", "nowhere.png"], "nowhere.png is missing"),
@@ -105,7 +108,7 @@ def test_score_gives_every_picture_a_row_and_exits_with_1_if_one_failed(pictures
     assert main(["score", *pictures]) == 1
     rows = read_rows(capsys.readouterr().out)
     assert [row["image"] for row in rows] == pictures
-    assert list(rows[0]) == ["image", "score", "std", "estimate", "thinking", "reasoning", "error"]
+    assert list(rows[0]) == ["image", "score", "std", "mass", "policy", "estimate", "k", "thinking", "reasoning", "note", "error"]
     reasons = ["", "is missing", "truncated", "has zero bytes", "cannot be read as a picture", ""]
     for row, reason in zip(rows, reasons, strict=True):
         if reason:
@@ -119,7 +122,8 @@ def test_score_writes_the_same_rows_into_a_file(pictures, tmp_path, capsys):
     assert main(["score", *good]) == 0
     shown = capsys.readouterr().out
     assert main(["score", *good, "--out", str(tmp_path / "scores.csv")]) == 0
-    assert capsys.readouterr().out == "" and (tmp_path / "scores.csv").read_text(encoding="utf-8") == shown
+    assert capsys.readouterr().out == f"{tmp_path / 'scores.csv'}: 2 pictures; 0 without a score\n"
+    assert (tmp_path / "scores.csv").read_text(encoding="utf-8") == shown
 
 
 def test_score_with_thinking_gives_the_reasoning(pictures, capsys):

@@ -40,6 +40,7 @@ ROOMS = {
     "rewards": "thurstone prompts",
     "policy": "prompts",
     "scoring": "pictures prompts policy thurstone",
+    "bulk": "scoring",
     "training": "data rewards policy scoring metrics",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",

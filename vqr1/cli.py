@@ -1,19 +1,38 @@
 """The command line: vqr1 demo, train, score, compare, describe, evaluate, sheet, pretrain, study."""
 
 import argparse
-import csv
+import os
 import sys
 from pathlib import Path
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+SCORE_HELP = """\
+With --out, rows are on disk as soon as they are scored: after a kill, Ctrl-C or a full disk the same command goes on
+where it stopped and scores no picture twice. Rows with an error are kept too; delete such a row to try its picture again.
+Parquet cannot grow, so its rows wait in NAME.parquet.partial.jsonl until all are there.
+
+examples:
+  vqr1 score photos --out scores.csv                      a folder and all below it
+  vqr1 score 'shoot/**/*.tif' portrait.jpg --thinking     a glob and a file, to the terminal
+  find /data -name '*.jpg' -mtime -1 | vqr1 score - --out scores.parquet
+
+on several machines, each with the same pictures, then together again, as if one had done it all:
+  vqr1 score photos --shard 1/2 --out part1.csv           vqr1 score photos --shard 2/2 --out part2.csv
+  awk 'NR == 1 || FNR > 1' part1.csv part2.csv > scores.csv
+  (JSONL: cat part1.jsonl part2.jsonl > scores.jsonl; Parquet: pandas.read_parquet of the folder of parts)
+  Sampled answers depend on the pictures in the same batch: --estimate sample needs --batch-size 1 for the same scores.
+
+exit code: 0 all have a score, 1 some have not (their rows say why), 2 wrong usage, 130 interrupted"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vqr1", description="Image quality assessment by reinforcement learning to rank.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text)
+    def command(name: str, text: str, more: str | None = None) -> argparse.ArgumentParser:
+        shape = argparse.RawDescriptionHelpFormatter if more else argparse.HelpFormatter
+        return commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=shape)
 
     demo = command("demo", "Evaluate the embedded policy, train it by RL to rank, evaluate again; write a report.")
     demo.add_argument("--out", default="runs/demo", help="folder for log, checkpoints, plots and report.md (%(default)s)")
@@ -29,12 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, help="train fewer steps than the configuration says")
     train.add_argument("--seed", type=int, help="another seed than the configuration's")
 
-    score = command("score", "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation.")
-    score.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    score = command("score", "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation.", SCORE_HELP)
+    score.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, 'globs' (** for any depth), or - for a list on standard input")
     _policy(score)
     score.add_argument("--estimate", choices=("expected", "greedy", "sample"), default="expected", help="how the score is read off (%(default)s)")
+    score.add_argument("--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)")
     score.add_argument("--thinking", action="store_true", help="let the policy reason first")
-    score.add_argument("--out", help="write CSV rows to this file instead of the terminal")
+    score.add_argument("--batch-size", type=int, default=16, help="pictures at a time; fewer need less memory (%(default)s)")
+    score.add_argument("--out", help="add rows to this .csv, .jsonl or .parquet file instead of printing CSV")
+    score.add_argument("--shard", default="1/1", metavar="I/N", help="only the i-th of n blocks of the pictures (%(default)s)")
 
     compare = command("compare", "Print the probability that the first picture looks better than the second.")
     compare.add_argument("images", nargs=2, metavar="IMAGE", help="picture files")
@@ -77,6 +99,8 @@ def _policy(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be no text in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.command != "sheet":
             from transformers.utils import logging
@@ -84,8 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
             logging.disable_progress_bar()  # of loading and saving weights; the training's bar stays
         return globals()[f"_{args.command}"](args)
     except KeyboardInterrupt:
-        print("\nInterrupted. What a training run saved up to its last checkpoint is kept: --resume goes on from there.", file=sys.stderr)
-        return 130
+        trains = args.command in ("demo", "train")
+        print("\nInterrupted." + " What was saved up to the last checkpoint is kept: --resume goes on from there." * trains, file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:  # what the user gave cannot be used; the text says what and why
         print(f"vqr1 {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -109,23 +134,64 @@ def _train(args) -> int:
 
 
 def _score(args) -> int:
-    from vqr1.scoring import Scorer
+    import warnings
 
-    scorer = Scorer(args.policy, args.thinking, args.estimate)
-    out = open(args.out, "w", newline="", encoding="utf-8") if args.out else sys.stdout
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["image", "score", "std", "estimate", "thinking", "reasoning", "error"])
-    failed = 0
+    from vqr1.bulk import RowFile, find_pictures, shard
+    from vqr1.scoring import WINDOW, Scorer
+
+    warnings.filterwarnings("ignore", module="PIL")  # what it says of damaged or large files stands in their rows
+    pictures = shard(find_pictures(args.paths), args.shard, WINDOW * args.batch_size)
+    settings = {"policy": args.policy, "estimate": args.estimate, "k": args.k if args.estimate == "sample" else 1, "thinking": args.thinking}
+
+    def scorer() -> Scorer:
+        return Scorer(args.policy, args.thinking, args.estimate, args.k, args.batch_size)
+
+    if not args.out:
+        return _print_scores(scorer(), pictures, settings)
+    with RowFile(args.out, settings) as file:
+        return _write_scores(file, scorer, pictures)
+
+
+def _print_scores(scorer, pictures: list[str], settings: dict) -> int:
+    from vqr1.bulk import COLUMNS, score_rows, to_csv
+
+    failed = False
     try:
-        for start, batch in zip(range(0, len(args.images), scorer.batch_size), scorer.batches(args.images)):
-            for image, score in zip(args.images[start:], batch):
-                numbers = ["", ""] if score.error else [f"{score.score:.4f}", f"{score.std:.4f}"]
-                rows.writerow([image, *numbers, args.estimate, args.thinking, score.reasoning, score.error])
-                failed += bool(score.error)
-            out.flush()
-    finally:
-        if args.out:
-            out.close()
+        print(",".join(COLUMNS))
+        for rows in score_rows(scorer, pictures, settings):
+            print(to_csv(rows), end="", flush=True)
+            failed |= any(row["error"] for row in rows)
+    except OSError as error:  # the disk is full, or who reads has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"vqr1 score: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def _write_scores(file, scorer, pictures: list[str]) -> int:
+    from tqdm import tqdm
+
+    from vqr1.bulk import plain, score_rows
+
+    left = [picture for picture in pictures if plain(picture) not in file.done]
+    here = len(pictures) - len(left)
+    model = scorer() if left else None
+    try:
+        with tqdm(total=len(pictures), initial=here, unit=" images", dynamic_ncols=True) as bar:
+            for rows in score_rows(model, left, file.settings) if left else ():
+                file.write(rows)
+                bar.update(len(rows))
+        file.finish()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {len(file.done)} rows are in {file.log}; the same command goes on from there.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        print(f"\nvqr1 score: {file.path}: {error.strerror}. The rows in {file.log} are whole; the same command goes on from there.", file=sys.stderr)
+        return EXIT_FAILED
+    failed = sum(file.done[plain(picture)] for picture in pictures)
+    before = f", {here} of them from before" if here else ""
+    print(f"{file.path}: {len(pictures)} pictures{before}; {failed} without a score" + (" (see column error)" if failed else ""))
     return EXIT_FAILED if failed else EXIT_OK
 
 
