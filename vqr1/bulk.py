@@ -187,7 +187,11 @@ class RowFile:
 
     def write(self, rows: list[dict]) -> None:
         """Add rows; they are on disk when it returns. Raises OSError where they are not, and keeps those before."""
-        self._append((to_csv if self.csv else _to_json)(rows).encode())
+        try:
+            self._append((to_csv if self.csv else _to_json)(rows).encode())
+        except BaseException:  # also Ctrl-C: no half of a row stays behind
+            self.file.truncate(self._read())
+            raise
         self.done |= {row["image"]: bool(row["error"]) for row in rows}
 
     def finish(self) -> None:
@@ -208,13 +212,9 @@ class RowFile:
 
     def _append(self, data: bytes) -> None:
         left = memoryview(data)
-        try:
-            while left:
-                left = left[self.file.write(left) :]
-            os.fsync(self.file.fileno())
-        except BaseException:  # also Ctrl-C: no half of a row stays behind
-            self.file.truncate(self._whole())
-            raise
+        while left:
+            left = left[self.file.write(left) :]
+        os.fsync(self.file.fileno())
 
     def _lock(self) -> None:
         try:
