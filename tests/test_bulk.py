@@ -316,7 +316,7 @@ def test_any_picture_gets_a_row(tmp_path, photo, capsys):
     assert f"{good + len(bad)} pictures; {len(bad)} without a score" in capsys.readouterr().out
     before = out.read_bytes()
     assert main(["score", str(folder), str(tmp_path / "missing.png"), "--out", str(out)]) == 1  # nothing left to do, still 1
-    assert f"{len(rows)} of them from before" in capsys.readouterr().out and read(out) == pd.read_parquet(io.BytesIO(before)).to_dict("records")
+    assert f"{len(rows)} of them from before" in capsys.readouterr().out and pd.read_parquet(out).equals(pd.read_parquet(io.BytesIO(before)))
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
