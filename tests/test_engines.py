@@ -1,0 +1,240 @@
+"""vLLM's side of the Scorer, without vLLM: a stand-in answers its requests with real numbers of the embedded policy, from transformers."""
+
+import itertools
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from vqr1 import engines
+from vqr1.engines import ANSWERS, BEGINNINGS, CHARACTERS, RANKS, Vllm, chance, llm_options, load_vllm, request, unasked
+from vqr1.policy import load_policy, lora_config
+from vqr1.prompts import messages
+from vqr1.scoring import _VALUES, OPEN, Scorer, _answer_tokens
+
+
+@dataclass
+class SamplingParams:
+    """The fields of vLLM 0.31's that are used, with its defaults; another name is a TypeError, as there."""
+
+    n: int = 1
+    temperature: float = 1.0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    max_tokens: int = 16
+    logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    detokenize: bool = True
+
+
+class LLM:
+    """Answers vLLM's requests with the embedded policy, one plain forward or `generate` of transformers for each length."""
+
+    def __init__(self, policy, **options):
+        (self.model, self.processor), self.options, self.calls = policy, options, []
+
+    def generate(self, requests, params, *, use_tqdm=True, lora_request=None):
+        self.calls.append((requests, params))
+        if not params.logprob_token_ids:
+            return [SimpleNamespace(outputs=self.completions(one, params)) for one in requests]
+        assert params.max_tokens == 1 and params.logprobs == len(params.logprob_token_ids)
+        outputs = {}
+        for _, same in itertools.groupby(range(len(requests)), lambda i: (len(requests[i]["prompt_token_ids"]), id(self.picture(requests[i])))):
+            outputs |= self.log_probabilities([(i, requests[i]) for i in same], params.logprob_token_ids)
+        return [outputs[i] for i in range(len(requests))]
+
+    @staticmethod
+    def picture(one):
+        return one["multi_modal_data"]["image"]
+
+    def inputs(self, *requests):
+        """The processor's inputs for the requests' texts, after asking that their tokens are what it makes of the text."""
+        texts = [self.processor.tokenizer.decode(one["prompt_token_ids"]) for one in requests]
+        inputs = self.processor(text=texts, images=[self.picture(one) for one in requests], return_tensors="pt")
+        image = self.processor.image_token_id
+        for whole, one in zip(inputs["input_ids"].tolist(), requests):
+            at = whole.index(image)
+            assert whole[:at] + whole[at + whole.count(image) - 1 :] == one["prompt_token_ids"]
+        return inputs
+
+    @torch.no_grad()
+    def log_probabilities(self, numbered, token_ids):
+        logprobs = self.model(**self.inputs(*(one for _, one in numbered)), logits_to_keep=1).logits[:, -1].log_softmax(-1)[:, token_ids]
+        return {
+            i: SimpleNamespace(outputs=[SimpleNamespace(logprobs=[{t: SimpleNamespace(logprob=p) for t, p in zip(token_ids, row)}])])
+            for (i, _), row in zip(numbered, logprobs.tolist())
+        }
+
+    def completions(self, one, params):
+        inputs, tokenizer = self.inputs(one), self.processor.tokenizer
+        torch.manual_seed(params.seed or 0)
+        out = self.model.generate(
+            **inputs, max_new_tokens=params.max_tokens, tokenizer=tokenizer, stop_strings=params.stop or None,
+            do_sample=params.temperature > 0, num_return_sequences=params.n,
+        )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+        return [SimpleNamespace(text=tokenizer.decode(row, skip_special_tokens=True), token_ids=row.tolist()) for row in out]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy("tiny-policy", dtype=torch.float32)
+
+
+@pytest.fixture
+def vllm(policy):
+    return Vllm(LLM(policy), SamplingParams)
+
+
+@pytest.fixture
+def tokens(policy):
+    digits, point, end = _answer_tokens(policy[1].tokenizer)
+    return dict(zip(CHARACTERS, [*digits.tolist(), point, end]))
+
+
+def prompt(processor, thinking, start=""):
+    text = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+    return processor.tokenizer(text + start).input_ids
+
+
+class Watched(Scorer):
+    """A Scorer that keeps the distribution it read."""
+
+    def _answers(self, *args):
+        self.read = super()._answers(*args)
+        return self.read
+
+
+@pytest.fixture
+def pictures(photo):
+    return [photo.crop((0, 0, 64, 64)), photo.crop((100, 60, 228, 156))]
+
+
+# The arithmetic
+
+
+def test_the_answers_are_in_the_order_of_the_scorers_values():
+    assert len(BEGINNINGS) == len(set(BEGINNINGS)) == 61 and len(ANSWERS) == len(set(ANSWERS)) == 555
+    torch.testing.assert_close(torch.tensor([float(text.removesuffix("<")) for text in ANSWERS], dtype=torch.float64), _VALUES)
+
+
+def tree_of(share):
+    """The tree of {answer: probability}, answers written like `ANSWERS`."""
+    tree = {}
+    for text in BEGINNINGS:
+        under = {answer: p for answer, p in share.items() if answer.startswith(text) and answer != text}
+        if under:
+            total = sum(under.values())
+            tree[text] = {c: sum(p for answer, p in under.items() if answer[len(text)] == c) / total for c in CHARACTERS}
+    return tree
+
+
+def test_the_chain_rule_gives_back_the_distribution():
+    share = {"3.25": 0.4, "3.2<": 0.1, "3<": 0.2, "4.99": 0.3}
+    tree = tree_of(share)
+    assert {answer: chance(tree, answer) for answer in ANSWERS if chance(tree, answer)} == pytest.approx(share)
+
+
+def test_only_likely_beginnings_are_asked_for():
+    share = {"3.25": 1 - 2e-6, "4.25": 1e-6, "1.00": 1e-6 - 1e-10, "2.00": 1e-10}
+    whole, known = tree_of(share), {}
+    while asked := unasked(known):
+        known |= {text: whole[text] for text in asked}
+    assert {text[0] for text in known if text} == {"1", "3", "4"} and len(known) == 1 + 3 * 3
+
+
+# Against the transformers engine
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_distribution_is_that_of_the_transformers_engine(policy, vllm, tokens, pictures, thinking):
+    for picture in pictures:
+        ours = Watched(policy, thinking, batch_size=1)
+        score = ours.score([picture])[0]
+        stop = {"stop": OPEN, "max_tokens": 64} if thinking else {}
+        texts, p = vllm.distributions(prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop)
+        assert p.shape == (1, 555) and (p[0] - ours.read[0]).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
+        assert (texts[0] or OPEN) == score.answers[0]
+        assert float(p[0] @ _VALUES / p.sum()) == pytest.approx(score.score, abs=1e-5)
+    assert len(vllm.llm.calls) == 2 * (4 + thinking)
+
+
+def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm, tokens, pictures):
+    ids = prompt(policy[1], False, OPEN)
+    _, together = vllm.distributions(ids, pictures, tokens)
+    assert len(vllm.llm.calls) == 4
+    named = {}
+    for rows, params in vllm.llm.calls:
+        assert params.temperature == 0 and params.logprob_token_ids == list(tokens.values())
+        for row in rows:
+            assert row["prompt_token_ids"][: len(ids)] == ids
+            named.setdefault(row["multi_modal_uuids"]["image"][0], row["multi_modal_data"]["image"])
+            assert named[row["multi_modal_uuids"]["image"][0]] is row["multi_modal_data"]["image"]
+    assert len(named) == 2
+    alone = torch.cat([vllm.distributions(ids, [picture], tokens)[1] for picture in pictures])
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_a_reasoning_without_an_answer_has_no_distribution(policy, vllm, tokens, pictures):
+    texts, p = vllm.distributions(prompt(policy[1], True), pictures, tokens, stop=OPEN, max_tokens=3)
+    assert not p.any() and all(text and OPEN not in text for text in texts) and len(vllm.llm.calls) == 1
+
+
+def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
+    ids = prompt(policy[1], False)
+    greedy = vllm.texts(ids, pictures, 1, 12, 0)
+    assert greedy == [score.answers[0] for score in Scorer(policy, estimate="greedy", max_new_tokens=12).score(pictures)]
+    sampled = vllm.texts(ids, pictures, 3, 12, 7)
+    assert len(sampled) == 6 and len(set(sampled)) > 2 and all("<answer>" in text for text in sampled)
+    (_, one), (_, two) = vllm.llm.calls
+    assert (one.temperature, one.n) == (0, 1) and (two.temperature, two.n, two.seed) == (1, 3, 7)
+
+
+# Requests and loading
+
+
+def test_a_request_holds_one_image_token_and_what_was_said_since(photo):
+    assert request([1, 9, 2], photo, "a", [5, 6]) == {
+        "prompt_token_ids": [1, 9, 2, 5, 6], "multi_modal_data": {"image": photo}, "multi_modal_uuids": {"image": ["a"]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(4, 8), (16, 16), (33, 64)])
+def test_an_adapter_is_served_on_its_base(tmp_path, rank, largest):
+    lora_config(rank).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "Qwen/Q"')
+    (tmp_path / "adapter_config.json").write_text(text)
+    options, adapter = llm_options(tmp_path)
+    assert (options["model"], options["max_lora_rank"], options["enable_lora"], adapter) == ("Qwen/Q", largest, True, str(tmp_path))
+
+
+def test_an_adapter_of_too_high_a_rank_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "Qwen/Q", "r": {RANKS[-1] + 1}}}')
+    with pytest.raises(ValueError, match="up to rank 256"):
+        llm_options(tmp_path)
+
+
+def test_without_vllm_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install vllm==.*transformers"):
+        load_vllm("tiny-policy")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """`vllm` and `vllm.lora.request` as far as they are imported."""
+    whole, lora, of_request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    whole.LLM, whole.SamplingParams = lambda model, **options: LLM(load_policy(model), **options), SamplingParams
+    of_request.LoRARequest = lambda name, number, path: (name, number, path)
+    for module in (whole, lora, of_request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_a_policy_is_loaded_with_its_own_processor(stand_in, policy):
+    vllm, processor = load_vllm("tiny-policy")
+    assert type(processor) is type(policy[1]) and vllm.lora is None
+    assert vllm.llm.options == {"max_model_len": engines.MAX_TOKENS, "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": True}
+    own = LLM(policy)
+    assert load_vllm((own, processor))[0].llm is own

@@ -1,0 +1,152 @@
+"""vLLM behind the Scorer: `Scorer("Qwen/Qwen2.5-VL-7B-Instruct", engine="vllm", batch_size=256)`.
+
+NOT RUN HERE: vLLM needs a GPU. What is tested is how requests are built and what is made of the log-probabilities that come back,
+with the embedded policy's own, from transformers. The names are those of vLLM 0.31. It wants an older transformers than the
+rest of this package, and so an environment of its own (`INSTALL`). vLLM prepares pictures with the checkpoint's own image processor and
+computes in bf16: its scores are near the transformers engine's, not equal, and may differ a little with the company in the batch.
+"""
+
+import json
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, ProcessorMixin
+
+from vqr1.policy import TINY, load_processor
+
+INSTALL = (
+    "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.31.0 peft==0.21.2 bitsandbytes==0.50.2 pandas scipy scikit-image"
+    " && .venv-vllm/bin/pip install --no-deps -e ."
+)
+MAX_TOKENS = 20_480
+"""Of one request: Qwen's processors make at most 16,384 tokens of a picture; the rest is for prompt and reasoning."""
+RANKS = (8, 16, 32, 64, 128, 256)
+"""The LoRA ranks that vLLM can be set to."""
+
+CHARACTERS = "0123456789.<"
+"""What may follow inside an answer; "<" stands for the token that begins ``</answer>``."""
+BEGINNINGS = ("", *"12345", *(f"{d}." for d in "12345"), *(f"{d}.{n}" for d in "12345" for n in "0123456789"))
+"""The 61 beginnings of an answer after which the next token is asked for, shortest first."""
+ANSWERS = (*(f"{text}{n}" for text in BEGINNINGS[11:] for n in "0123456789"), *(f"{text}<" for text in BEGINNINGS[11:] + BEGINNINGS[1:6]))
+"""The 555 answers d.dd, d.d and d, in the order of the Scorer's values."""
+FLOOR = 1e-8
+"""Beginnings less likely than this are not asked for; 61 of them change a mean by 3e-6 at most."""
+
+Tree = dict[str, dict[str, float]]
+"""What follows each beginning: {beginning: {character: probability}}."""
+
+
+def chance(tree: Tree, text: str) -> float:
+    """Return the probability that the answer begins with `text`, by the chain rule; 0 where the tree does not reach.
+
+    >>> chance({"": {"3": 0.5, "4": 0.5}, "3": {".": 0.9, "<": 0.1}}, "3.")
+    0.45
+    """
+    return math.prod(tree.get(text[:i], {}).get(character, 0.0) for i, character in enumerate(text))
+
+
+def unasked(tree: Tree) -> list[str]:
+    """Return the beginnings to ask for next: likely enough by what is known; none when the tree is complete.
+
+    >>> unasked({}), unasked({"": {"3": 0.5, "4": 0.5, "7": 1e-3}})
+    ([''], ['3', '4'])
+    """
+    return [text for text in BEGINNINGS if text not in tree and chance(tree, text) >= FLOOR]
+
+
+def following(logprobs: Mapping[int, object], tokens: Mapping[str, int]) -> dict[str, float]:
+    """Return the probability of each character from vLLM's {token: Logprob} of one position."""
+    return {character: math.exp(logprobs[token].logprob) for character, token in tokens.items()}
+
+
+def request(prompt: list[int], picture: Image.Image, name: str, more: Sequence[int] = ()) -> dict:
+    """Return a ``vllm.TokensPrompt``: the prompt with one image token, which vLLM repeats as the picture needs, and `more`.
+
+    name: the picture's, unique in the engine's life: its cache knows the picture again by it without hashing pixels.
+    """
+    return {
+        "prompt_token_ids": [*prompt, *more], "multi_modal_data": {"image": picture}, "multi_modal_uuids": {"image": [name]},
+    }  # fmt: skip
+
+
+def reading(tokens: Mapping[str, int]) -> dict:
+    """Return the sampling settings that read off the log-probabilities of these tokens as they are, before any truncation."""
+    return {"max_tokens": 1, "temperature": 0.0, "logprobs": len(tokens), "logprob_token_ids": list(tokens.values()), "detokenize": False}
+
+
+def llm_options(policy: str | Path) -> tuple[dict, str | None]:
+    """Return the keywords for ``vllm.LLM`` and the path of the adapter, if `policy` is the folder of one.
+
+    The base serves in bf16, the adapter on top of it: nothing is merged.
+    """
+    options = {"max_model_len": MAX_TOKENS, "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": True}
+    path = TINY if str(policy) == "tiny-policy" else Path(policy)
+    if not (path / "adapter_config.json").is_file():
+        return options | {"model": str(path)}, None
+    adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    base, rank = adapter["base_model_name_or_path"], min((r for r in RANKS if r >= adapter["r"]), default=None)
+    if rank is None:
+        raise ValueError(f"{path}: vLLM serves adapters up to rank {RANKS[-1]}, and this one has {adapter['r']}; use engine='transformers'")
+    return options | {"model": base, "enable_lora": True, "max_lora_rank": rank}, str(path)
+
+
+def load_vllm(policy: str | Path | tuple) -> tuple["Vllm", ProcessorMixin]:
+    """Return (engine, processor) of a model's or an adapter's folder, of a hub name, or of a pair (``vllm.LLM``, processor) of your own.
+
+    Raises ModuleNotFoundError, saying how to install it, where vLLM is missing.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"engine='vllm' needs vLLM ({error}). It runs on a GPU and wants its own environment: {INSTALL}; or use engine='transformers'"
+        ) from error
+    if isinstance(policy, tuple):
+        return Vllm(policy[0], SamplingParams), policy[1]
+    options, adapter = llm_options(policy)
+    lora = LoRARequest("vqr1", 1, adapter) if adapter else None
+    processor = load_processor(options["model"], AutoConfig.from_pretrained(options["model"]).model_type)
+    return Vllm(LLM(**options), SamplingParams, lora), processor
+
+
+class Vllm:
+    """What the Scorer asks of a model, asked of vLLM: texts, or the distribution of the answer."""
+
+    def __init__(self, llm, sampling_params, lora=None):
+        self.llm, self.sampling_params, self.lora = llm, sampling_params, lora
+
+    def texts(self, prompt: list[int], pictures: list[Image.Image], k: int, max_tokens: int, seed: int) -> list[str]:
+        """Return k completions of each picture, one picture after the other: greedy if k is 1, else sampled at temperature 1."""
+        how = {"n": k, "temperature": 1.0, "seed": seed} if k > 1 else {"temperature": 0.0}
+        outputs = self._run([request(prompt, picture, uuid.uuid4().hex) for picture in pictures], max_tokens=max_tokens, **how)
+        return [answer.text for output in outputs for answer in output.outputs]
+
+    def distributions(
+        self, prompt: list[int], pictures: list[Image.Image], tokens: Mapping[str, int], stop: str = "", max_tokens: int = 0
+    ) -> tuple[list[str], torch.Tensor]:
+        """Return the text before each picture's answer, and the probability of each of `ANSWERS` after it, (B, 555).
+
+        tokens: the id of each of `CHARACTERS`. With `stop`, text is generated greedily up to it first; where it does not come
+        within `max_tokens`, the probabilities are 0. All pictures go down the tree together, in at most four calls.
+        """
+        names = [uuid.uuid4().hex for _ in pictures]
+        texts, more = [""] * len(pictures), [[]] * len(pictures)
+        if stop:
+            first = [request(prompt, picture, name) for picture, name in zip(pictures, names)]
+            outputs = self._run(first, temperature=0.0, max_tokens=max_tokens, stop=[stop], include_stop_str_in_output=True)
+            texts, more = [output.outputs[0].text for output in outputs], [list(output.outputs[0].token_ids) for output in outputs]
+        trees: list[Tree] = [{} for _ in pictures]
+        ready = [i for i, text in enumerate(texts) if text.endswith(stop)]
+        while asked := [(i, text) for i in ready for text in unasked(trees[i])]:
+            rows = [request(prompt, pictures[i], names[i], more[i] + [tokens[c] for c in text]) for i, text in asked]
+            for (i, text), output in zip(asked, self._run(rows, **reading(tokens))):
+                trees[i][text] = following(output.outputs[0].logprobs[0], tokens)
+        return texts, torch.tensor([[chance(tree, answer) for answer in ANSWERS] for tree in trees], dtype=torch.float64)
+
+    def _run(self, requests: list[dict], **settings) -> list:
+        return self.llm.generate(requests, self.sampling_params(**settings), use_tqdm=False, lora_request=self.lora)
