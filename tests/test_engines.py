@@ -238,3 +238,30 @@ def test_a_policy_is_loaded_with_its_own_processor(stand_in, policy):
     assert vllm.llm.options == {"max_model_len": engines.MAX_TOKENS, "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": True}
     own = LLM(policy)
     assert load_vllm((own, processor))[0].llm is own
+
+
+# The Scorer
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy", "thinking": True}], ids=str)
+def test_the_scorer_gives_what_it_gives_with_transformers(stand_in, policy, pictures, tmp_path, options):
+    images = [*pictures, tmp_path / "missing.png"]
+    ours, theirs = (scorer.score(images) for scorer in (Scorer("tiny-policy", engine="vllm", **options), Scorer(policy, **options)))
+    for one, two in zip(ours, theirs):
+        assert (one.answers, one.reasoning, one.error) == (two.answers, two.reasoning, two.error)
+        assert [one.score, one.std, one.mass] == pytest.approx([two.score, two.std, two.mass], abs=1e-5, nan_ok=True)
+    assert "missing" in ours[-1].error
+
+
+def test_the_scorer_samples_compares_and_describes(stand_in, policy, pictures, tmp_path):
+    sampled = Scorer("tiny-policy", engine="vllm", estimate="sample", k=3).score(pictures)
+    assert all(len(score.answers) == 3 and score.std >= 0 for score in sampled)
+    scorer = Scorer("tiny-policy", engine="vllm")
+    assert scorer.compare(*pictures) == pytest.approx(Scorer(policy).compare(*pictures), abs=1e-5)
+    assert scorer.describe(pictures[0]).text == Scorer(policy).describe(pictures[0]).text
+    assert all(score.error for score in scorer.score([tmp_path / "missing.png"]))
+
+
+def test_an_engine_has_a_known_name(policy):
+    with pytest.raises(ValueError, match="'tgi' is unknown.*transformers, vllm"):
+        Scorer(policy, engine="tgi")

@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixin
 
+from vqr1.engines import CHARACTERS, Vllm, load_vllm
 from vqr1.pictures import as_rgb, open_picture
 from vqr1.policy import load_policy, prefill
 from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
 
 ESTIMATES = ("expected", "greedy", "sample")
+ENGINES = ("transformers", "vllm")
 OPEN = "<answer>"
 WINDOW = 4
 """Batches that are decoded, sorted by size and scored together."""
@@ -95,12 +97,15 @@ class Scorer:
     paper's; `seed` makes them repeatable in the same batch. A picture that cannot be read or whose answer cannot be parsed has a NaN
     score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
 
+    engine="vllm" asks vLLM instead of transformers; see `vqr1.engines`, also for what was not run.
+
     Pictures are decoded ahead in background threads, sorted by size into batches, and each goes through the vision tower once.
     """
 
     def __init__(
         self, policy: str | Path | tuple[PreTrainedModel, ProcessorMixin] = "tiny-policy", thinking: bool = False,
         estimate: str = "expected", k: int = 6, batch_size: int = 16, max_new_tokens: int = 256, seed: int = 0,
+        engine: str = "transformers",
     ):  # fmt: skip
         if estimate not in ESTIMATES:
             raise ValueError(f"estimate {estimate!r} is unknown; use one of {', '.join(ESTIMATES)}")
@@ -108,6 +113,10 @@ class Scorer:
             raise ValueError(f"k is {k}: a mean and a deviation need at least 2 samples")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: score at least one picture at a time")
+        if engine not in ENGINES:
+            raise ValueError(f"engine {engine!r} is unknown; use one of {', '.join(ENGINES)}")
+        if engine == "vllm":
+            policy = load_vllm(policy)
         self.model, self.processor = policy if isinstance(policy, tuple) else load_policy(policy)
         self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
@@ -137,7 +146,7 @@ class Scorer:
 
             try:
                 window = following()
-                prefix = self._prefix() if window else None
+                prefix = self._prefix() if window and not isinstance(self.model, Vllm) else None
                 while window:
                     ahead = following()
                     yield self._window([future.result() for future in window], prefix)
@@ -195,16 +204,35 @@ class Scorer:
         """Return the picture as the processor gives it, with a note, or why it cannot be."""
         try:
             picture = as_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
-            return dict(self.processor.image_processor(images=[picture], return_tensors="pt")) | {"note": picture.info.get("note", "")}
+            note = {"note": picture.info.get("note", "")}
+            if isinstance(self.model, Vllm):  # it has an image processor of its own
+                return {"picture": picture, "pixel_values": ()} | note
+            return dict(self.processor.image_processor(images=[picture], return_tensors="pt")) | note
         except ValueError as error:
             return str(error)
 
     def _window(self, opened: list[dict | str], prefix: Cache) -> list[Score]:
         scores = [Score(error=picture) if isinstance(picture, str) else Score(note=picture["note"]) for picture in opened]
         good = sorted((i for i, score in enumerate(scores) if not score.error), key=lambda i: len(opened[i]["pixel_values"]))
+        if isinstance(self.model, Vllm):
+            self._serve([opened[i]["picture"] for i in good], [scores[i] for i in good])
+            return scores
         for batch in _chunks(good, self.batch_size):
             self._batch([opened[i] for i in batch], [scores[i] for i in batch], prefix)
         return scores
+
+    def _serve(self, pictures: list[Image.Image], scores: list[Score]) -> None:
+        """Let vLLM answer for a window of pictures."""
+        if not scores:
+            return
+        prompt = [*self.before.tolist(), self.processor.image_token_id, *self.after.tolist()]
+        if self.estimate != "expected":
+            k = self.k if self.estimate == "sample" else 1
+            self._read_texts(scores, self.model.texts(prompt, pictures, k, self.max_new_tokens, self.seed))
+            return
+        tokens = dict(zip(CHARACTERS, [*self.digits.tolist(), self.point, self.end]))
+        texts, probability = self.model.distributions(prompt, pictures, tokens, "" if self.answered else OPEN, self.max_new_tokens)
+        self._read_distributions(scores, [OPEN] * len(scores) if self.answered else texts, probability)
 
     def _batch(self, pictures: list[dict], scores: list[Score], prefix: Cache) -> None:
         try:
@@ -269,7 +297,11 @@ class Scorer:
             torch.manual_seed(self.seed)
             out = self._generate(ids, mask, cache, k, **options).sequences[:, ids.shape[1] :]
         texts = self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)
-        for score, answers in zip(scores, _chunks(texts, k)):
+        self._read_texts(scores, texts)
+
+    def _read_texts(self, scores: list[Score], texts: list[str]) -> None:
+        """Fill in the scores of completions, equally many for each."""
+        for score, answers in zip(scores, _chunks(texts, len(texts) // len(scores))):
             values = torch.tensor([parse_score(text) for text in answers], dtype=torch.float64)
             values = values[~values.isnan()]
             score.answers, score.reasoning = answers, parse_reasoning(answers[0])
@@ -292,7 +324,11 @@ class Scorer:
             kept = torch.arange(ids.shape[1] - length, device=ids.device) < lengths[:, None]
             mask, last = torch.cat([mask, kept.long()], 1), length + lengths - 1
         probability = self._answers(ids, mask, last, cache)  # (B, 555)
-        for score, text, p in zip(scores, texts, probability.double().cpu()):
+        self._read_distributions(scores, texts, probability.double().cpu())
+
+    def _read_distributions(self, scores: list[Score], texts: list[str], probability: torch.Tensor) -> None:
+        """Fill in the scores of the texts up to the answer and the probabilities of `_VALUES` after them, (B, 555)."""
+        for score, text, p in zip(scores, texts, probability):
             score.answers, score.reasoning = [text], parse_reasoning(text)
             score.mass = float(p.sum())
             if not text.endswith(OPEN):
