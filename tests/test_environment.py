@@ -130,7 +130,7 @@ def test_environment_yml_has_the_same_names_and_ranges():
 
 def test_environment_yml_uses_what_make_installs_and_comments_out_the_rest():
     used = {name for name, (_, _, used) in conda_lines().items() if used} - {"python", "pip"}
-    assert used == {CONDA_NAMES.get(name, name) for name in requirements("notebooks", "dev")}
+    assert used == {CONDA_NAMES.get(name, name) for name in requirements("notebooks", "dev", "scale")}
 
 
 def test_environment_yml_gives_a_reason_in_every_line():
