@@ -91,3 +91,9 @@ def test_what_cannot_be_used_is_named(source, out, message, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     assert main([source if "://" in source else str(tmp_path / "rows" / source), str(tmp_path / out)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_ray_the_message_says_what_to_install(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([pictures, str(tmp_path / "rows.csv")]) == 2
+    assert "pip install 'vqr1[scale]'" in capsys.readouterr().err

@@ -95,11 +95,14 @@ class Rater:
 def scored(source: str, names: list[str], settings: dict, batch_size: int, actors: int, gpus: float) -> Iterator[list[dict]]:
     """Yield the rows of the pictures in order, some at a time, scored by so many actors of a Ray cluster, each with so many GPUs.
 
-    Raises ValueError where the cluster is too small for the actors, which would wait for ever.
+    Raises ValueError where Ray is missing, or the cluster too small for the actors, which would wait for ever.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext, from_items
+    try:
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext, from_items
+    except ModuleNotFoundError as error:
+        raise ValueError(f"Ray is missing ({error}); install the extra: pip install 'vqr1[scale]'") from error
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
     try:
