@@ -38,8 +38,8 @@ ROOMS = {
     "distortions": "nothing",
     "observers": "thurstone",
     "pictures": "nothing",
-    "data": "distortions observers pictures prompts",
-    "readers": "data",
+    "readers": "distortions",  # below data, whose load_ratings is the one door to all sets
+    "data": "distortions observers pictures prompts readers",
     "rewards": "thurstone prompts",
     "policy": "prompts",
     "engines": "policy",

@@ -1,0 +1,559 @@
+"""Every public set is read from small files in the official layout, and what is wrong in them is named.
+
+No real set is at hand: the builders below write the annotation as published (names, columns, header, separators, cells)
+with a few rows and pictures of 8x6 pixels.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from openpyxl import Workbook, load_workbook
+from PIL import Image
+from scipy.io import savemat
+
+from vqr1.data import COLUMNS, load_ratings
+from vqr1.distortions import DISTORTIONS
+from vqr1.observers import human_cells
+from vqr1.readers import PER_CONTENT, SETS, read_public, seeded_split
+
+NAN = float("nan")
+
+
+def picture(path: Path, shade: int = 128) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (shade, 90, 60)).save(path)
+
+
+def text(path: Path, lines: list[str], end: str = "\n") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((end.join(lines) + end).encode())
+
+
+def sheet(path: Path, rows: list[list], title: str = "Sheet1") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    book = Workbook()
+    book.active.title = title
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+
+
+# The official layouts. Each builder returns {picture's path: (mos as the frame must have it, std)}.
+
+
+def kadid(root: Path) -> dict:
+    rows = {}
+    for number in range(1, 6):
+        for level, (dmos, var) in enumerate([("4.57", "0.496"), ("4.10", "0.81"), ("2.63", "1.0"), ("1.50", "0.25"), ("1.00", "0.0")], 1):
+            rows[f"I{number:02d}_03_0{level}.png"] = (f"I{number:02d}.png", dmos, var)
+    text(root / "dmos.csv", ["dist_img,ref_img,dmos,var", *(",".join([name, *row]) for name, row in rows.items())])
+    for name in (*rows, *(row[0] for row in rows.values())):  # the references lie beside them, and are not rated
+        picture(root / "images" / name)
+    return {f"images/{name}": (float(dmos), float(var) ** 0.5) for name, (_, dmos, var) in rows.items()}
+
+
+def tid(root: Path) -> dict:
+    names = [f"I0{ref}_01_{level}.bmp" for ref in (1, 2) for level in (1, 5)] + ["i25_24_1.bmp", "I25_24_5.bmp"]
+    mos, std = ["5.51429", "3.1", "6.0", "0.24242", "5.2", "2.0"], ["0.13013", "0.2", "0.1", "0.15", "0.11", "0.12"]
+    text(root / "mos_with_names.txt", [f"{m} {name}" for m, name in zip(mos, names)], end="\r\n")
+    text(root / "mos_std.txt", std, end="\r\n")
+    on_disk = [*names[:3], "i02_01_5.BMP", *names[4:]]  # names differ in case between file and disk
+    for name in on_disk:
+        picture(root / "distorted_images" / name)
+    picture(root / "reference_images" / "i25.bmp")
+    return {f"distorted_images/{name}": (float(m), float(s)) for name, m, s in zip(on_disk, mos, std)}
+
+
+KONIQ = "image_name,c1,c2,c3,c4,c5,c_total,MOS,SD"
+
+
+def koniq(root: Path) -> dict:
+    rows = [
+        ("10004473376.jpg,0.0,0.0,0.238095238095,0.695238095238,0.0666666666667,105,77.3836206897,0.527277894494", "training"),
+        ("10007357496.jpg,0.0,0.03125,0.46875,0.489583333333,0.0104166666667,96,68.7285714286,0.580003024795", "test"),
+        ("10043785683.jpg,0.0,0.0,0.433962264151,0.566037735849,0.0,106,71.2043269231,0.497974333332", "validation"),
+        ("10058760545.jpg,0.45,0.48,0.07,0.0,0.0,100,15.2293577982,0.615949624072", "training"),
+    ]
+    text(root / "koniq10k_distributions_sets.csv", [f"{KONIQ},set", *(",".join(row) for row in rows)])
+    fields = [row.split(",") for row, _ in rows]
+    for name, *_ in fields:
+        picture(root / "1024x768" / name)
+        picture(root / "512x384" / name)  # the same names, half the size
+    return {f"1024x768/{row[0]}": (float(row[7]), 25 * float(row[8])) for row in fields}
+
+
+def spaq(root: Path) -> dict:
+    header = ["Image name", "MOS", "Brightness", "Colorfulness", "Contrast", "Noisiness", "Sharpness"]
+    rows = [["00001.jpg", 58.5, 60.0, 57.2, 61.0, 55.3, 49.8], ["00002.jpg", 36, 40, 30, 35, 20, 31], ["00914.jpg", 74.0, 70, 70, 70, 70, 70]]
+    sheet(root / "Annotations" / "MOS and Image attribute scores.xlsx", [header, *rows])
+    for name, *_ in rows:
+        picture(root / "TestImage" / name)
+    return {f"TestImage/{row[0]}": (float(row[1]), NAN) for row in rows}
+
+
+def matlab(root: Path, names: list[str], mos: list[float], std: list[float]) -> None:
+    """Cells (N, 1) of names and rows (1, N) of numbers, as in ChallengeDB_release."""
+    cells = np.empty((len(names), 1), dtype=object)
+    cells[:, 0] = names
+    (root / "Data").mkdir(parents=True, exist_ok=True)
+    savemat(root / "Data" / "AllImages_release.mat", {"AllImages_release": cells})
+    savemat(root / "Data" / "AllMOS_release.mat", {"AllMOS_release": np.array([mos])})
+    savemat(root / "Data" / "AllStdDev_release.mat", {"AllStdDev_release": np.array([std])})
+
+
+def clive(root: Path) -> dict:
+    names = [f"t{n}.bmp" for n in range(1, 8)] + ["3.bmp", "4.bmp", "1024.JPG"]
+    mos, std = [50.0] * 7 + [63.9634, 25.3353, 92.43], [20.0] * 7 + [20.2, 16.1, 13.3]
+    matlab(root, names, mos, std)
+    for name in names[:7]:
+        picture(root / "Images" / "trainingImages" / name)
+    for name in names[7:]:
+        picture(root / "Images" / name)
+    return {f"Images/{name}": row for name, *row in zip(names[7:], mos[7:], std[7:])}
+
+
+def bid(root: Path) -> dict:
+    rows = [[1, 3.25, 0.9, 3, 3.5], [2, 0.164, 0.2, 0.1, 0.2], [586, 4.92, 0.1, 5, 4.8]]
+    sheet(root / "DatabaseGrades.xlsx", [["Image Number", "Average Subjective Grade", "std", "User 1", "User 2"], *rows])
+    for number, *_ in rows:
+        picture(root / "ImageDatabase" / f"DatabaseImage{number:04d}.JPG".replace("JPG", "jpg" if number == 2 else "JPG"))
+    names = ["DatabaseImage0001.JPG", "DatabaseImage0002.jpg", "DatabaseImage0586.JPG"]
+    return {f"ImageDatabase/{name}": (row[1], row[2]) for name, row in zip(names, rows)}
+
+
+def pipal(root: Path) -> dict:
+    rows = {"A0001_00_00.bmp": "1520.0648", "A0001_00_01.bmp": "1397.2", "A0002_00_00.bmp": "1466.4372", "A0002_06_26.bmp": "916.7"}
+    for reference in ("A0001", "A0002"):
+        text(root / "Train_Label" / f"{reference}.txt", [f"{name},{elo}" for name, elo in rows.items() if name.startswith(reference)])
+        picture(root / "Train_Ref" / f"{reference}.bmp")
+    for place, name in enumerate(rows):
+        picture(root / f"Distortion_{place % 2 + 1}" / name)
+    return {f"Distortion_{place % 2 + 1}/{name}": (float(elo), NAN) for place, (name, elo) in enumerate(rows.items())}
+
+
+CSIQ = [  # image, dst_idx, dst_type, dst_lev, dmos_std, dmos, file
+    (1600, 1, "noise", 1, 0.03, 0.062, "awgn/1600.AWGN.1.png"), (1600, 1, "noise", 5, 0.1, 0.7, "awgn/1600.AWGN.5.png"),
+    ("sunset_sparrow", 3, "jpeg 2000", 4, 0.12, 0.512, "jpeg2000/sunset_sparrow.jpeg2000.4.png"),
+    ("sunset_sparrow", 2, "jpeg", 1, 0.02, 0.011, "jpeg/sunset_sparrow.JPEG.1.png"),
+    ("aerial_city", 6, "blur", 5, 0.05, 0.93, "blur/aerial_city.BLUR.5.png"),
+    ("aerial_city", 5, "contrast", 1, 0.04, 0.1, "contrast/aerial_city.contrast.1.png"),
+    ("aerial_city", 4, "fnoise", 2, 0.06, 0.2, "fnoise/aerial_city.fnoise.2.png"),
+]
+
+
+def csiq(root: Path) -> dict:
+    head = [[], ["CSIQ image quality database"], [], [None] * 3 + ["image", "dst_idx", "dst_type", "dst_lev", "dmos_std", "dmos"]]
+    sheet(root / "csiq.DMOS.xlsx", [*head, *([None] * 3 + list(row[:6]) for row in CSIQ), [None] * 9], "all_by_image")
+    for *_, name in CSIQ:
+        picture(root / "dst_imgs" / name)
+    picture(root / "src_imgs" / "1600.png")
+    return {f"dst_imgs/{row[6]}": (1 - row[5], row[4]) for row in CSIQ}
+
+
+def listed(file: str, names: list[str]):
+    def build(root: Path) -> dict:
+        mos = [1.0, 3.25, 5.0, 2.5]
+        text(root / file, [f"{name.split('_')[0]}.png {name} {value}" for name, value in zip(names, mos, strict=True)])
+        for place, name in enumerate(names):
+            picture(root / f"part{place % 2}" / name)
+        return {f"part{place % 2}/{name}": (value, NAN) for place, (name, value) in enumerate(zip(names, mos))}
+
+    return build
+
+
+METHODS = ("Original", "SwinIR", "SeeSR")
+SRIQA = {"online50": (66.2, 0.0, 100.0), "realworld23": (100.0, 34.5, 0.0), "srtest9": (80.0, 0.0, 100.0)}
+
+
+def sriqa(root: Path) -> dict:
+    """MOS/x.txt in falling order; LRImages hold a picture of the very name of the rated original."""
+    rated = {}
+    for content, scores in SRIQA.items():
+        names = [f"{content}_{method}{'' if method == 'Original' else 'x4'}.png" for method in METHODS]
+        text(root / "MOS" / f"{content}.txt", [f"{name},{score}" for score, name in sorted(zip(scores, names), reverse=True)])
+        picture(root / "LRImages" / f"{content}_Original.png")
+        for method, name, score in zip(METHODS, names, scores):
+            picture(root / "images" / method / name)
+            rated[f"images/{method}/{name}"] = (score, NAN)
+    return rated
+
+
+def agiqa(root: Path) -> dict:
+    rows = {
+        "AttnGAN_normal_000.jpg": ("statue of a man,,,", 0.965602553, 0.223270101),
+        "AttnGAN_normal_060.jpg": ('"artwork with only triangles, anime style",,,anime style', 0.919776796, 0.719282241),
+        "sd1.5_000.jpg": ("statue of a man,,,", 3.1, 0.5),
+        "xl_000.jpg": ("a cat,,,", 4.489, 0.1),
+    }
+    lines = [f"{name},{prompt},{mos},{std},0.40889324,0.615607722" for name, (prompt, mos, std) in rows.items()]
+    text(root / "data.csv", ["name,prompt,adj1,adj2,style,mos_quality,std_quality,mos_align,std_align", *lines])
+    for name in rows:
+        picture(root / name)
+    return {name: row[1:] for name, row in rows.items()}
+
+
+BUILD = {
+    "kadid-10k": kadid, "tid2013": tid, "koniq-10k": koniq, "spaq": spaq, "clive": clive, "bid": bid, "pipal": pipal, "csiq": csiq,
+    "liu13": listed("Deblur_test_all.txt", ["a_1.png", "a_2.png", "b_1.png", "b_2.png"]),
+    "min19": listed("Dehaze_test_all.txt", ["01_1.bmp", "01_2.bmp", "02_1.bmp", "02_2.bmp"]),
+    "sriqa-bench": sriqa, "agiqa-3k": agiqa,
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A function that writes a set's files into a folder of its name; returns (that folder, what must be read)."""
+    return lambda name: (tmp_path / name, BUILD[name](tmp_path / name))
+
+
+def refused(name, root, message, error=ValueError):
+    with pytest.raises(error, match=message):
+        load_ratings(name, root)
+
+
+# What every reader gives
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_in_the_official_layout_is_read(name, made):
+    folder, expected = made(name)
+    frame = load_ratings(name, folder)
+    assert tuple(frame.columns) == COLUMNS and frame["dataset"].eq(name).all() and frame.attrs["root"] == str(folder)
+    read = {row.image: (row.mos, row.std) for row in frame.itertuples()}
+    assert set(read) == set(expected)
+    for image, numbers in expected.items():
+        assert read[image] == pytest.approx(tuple(numbers), nan_ok=True, rel=1e-12), image
+        assert (folder / image).is_file()
+    assert frame["mos"].dtype == frame["std"].dtype == float and frame["seed"].isna().all() and frame["seed"].dtype == "Int64"
+    assert frame["crop"].eq("").all() and frame["split"].isin(["train", "val", "test"]).all() and frame["reference"].ne("").all()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_found_by_its_name_in_a_folder_of_sets(name, made):
+    folder, expected = made(name)
+    other = folder.with_name(name.replace("-", "").upper())
+    folder.rename(other)
+    assert len(load_ratings(name, other.parent)) == len(expected)
+    assert load_ratings(name, other.parent).attrs["root"] == str(other)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_as_read_is_a_manifest(name, made):
+    """It can be written as a CSV and read again: one's own folder and CSV work the same way."""
+    folder, _ = made(name)
+    frame = load_ratings(name, folder)
+    frame.to_csv(folder / "set.csv", index=False)
+    again = load_ratings(folder / "set.csv")
+    pd.testing.assert_frame_equal(again.astype({"level": str}), frame.astype({"level": str}), check_dtype=False)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_missing_annotation_says_what_is_expected_and_where_it_can_be_had(name, tmp_path):
+    entry = SETS[name]
+    refused(name, tmp_path, f"{name} is neither in .*{re.escape(entry.files[0])}.*It can be had from: {re.escape(entry.source)}", FileNotFoundError)
+    refused(name, tmp_path / "nowhere", f"{name} is neither in", FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_missing_pictures_are_counted_and_named(name, made):
+    folder, expected = made(name)
+    gone = list(expected)[1:3]
+    for image in gone:
+        (folder / image).unlink()
+        (folder / image.replace("1024x768", "512x384")).unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match=rf"2 of {len(expected)} pictures of {name} are missing, first .*; expected ") as said:
+        load_ratings(name, folder)
+    assert all(re.search(re.escape(Path(image).name), str(said.value), re.IGNORECASE) for image in gone)
+    frame = read_public(name, folder, strict=False)
+    assert (frame["image"] == "").sum() == len(frame.attrs["missing"]) == 2
+
+
+def test_every_entry_says_where_what_and_how():
+    for name, entry in SETS.items():
+        assert entry.rows > 500 and entry.source and entry.size and entry.licence and entry.note, name
+        assert entry.split in ("seeded", "official", "test") and entry.scale[0] < entry.scale[1]
+    assert {name for name, entry in SETS.items() if entry.flip is not None} == {"csiq"} and PER_CONTENT == ("sriqa-bench",)
+    assert {name for name, entry in SETS.items() if "unknown" in entry.source} == {"bid", "liu13", "min19"}  # not guessed
+
+
+def test_an_unknown_name_lists_the_public_sets(tmp_path):
+    refused("koniq", tmp_path, "unknown set 'koniq'.*Public sets: kadid-10k, .*agiqa-3k")
+
+
+# Direction
+
+
+def test_kadid_is_not_flipped_although_its_column_is_called_dmos(made):
+    frame = load_ratings("kadid-10k", made("kadid-10k")[0])
+    assert frame.groupby("level")["mos"].mean().is_monotonic_decreasing and frame["mos"].max() == 4.57
+
+
+def test_csiq_is_flipped_and_says_so(made):
+    frame = load_ratings("csiq", made("csiq")[0]).set_index("image")["mos"]
+    assert frame["dst_imgs/awgn/1600.AWGN.1.png"] == pytest.approx(1 - 0.062)
+    assert frame["dst_imgs/awgn/1600.AWGN.5.png"] == pytest.approx(1 - 0.7)
+    assert "flipped" in SETS["csiq"].note
+
+
+def reverse_kadid(folder):
+    lines = (folder / "dmos.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    text(folder / "dmos.csv", [lines[0], *(f"{a},{b},{6 - float(c):.2f},{d}" for a, b, c, d in rows)])
+
+
+def reverse_tid(folder):
+    lines = [line.split() for line in (folder / "mos_with_names.txt").read_text().splitlines()]
+    text(folder / "mos_with_names.txt", [f"{9 - float(mos)} {name}" for mos, name in lines])
+
+
+def reverse_csiq(folder):
+    book = load_workbook(folder / "csiq.DMOS.xlsx")
+    for row in range(5, 5 + len(CSIQ)):
+        cell = book["all_by_image"].cell(row, 9)
+        cell.value = 1 - cell.value
+    book.save(folder / "csiq.DMOS.xlsx")
+
+
+@pytest.mark.parametrize(("name", "reverse"), [("kadid-10k", reverse_kadid), ("tid2013", reverse_tid), ("csiq", reverse_csiq)])
+def test_numbers_that_run_the_wrong_way_are_refused(name, reverse, made):
+    """Where the file names the strength of a distortion, the strongest must be the worst."""
+    folder, _ = made(name)
+    reverse(folder)
+    refused(name, folder, "the strongest distortions have the best scores.*run the wrong way")
+
+
+# The traps of single sets
+
+
+def test_kadids_types_are_those_of_the_distortions():
+    assert human_cells()["type"].drop_duplicates().tolist() == list(DISTORTIONS)
+
+
+def test_kadids_types_and_levels_are_named(made):
+    frame = load_ratings("kadid-10k", made("kadid-10k")[0])
+    assert set(frame["distortion"]) == {"motion_blur"} and frame["level"].tolist() == [1, 2, 3, 4, 5] * 5
+    assert frame["reference"].nunique() == 5
+
+
+def test_tids_references_do_not_depend_on_case(made):
+    assert load_ratings("tid2013", made("tid2013")[0])["reference"].tolist() == ["I01", "I01", "I02", "I02", "I25", "I25"]
+
+
+def test_koniq_keeps_its_official_split(made):
+    folder, _ = made("koniq-10k")
+    assert load_ratings("koniq-10k", folder)["split"].tolist() == ["train", "test", "val", "train"]
+    (folder / "metadata").mkdir()
+    (folder / "koniq10k_distributions_sets.csv").rename(folder / "metadata" / "koniq10k_distributions_sets.csv")
+    assert load_ratings("koniq-10k", folder)["split"].tolist() == ["train", "test", "val", "train"]
+
+
+def test_koniqs_other_file_has_another_mos_column_and_no_split(made):
+    """There, MOS is the mean vote 1..5 and MOS_zscore is 0..100."""
+    folder, _ = made("koniq-10k")
+    (folder / "koniq10k_distributions_sets.csv").unlink()
+    row = "10004473376.jpg,0,0,25,73,7,105,3.828571,0.527278,77.3836206897"
+    text(folder / "koniq10k_scores_and_distributions.csv", [f"{KONIQ},MOS_zscore", row])
+    frame = load_ratings("koniq-10k", folder)
+    assert frame["mos"].tolist() == [77.3836206897] and frame["split"].tolist() == [""]
+
+
+def test_koniqs_smaller_pictures_serve_where_the_larger_are_not_there(made):
+    folder, _ = made("koniq-10k")
+    for path in (folder / "1024x768").iterdir():
+        path.unlink()
+    assert load_ratings("koniq-10k", folder)["image"].str.startswith("512x384/").all()
+
+
+def test_clives_training_pictures_are_left_out(made):
+    assert not load_ratings("clive", made("clive")[0])["image"].str.contains(r"/t\d").any()
+
+
+def test_sriqas_low_resolution_inputs_are_never_taken_for_the_original(made):
+    folder, _ = made("sriqa-bench")
+    for path in (folder / "images" / "Original").iterdir():
+        path.unlink()
+    refused("sriqa-bench", folder, "3 of 9 pictures", FileNotFoundError)
+
+
+def test_two_pictures_of_one_name_are_not_chosen_between(made):
+    folder, _ = made("min19")
+    picture(folder / "aerial" / "01_1.bmp")
+    refused("min19", folder, r"which is the picture 01_1\.bmp: aerial/01_1\.bmp or part0/01_1\.bmp\? Keep one")
+
+
+def test_a_list_may_name_pictures_by_their_path(made):
+    folder, _ = made("min19")
+    picture(folder / "aerial" / "01_1.bmp")
+    lines = (folder / "Dehaze_test_all.txt").read_text().replace("01_1.bmp", "part0/01_1.bmp").splitlines()
+    text(folder / "Dehaze_test_all.txt", lines)
+    assert load_ratings("min19", folder)["image"][0] == "part0/01_1.bmp"
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("references", "each", "counts"),
+    [(81, 125, (6125, 2000, 2000)), (25, 120, (1800, 600, 600)), (30, 29, (522, 174, 174)), (200, 116, (13920, 4640, 4640)), (586, 1, (352, 117, 117))],
+    ids=["kadid-10k: the paper's counts", "tid2013", "csiq", "pipal", "bid"],
+)
+def test_the_seeded_split_is_by_reference(references, each, counts):
+    rows = pd.Series(np.repeat([f"R{n}" for n in range(references)], each))
+    split = seeded_split(rows)
+    assert tuple(split.value_counts()[["train", "val", "test"]]) == counts
+    assert split.groupby(rows).nunique().max() == 1
+    assert (split == seeded_split(rows.sample(frac=1, random_state=1)).sort_index()).all()  # whatever the order of the rows
+    assert (split != seeded_split(rows, seed=1)).any()
+
+
+@pytest.mark.parametrize("name", [name for name, entry in SETS.items() if entry.split == "seeded"])
+def test_no_reference_is_in_two_splits(name, made):
+    frame = load_ratings(name, made(name)[0])
+    assert frame.groupby("reference")["split"].nunique().max() == 1
+
+
+def test_sets_that_are_test_sets_have_nothing_to_train_on(made):
+    for name in ("liu13", "min19", "sriqa-bench"):
+        assert set(load_ratings(name, made(name)[0])["split"]) == {"test"}
+
+
+def splits(folder, **lists):
+    for name in ("train", "val", "test"):
+        text(folder / "splits" / f"{name}.txt", lists.get(name, []))
+
+
+def kadid_lines(*references):
+    """As the official VisualQuality-R1 repository writes them: name mos std."""
+    return [f"I0{ref}_03_0{level}.png 3.0 0.7" for ref in references for level in range(1, 6)]
+
+
+def test_lists_of_an_official_split_go_before_the_seeded_one(made):
+    folder, _ = made("kadid-10k")
+    splits(folder, train=kadid_lines(2, 4), val=kadid_lines(5), test=[f"I01.png {line}" for line in kadid_lines(1)])
+    frame = load_ratings("kadid-10k", folder)
+    found = frame.drop_duplicates("reference").set_index("reference")["split"].to_dict()
+    assert found == {"I01.png": "test", "I02.png": "train", "I03.png": "", "I04.png": "train", "I05.png": "val"}
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"train": kadid_lines(1), "test": kadid_lines(1)}, r"test\.txt, line 1: .* that no earlier line has"),
+        ({"train": kadid_lines(1)[:3], "test": kadid_lines(1)[3:]}, r"reference 'I01\.png' is in more than one"),
+        ({"val": ["I09_03_01.png"]}, r"val\.txt, line 1: 'I09_03_01\.png' does not name one picture of the set"),
+        ({"val": ["I01_03_01.png I01_03_02.png"]}, r"val\.txt, line 1: .*does not name one picture"),
+    ],
+)
+def test_lists_that_leak_or_name_nothing_are_refused(lists, message, made):
+    folder, _ = made("kadid-10k")
+    splits(folder, **lists)
+    refused("kadid-10k", folder, message)
+
+
+def test_a_split_needs_its_three_lists(made):
+    folder, _ = made("kadid-10k")
+    splits(folder)
+    (folder / "splits" / "val.txt").unlink()
+    refused("kadid-10k", folder, r"val\.txt is missing", FileNotFoundError)
+
+
+# Wrong files
+
+
+def change(path: str, old: str, new: str):
+    """A fault: replace a text in a file; every occurrence of it must be there to be replaced."""
+
+    def fault(folder: Path) -> None:
+        content = (folder / path).read_bytes().decode()
+        assert old in content
+        (folder / path).write_bytes(content.replace(old, new, 1).encode())
+
+    return fault
+
+
+def cell(path: str, row: int, column: int, value):
+    def fault(folder: Path) -> None:
+        book = load_workbook(folder / path)
+        book.active.cell(row, column).value = value
+        book.save(folder / path)
+
+    return fault
+
+
+def mat(**values):
+    def fault(folder: Path) -> None:
+        matlab(folder, **({"names": ["1.bmp", "2.bmp"], "mos": [3.0, 4.0], "std": [1.0, 1.0]} | values))
+
+    return fault
+
+
+def bytes_of(path: str, content: bytes):
+    return lambda folder: (folder / path).write_bytes(content)
+
+
+def without(path: str):
+    return lambda folder: (folder / path).unlink()
+
+
+SPAQ_FILE = "Annotations/MOS and Image attribute scores.xlsx"
+FAULTS = {
+    "kadid: the header of a std that is a variance": ("kadid-10k", change("dmos.csv", "dmos,var", "dmos,std"), r"dmos\.csv, line 1: column 'var' is missing from the header dist_img, ref_img, dmos, std"),
+    "kadid: no header": ("kadid-10k", change("dmos.csv", "dist_img,ref_img,dmos,var\n", ""), r"line 1: column 'dist_img' is missing"),
+    "kadid: a word for a number": ("kadid-10k", change("dmos.csv", "4.10", "good"), r"dmos\.csv, line 3: mos 'good' is not a number from 1 to 5"),
+    "kadid: no number": ("kadid-10k", change("dmos.csv", "4.10", ""), r"line 3: mos '' is not a number"),
+    "kadid: another scale": ("kadid-10k", change("dmos.csv", "4.10", "82"), r"line 3: mos '82' is not a number from 1 to 5, the published scale"),
+    "kadid: a negative variance": ("kadid-10k", change("dmos.csv", "0.496", "-0.5"), r"line 2: std '-0\.5' is not a number >= 0"),
+    "kadid: a type that there is not": ("kadid-10k", change("dmos.csv", "I01_03_01.png", "I01_26_01.png"), r"line 2: name 'I01_26_01\.png' is not like I01_01_01\.png"),
+    "kadid: a picture twice": ("kadid-10k", change("dmos.csv", "I01_03_02.png", "I01_03_01.png"), r"line 3: name 'I01_03_01\.png' is there twice"),
+    "kadid: empty": ("kadid-10k", bytes_of("dmos.csv", b""), r"dmos\.csv: not a CSV in UTF-8 with a header"),
+    "kadid: a header alone": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n"), r"dmos\.csv: no rows; expected dmos\.csv, and the pictures in images"),
+    "kadid: not text": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n\xff\xfe,,,\n"), r"dmos\.csv: not a CSV in UTF-8"),
+    "tid: name first": ("tid2013", change("mos_with_names.txt", "5.51429 I01_01_1.bmp", "I01_01_1.bmp 5.51429"), r"mos_with_names\.txt, line 1: name '5\.51429' is not like"),
+    "tid: mos.txt without names": ("tid2013", change("mos_with_names.txt", " I01_01_1.bmp", ""), r"line 1: 1 fields; expected 2: mos name, no header"),
+    "tid: deviations are missing": ("tid2013", without("mos_std.txt"), r"mos_std\.txt is missing; it belongs to the annotation"),
+    "tid: one deviation too few": ("tid2013", change("mos_std.txt", "0.13013\r\n", ""), r"mos_with_names\.txt has 6 rows, mos_std\.txt 5"),
+    "tid: not text": ("tid2013", bytes_of("mos_std.txt", b"\xff\xfe"), r"mos_std\.txt: not a text file in UTF-8"),
+    "koniq: a set of another name": ("koniq-10k", change("koniq10k_distributions_sets.csv", ",test", ",dev"), r"sets\.csv, line 3: split 'dev' is not training, validation or test"),
+    "koniq: no sets in the sets file": ("koniq-10k", change("koniq10k_distributions_sets.csv", "SD,set", "SD,part"), r"line 1: column 'set' is missing"),
+    "spaq: another header": ("spaq", cell(SPAQ_FILE, 1, 2, "Score"), r"line 1: column 'MOS' is missing from the header Image name, Score, Brightness"),
+    "spaq: a word for a number": ("spaq", cell(SPAQ_FILE, 3, 2, "n/a?"), r"scores\.xlsx, line 3: mos 'n/a\?' is not a number from 0 to 100"),
+    "spaq: no workbook": ("spaq", bytes_of(SPAQ_FILE, b"Image name,MOS\n"), r"scores\.xlsx: not an \.xlsx workbook with sheet 0 .*save"),
+    "clive: lengths differ": ("clive", mat(mos=[3.0]), r"Data: 2 names, 1 MOS and 2 deviations"),
+    "clive: not a number": ("clive", mat(mos=[3.0, NAN]), r"Data, entry 2: mos nan is not a number from 0 to 100"),
+    "clive: another file": ("clive", bytes_of("Data/AllMOS_release.mat", b"no MATLAB file at all, but long enough to have a header " * 4), r"AllMOS_release\.mat: not a MATLAB file"),
+    "clive: an empty file": ("clive", bytes_of("Data/AllMOS_release.mat", b""), r"AllMOS_release\.mat: not a MATLAB file"),
+    "clive: another variable": ("clive", lambda folder: savemat(folder / "Data/AllMOS_release.mat", {"mos": np.ones((1, 10))}), r"AllMOS_release\.mat: holds no variable AllMOS_release"),
+    "clive: deviations are missing": ("clive", without("Data/AllStdDev_release.mat"), r"AllStdDev_release\.mat is missing"),
+    "bid: a name for a number": ("bid", cell("DatabaseGrades.xlsx", 2, 1, "one"), r"DatabaseGrades\.xlsx, line 2: name 'one' is not an image number"),
+    "bid: another header": ("bid", cell("DatabaseGrades.xlsx", 1, 2, "Grade"), r"column 'Average Subjective Grade' is missing"),
+    "pipal: spaces for commas": ("pipal", change("Train_Label/A0002.txt", ",", " "), r"A0002\.txt, line 1: 1 fields; expected 2: name,mos, no header"),
+    "pipal: an infinite rating": ("pipal", change("Train_Label/A0001.txt", "1397.2", "inf"), r"A0001\.txt, line 2: mos 'inf' is not a number from 0 to 3000"),
+    "csiq: another type": ("csiq", cell("csiq.DMOS.xlsx", 5, 6, "rain"), r"csiq\.DMOS\.xlsx, line 5: type 'rain' is not one of noise, blur"),
+    "csiq: DMOS of 0..100": ("csiq", cell("csiq.DMOS.xlsx", 6, 9, 70), r"csiq\.DMOS\.xlsx, line 6: mos '70' is not a number from 0 to 1"),
+    "csiq: the header moved": ("csiq", lambda folder: sheet(folder / "csiq.DMOS.xlsx", [["image", "dst_type"], [1], [2], [3], [4]], "all_by_image"), r"csiq\.DMOS\.xlsx, line 4: column 'image' is missing"),
+    "csiq: another sheet": ("csiq", lambda folder: sheet(folder / "csiq.DMOS.xlsx", [[1]], "all_by_distortion"), r"not an \.xlsx workbook with sheet 'all_by_image'"),
+    "liu13: name and mos alone": ("liu13", change("Deblur_test_all.txt", "a.png a_1.png", "a_1.png"), r"Deblur_test_all\.txt, line 1: 2 fields; expected 3: reference name mos"),
+    "sriqa: a header": ("sriqa-bench", change("MOS/online50.txt", "online50", "name,score\nonline50"), r"online50\.txt, line 1: mos 'score' is not a number from 0 to 100"),
+    "agiqa: the alignment alone": ("agiqa-3k", change("data.csv", "mos_quality", "mos"), r"data\.csv, line 1: column 'mos_quality' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fault", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_file_is_named_with_line_and_value(name, fault, message, made):
+    folder, _ = made(name)
+    fault(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_ratings(name, folder)
+
+
+def test_blank_lines_and_a_byte_order_mark_do_no_harm(made):
+    folder, expected = made("kadid-10k")
+    content = (folder / "dmos.csv").read_text().replace("\nI02_03_01", "\n\nI02_03_01")
+    (folder / "dmos.csv").write_text(content + "\n\n", encoding="utf-8-sig")
+    assert len(load_ratings("kadid-10k", folder)) == len(expected)
+    folder, expected = made("tid2013")
+    (folder / "mos_with_names.txt").write_bytes((folder / "mos_with_names.txt").read_bytes() + b"\r\n\r\n")
+    assert len(load_ratings("tid2013", folder)) == len(expected)
