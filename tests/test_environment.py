@@ -48,6 +48,7 @@ ROOMS = {
     "training": "data rewards policy scoring metrics",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",
+    "table2": "all above",
     "baselines": "all above",
     "plots": "all above",
     "studies": "all above",

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vqr1 import evaluation
-from vqr1.data import COLUMNS
+from vqr1.data import COLUMNS, open_picture
 from vqr1.evaluation import agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores, score_rows
 from vqr1.scoring import OPEN, Score
 
@@ -75,6 +75,15 @@ def test_dominance_is_the_share_of_pairs_in_order(scores, share, why):
 
 def test_without_a_pair_there_is_no_dominance():
     assert math.isnan(agreement(mixed(4.0, 3.0, 2.0, 1.0).iloc[1:3])["dominance"])
+
+
+def test_a_set_rated_per_content_is_not_pooled():
+    """Two contents whose scores are in order within each, and whose MOS start again at 0."""
+    table = rated([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 50.0, 100.0, 0.0, 50.0, 100.0], "sriqa-bench").assign(reference=list("aaabbb"))
+    row = agreement(table)
+    assert (row["srcc"], row["rows"], row["photographs"]) == (1.0, 6, 2) and row["srcc_pooled"] < 0.5
+    assert row["plcc"] == 1.0 and row["plcc_pooled"] < 0.5 and math.isnan(row["plcc_fit"])
+    assert agreement(table.assign(dataset="bid"))["srcc"] == row["srcc_pooled"]
 
 
 def test_the_oracle_of_type_and_level_knows_more_than_that_of_the_level():
@@ -149,7 +158,7 @@ def manifest(tmp_path):
 
 
 def reds(frame):
-    return [image.getpixel((0, 0))[0] // 30 for image in frame.attrs["images"]]
+    return [open_picture(path).getpixel((0, 0))[0] // 30 for path in frame.attrs["images"]]
 
 
 def test_evaluation_rows_are_those_of_the_split_with_their_pictures(manifest):
@@ -165,6 +174,21 @@ def test_a_limit_takes_a_fixed_sample_in_order(manifest):
     assert reds(frame) == sorted(reds(frame)) == [int(name[0]) for name in frame["image"]] != [0, 1, 2]
     assert reds(evaluation_rows([manifest], limit=3)[manifest]) == reds(frame)
     assert len(evaluation_rows([manifest], limit=99)[manifest]) == 7
+
+
+def test_a_limit_takes_whole_contents_where_ratings_are_scaled_within_them(tmp_path):
+    for content in "abcd":
+        (tmp_path / "MOS").mkdir(exist_ok=True)
+        names = [f"{content}_{method}.png" for method in ("Original", "SwinIRx4", "SeeSRx4")]
+        (tmp_path / "MOS" / f"{content}.txt").write_text("".join(f"{name},{50 * n}\n" for n, name in enumerate(names)))
+        for name in names:
+            folder = tmp_path / "images" / name.split("_")[1]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / name)
+    for limit, contents in ((1, 1), (3, 1), (7, 2), (11, 3), (12, 4), (99, 4)):
+        frame = evaluation_rows(["sriqa-bench"], limit=limit, root=tmp_path)["sriqa-bench"]
+        assert frame["reference"].value_counts().tolist() == [3] * contents, limit
+        assert frame.attrs["images"] == [tmp_path / image for image in frame["image"]]
 
 
 def test_a_split_without_rows_is_named(manifest):

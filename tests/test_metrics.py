@@ -14,6 +14,8 @@ from scipy import stats
 from vqr1 import metrics
 from vqr1.metrics import (
     bootstrap,
+    content_agreement,
+    frame_plcc,
     frame_srcc,
     frame_within_level_srcc,
     paired_difference,
@@ -263,7 +265,54 @@ def test_summary_of_nothing_parseable_is_nan_and_counted():
 
 
 def test_summary_of_a_set_without_levels_has_no_within_level_srcc():
-    assert math.isnan(summarize(table().assign(level=NAN), n=20)["srcc_within_level"])
+    for level in (NAN, "", None):
+        assert math.isnan(summarize(table().assign(level=level), n=20)["srcc_within_level"])
+
+
+# Ratings that are scaled within each content
+
+
+def by_content(contents=30, versions=11, noise=0.4, seed=0):
+    """Scores follow quality; each content's mos is its quality scaled to 0..100, so that contents cannot be compared."""
+    rng = np.random.default_rng(seed)
+    quality = rng.normal(rng.normal(0, 3, (contents, 1)), 1, (contents, versions))
+    low, high = quality.min(1, keepdims=True), quality.max(1, keepdims=True)
+    score = quality + noise * rng.normal(size=quality.shape)
+    reference = np.repeat([f"c{n}" for n in range(contents)], versions)
+    return pd.DataFrame({"score": score.ravel(), "mos": (100 * (quality - low) / (high - low)).ravel(), "reference": reference})
+
+
+def test_agreement_per_content_is_the_mean_over_contents():
+    frame = by_content()
+    row = content_agreement(frame, n=200)
+    groups = [group for _, group in frame.groupby("reference")]
+    assert row["srcc"] == pytest.approx(np.mean([stats.spearmanr(group["score"], group["mos"]).statistic for group in groups]))
+    assert row["srcc"] == pytest.approx(per_content_srcc(frame["score"], frame["mos"], frame["reference"]))
+    assert row["plcc"] == pytest.approx(np.mean([stats.pearsonr(group["score"], group["mos"]).statistic for group in groups]))
+    assert (row["srcc_pooled"], row["plcc_pooled"]) == (frame_srcc(frame), frame_plcc(frame))
+    assert row["srcc"] > 0.8 and row["srcc_pooled"] < 0.5  # why such a set is not pooled
+    assert row["srcc_lo"] < row["srcc"] < row["srcc_hi"] and row["plcc_lo"] < row["plcc"] < row["plcc_hi"]
+
+
+def test_its_interval_is_as_wide_as_contents_differ():
+    """Standard error of a mean of 30 contents, against the width of the interval."""
+    frame = by_content(noise=1.5)
+    row = content_agreement(frame, n=500)
+    each = [srcc(group["score"], group["mos"]) for _, group in frame.groupby("reference")]
+    assert row["srcc_hi"] - row["srcc_lo"] == pytest.approx(2 * 1.96 * np.std(each, ddof=1) / np.sqrt(30), rel=0.15)
+
+
+def test_a_content_without_a_correlation_is_left_out_of_the_mean():
+    frame = by_content(3)
+    frame.loc[frame["reference"] == "c1", "score"] = 2.5
+    frame.loc[frame["reference"] == "c2", "score"] = NAN
+    row = content_agreement(frame, n=20)
+    first = frame[frame["reference"] == "c0"]
+    assert row["srcc"] == srcc(first["score"], first["mos"]) and math.isnan(row["srcc_lo"])
+    nothing = content_agreement(frame.assign(score=NAN), n=20)
+    assert all(math.isnan(value) for value in nothing.values())
+    with pytest.raises(ValueError, match="reference"):
+        content_agreement(frame.drop(columns="reference"))
 
 
 @pytest.mark.parametrize("column", ["score", "mos", "reference", "level"])

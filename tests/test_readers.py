@@ -14,6 +14,7 @@ from openpyxl import Workbook, load_workbook
 from PIL import Image
 from scipy.io import savemat
 
+from vqr1.cli import main
 from vqr1.data import COLUMNS, load_ratings
 from vqr1.distortions import DISTORTIONS
 from vqr1.observers import human_cells
@@ -255,6 +256,7 @@ def test_a_missing_annotation_says_what_is_expected_and_where_it_can_be_had(name
     entry = SETS[name]
     refused(name, tmp_path, f"{name} is neither in .*{re.escape(entry.files[0])}.*It can be had from: {re.escape(entry.source)}", FileNotFoundError)
     refused(name, tmp_path / "nowhere", f"{name} is neither in", FileNotFoundError)
+    assert "**" not in entry.layout and "in /" not in entry.layout
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -509,7 +511,7 @@ FAULTS = {
     "kadid: a type that there is not": ("kadid-10k", change("dmos.csv", "I01_03_01.png", "I01_26_01.png"), r"line 2: name 'I01_26_01\.png' is not like I01_01_01\.png"),
     "kadid: a picture twice": ("kadid-10k", change("dmos.csv", "I01_03_02.png", "I01_03_01.png"), r"line 3: name 'I01_03_01\.png' is there twice"),
     "kadid: empty": ("kadid-10k", bytes_of("dmos.csv", b""), r"dmos\.csv: not a CSV in UTF-8 with a header"),
-    "kadid: a header alone": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n"), r"dmos\.csv: no rows; expected dmos\.csv, and the pictures in images"),
+    "kadid: a header alone": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n"), r"dmos\.csv: no rows; expected dmos\.csv, and the pictures in images/"),
     "kadid: not text": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n\xff\xfe,,,\n"), r"dmos\.csv: not a CSV in UTF-8"),
     "tid: name first": ("tid2013", change("mos_with_names.txt", "5.51429 I01_01_1.bmp", "I01_01_1.bmp 5.51429"), r"mos_with_names\.txt, line 1: name '5\.51429' is not like"),
     "tid: mos.txt without names": ("tid2013", change("mos_with_names.txt", " I01_01_1.bmp", ""), r"line 1: 1 fields; expected 2: mos name, no header"),
@@ -557,3 +559,56 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(made):
     folder, expected = made("tid2013")
     (folder / "mos_with_names.txt").write_bytes((folder / "mos_with_names.txt").read_bytes() + b"\r\n\r\n")
     assert len(load_ratings("tid2013", folder)) == len(expected)
+
+
+# vqr1 data
+
+
+def test_vqr1_data_lists_every_public_set(capsys):
+    assert main(["data", "--list"]) == 0
+    said = capsys.readouterr().out
+    for name, entry in SETS.items():
+        assert f"{name}: {entry.title}; {entry.rows} pictures" in said
+        assert f"where: {entry.source}" in said and f"size: {entry.size}; licence: {entry.licence}" in said and entry.note in said
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_vqr1_data_describes_a_set(name, made, capsys, monkeypatch):
+    folder, expected = made(name)
+    assert main(["data", name, "--root", str(folder.parent)]) == 0
+    said = capsys.readouterr().out
+    assert f"{name}, in {folder}" in said and f"pictures    {len(expected)}; published: {SETS[name].rows}" in said and SETS[name].note in said
+    mos = [numbers[0] for numbers in expected.values()]
+    assert f"mos         {min(mos):.4g} to {max(mos):.4g}, higher is better" in said
+    counts = dict(re.findall(r"(train|val|test) (\d+)", said.partition("splits ")[2].splitlines()[0]))
+    assert sum(map(int, counts.values())) == len(expected)
+    monkeypatch.setenv("VQR1_DATA", str(folder.parent))
+    assert main(["data", name]) == 0 and capsys.readouterr().out == said
+
+
+def test_vqr1_data_counts_what_is_missing(made, capsys):
+    folder, _ = made("kadid-10k")
+    for level in range(1, 4):
+        (folder / "images" / f"I01_03_0{level}.png").unlink()
+    assert main(["data", "kadid-10k", "--root", str(folder)]) == 1
+    said = capsys.readouterr()
+    assert "pictures    22, 3 missing; published: 10125" in said.out and "missing: I01_03_02.png" in said.out
+    assert "expected: dmos.csv, and the pictures in images/" in said.err
+
+
+def test_vqr1_data_names_what_is_wrong(made, capsys):
+    folder, _ = made("kadid-10k")
+    change("dmos.csv", "4.10", "good")(folder)
+    assert main(["data", "kadid-10k", "--root", str(folder)]) == 2
+    assert "dmos.csv, line 3: mos 'good' is not a number" in capsys.readouterr().err
+    assert main(["data", "kadid", "--root", str(folder)]) == 2
+    assert "unknown set 'kadid'" in capsys.readouterr().err
+
+
+def test_vqr1_data_describes_a_manifest_and_an_embedded_set(tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    text(tmp_path / "mine.csv", [",".join(COLUMNS), "a.png,mine,3.5,,a,,,,,"])
+    assert main(["data", str(tmp_path / "mine.csv")]) == 0
+    assert "pictures    1\nmos         3.5 to 3.5" in (said := capsys.readouterr().out) and "std         none" in said and "splits      none 1" in said
+    assert main(["data", "sim-unseen"]) == 0
+    assert "splits      test 720" in capsys.readouterr().out

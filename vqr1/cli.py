@@ -1,4 +1,4 @@
-"""The command line: vqr1 demo, train, score, compare, describe, evaluate, sheet, pretrain, study."""
+"""The command line: vqr1 demo, train, score, compare, describe, evaluate, data, sheet, pretrain, study."""
 
 import argparse
 import os
@@ -68,11 +68,19 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "Score rated sets and print SRCC, PLCC and intervals beside the oracles.")
     _policy(evaluate)
-    evaluate.add_argument("--sets", nargs="+", default=["sim-kadid", "sim-unseen", "sim-mixed"], help="names or manifests (%(default)s)")
-    evaluate.add_argument("--split", default="test", help="train, val, test or all (%(default)s)")
-    evaluate.add_argument("--estimates", nargs="+", choices=("expected", "greedy", "sample"), default=["expected", "greedy", "sample"], help="how scores are read off (%(default)s)")
+    what = evaluate.add_mutually_exclusive_group()
+    what.add_argument("--sets", nargs="+", default=["sim-kadid", "sim-unseen", "sim-mixed"], help="names or manifests (%(default)s)")
+    what.add_argument("--suite", choices=("table2",), help="the paper's rows beside those of the public sets that are there, all splits")
+    _root(evaluate)
+    evaluate.add_argument("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
+    evaluate.add_argument("--estimates", nargs="+", choices=("expected", "greedy", "sample"), help="how scores are read off (all three; of a suite: expected)")
     evaluate.add_argument("--limit", type=int, help="at most so many rows of each set, a fixed sample")
     evaluate.add_argument("--out", help="write the tables into this folder")
+
+    data = command("data", "Check a data set: rows, range, splits, missing pictures; or list the public sets.")
+    data.add_argument("name", nargs="?", metavar="NAME", help="a public or embedded set, or the path of a manifest")
+    data.add_argument("--list", action="store_true", help="say where each public set can be had, its size and licence")
+    _root(data)
 
     sheet = command("sheet", "Draw all 25 distortions at 5 levels of a picture.")
     sheet.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
@@ -96,13 +104,17 @@ def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="tiny-policy", help="tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)")
 
 
+def _root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", metavar="DIR", help="where the data are: a set's folder, or one that holds folders of sets (VQR1_DATA)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(arguments)
     if hasattr(sys.stdout, "reconfigure"):  # a file's name may be no text in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if args.command != "sheet":
+        if args.command not in ("data", "sheet"):
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of loading and saving weights; the training's bar stays
@@ -215,8 +227,13 @@ def _evaluate(args) -> int:
 
     from vqr1.evaluation import evaluate, evaluation_rows, markdown, oracles, save_scores
 
-    frames = evaluation_rows(args.sets, args.split, args.limit)
-    result, tables = evaluate(args.policy, frames, args.estimates)
+    if args.suite:
+        from vqr1.table2 import table2
+
+        print(table2(args.policy, args.root, args.estimates or ["expected"], args.limit, args.out))
+        return EXIT_OK
+    frames = evaluation_rows(args.sets, args.split, args.limit, args.root)
+    result, tables = evaluate(args.policy, frames, args.estimates or ["expected", "greedy", "sample"])
     rated = {name: frame for name, frame in frames.items() if frame["mos"].notna().all() and frame["distortion"].ne("").all()}
     gold = pd.DataFrame([{"set": name, "estimate": oracle} | row for name, frame in rated.items() for oracle, row in oracles(frame).items()])
     print(markdown(pd.concat([result, gold], ignore_index=True)))
@@ -224,6 +241,33 @@ def _evaluate(args) -> int:
         save_scores(tables, Path(args.out))
         result.to_csv(Path(args.out) / "result.csv", index=False)
     return EXIT_OK
+
+
+def _data(args) -> int:
+    from vqr1.data import data_root, load_ratings
+    from vqr1.readers import SETS, read_public
+
+    if args.list or not args.name:
+        print(*(f"{name}: {s.title}; {s.rows} pictures\n    where: {s.source}\n    size: {s.size}; licence: {s.licence}\n    expected: {s.layout}\n"
+                f"    {s.note}" for name, s in SETS.items()), sep="\n")  # fmt: skip
+        return EXIT_OK
+    public = SETS.get(args.name)
+    frame = read_public(args.name, args.root or data_root(), strict=False) if public else load_ratings(args.name, args.root)
+    missing = frame.attrs.get("missing", [])
+    splits = frame["split"].replace("", "none").value_counts()
+    print(f"{args.name}, in {frame.attrs['root']}")
+    print(f"pictures    {len(frame) - len(missing)}" + (f", {len(missing)} missing" if missing else "") + (f"; published: {public.rows}" if public else ""))
+    print(f"mos         {frame['mos'].min():.4g} to {frame['mos'].max():.4g}, higher is better")
+    print(f"std         {frame['std'].min():.4g} to {frame['std'].max():.4g}" if frame["std"].notna().any() else "std         none")
+    print(f"references  {frame['reference'].nunique()}")
+    print("splits      " + ", ".join(f"{split} {count}" for split, count in splits.items()))
+    if public:
+        print(f"note        {public.note}")
+    for name in missing[:10]:
+        print(f"missing: {name}")
+    if missing:
+        print(f"expected: {public.layout}", file=sys.stderr)
+    return EXIT_FAILED if missing else EXIT_OK
 
 
 def _sheet(args) -> int:

@@ -9,30 +9,48 @@ import pandas as pd
 
 from vqr1.data import UNRATED, dominance_pairs, load_ratings, render_rows
 from vqr1.distortions import FAMILIES
-from vqr1.metrics import frame_srcc, frame_within_level_srcc, paired_difference, summarize
+from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
 from vqr1.observers import oracle_scores
 from vqr1.prompts import format_ok, named_distortions
+from vqr1.readers import PER_CONTENT
 from vqr1.scoring import Score, Scorer
 
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
-def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None) -> dict[str, pd.DataFrame]:
-    """Return each set's rows of a split, with the pictures as a list in ``attrs["images"]``.
+def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None) -> dict[str, pd.DataFrame]:
+    """Return each set's rows of a split, with the pictures as a list in ``attrs["images"]``: paths where nothing is rendered.
 
-    limit: at most so many rows of each set, a fixed sample. Raises ValueError for a set without such rows.
+    split: "all" for every row. limit: at most so many rows of each set, a fixed sample, of whole contents where a set is
+    rated per content. root: as for `load_ratings`. Raises ValueError for a set without such rows.
     """
     frames = {}
     for name in names:
-        frame = load_ratings(name)
+        frame = load_ratings(name, root)
         rows = frame[frame["split"] == split] if split != "all" else frame
         if rows.empty:
             raise ValueError(f"set {str(name)!r} has no rows with split {split!r}; it has {sorted(frame['split'].unique())}")
-        rows = rows.sample(limit, random_state=0).sort_index() if limit and limit < len(rows) else rows
+        rows = _sample(rows, limit) if limit and limit < len(rows) else rows
         frames[str(name)] = rows.reset_index(drop=True)
-        frames[str(name)].attrs["images"] = render_rows(frames[str(name)])
+        frames[str(name)].attrs["images"] = _pictures(frames[str(name)])
     return frames
+
+
+def _sample(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
+    """Return a fixed sample in order; of sets rated per content the first whole contents, in a fixed order, that fit."""
+    if not rows["dataset"].isin(PER_CONTENT).all():
+        return rows.sample(limit, random_state=0).sort_index()
+    mixed = rows.sample(frac=1, random_state=0)["reference"].drop_duplicates()
+    upto = rows["reference"].value_counts()[mixed].cumsum()
+    return rows[rows["reference"].isin([*mixed.iloc[:1], *upto.index[upto <= limit]])]
+
+
+def _pictures(rows: pd.DataFrame) -> list:
+    """Return the rows' pictures; where every one is as it is on disk, their paths: a public set would not fit into memory."""
+    if rows["seed"].isna().all() and (rows["crop"] == "").all():
+        return [Path(rows.attrs["root"]) / image for image in rows["image"]]
+    return render_rows(rows)
 
 
 def score_rows(scorer: Scorer, frame: pd.DataFrame) -> pd.DataFrame:
@@ -57,7 +75,8 @@ def _well_formed(score: Score, thinking: bool) -> bool:
 def agreement(table: pd.DataFrame) -> dict[str, float]:
     """Return one result row of scored rows: `summarize`, or for unrated sets the share of dominance pairs ordered right.
 
-    Ties count half. A pair with an unparseable answer counts as wrong.
+    Ties count half. A pair with an unparseable answer counts as wrong. Of sets rated per content, srcc and plcc are means
+    over contents, their pooled values have columns of their own, and there is no fit.
     """
     if table["dataset"].isin(UNRATED).all():
         pairs = dominance_pairs(table)
@@ -65,6 +84,8 @@ def agreement(table: pd.DataFrame) -> dict[str, float]:
         better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
         right = (better > worse) + 0.5 * (better == worse)
         return {"rows": len(table), "unparseable": int(table["score"].isna().sum()), "photographs": table["reference"].nunique(), "dominance": _mean(right)}
+    if table["dataset"].isin(PER_CONTENT).all():
+        return summarize(table) | content_agreement(table) | {"plcc_fit": math.nan}
     return summarize(table)
 
 

@@ -141,6 +141,15 @@ def frame_srcc(frame: Mapping) -> float:
     return srcc(frame["score"], frame["mos"])
 
 
+def frame_plcc(frame: Mapping) -> float:
+    """Return the raw PLCC of the columns ``score`` and ``mos``: a statistic for ``bootstrap``.
+
+    >>> frame_plcc(pd.DataFrame({"score": [1, 2, 3], "mos": [2, 4, 6]}))
+    1.0
+    """
+    return plcc(frame["score"], frame["mos"])
+
+
 def frame_within_level_srcc(frame: Mapping) -> float:
     """Return the within-level SRCC of the columns ``score``, ``mos`` and ``level``: a statistic for ``bootstrap``.
 
@@ -195,6 +204,27 @@ def paired_difference(
     difference = statistic(frame_a) - statistic(frame_b)
     pairs = zip(_resampled(frame_a, statistic, by, n, seed), _resampled(frame_b, statistic, by, n, seed))
     return difference, *_interval([a - b for a, b in pairs])
+
+
+def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Return the mean over contents of SRCC and PLCC, with 95% bootstrap intervals over contents, and both pooled.
+
+    For sets whose ratings are scaled within each content (column reference). Contents where a correlation is not defined
+    are left out of its mean. Columns needed: score, mos, reference; raises ValueError if one is missing.
+
+    >>> mos, scores = [0, 50, 100, 0, 50, 100], [1, 2, 3, 4, 6, 5]
+    >>> row = content_agreement(pd.DataFrame({"score": scores, "mos": mos, "reference": list("aaabbb")}))
+    >>> row["srcc"], round(row["srcc_pooled"], 3)
+    (0.75, 0.359)
+    """
+    _require(frame, ["score", "mos", "reference"])
+    contents = [group for _, group in frame.groupby("reference")]
+    row = {}
+    for name, statistic in (("srcc", frame_srcc), ("plcc", frame_plcc)):
+        each = pd.DataFrame({"reference": range(len(contents)), "value": [statistic(group) for group in contents]}).dropna()
+        low, high = bootstrap(each, lambda columns: float(np.mean(columns["value"])), n=n, seed=seed)
+        row |= {name: float(each["value"].mean()), f"{name}_lo": low, f"{name}_hi": high, f"{name}_pooled": statistic(frame)}
+    return row
 
 
 def _clusters(frame: pd.DataFrame, by: str) -> list[np.ndarray]:
@@ -253,7 +283,7 @@ def summarize(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, fl
     (1.0, 4, 2, 1)
     """
     _require(frame, ["score", "mos", "reference", "level"])
-    columns = frame[["score", "mos", "reference", "level"]]
+    columns = frame[["score", "mos", "reference", "level"]].replace({"level": {"": None}})
     low, high = bootstrap(columns, frame_srcc, n=n, seed=seed)
     return {
         "photographs": len(_clusters(columns, "reference")),

@@ -47,7 +47,8 @@ class PublicSet:
     @property
     def layout(self) -> str:
         """What the set's folder should hold, for messages."""
-        return f"{' or '.join(self.files)}, and the pictures in {' or '.join(folder or '.' for folder in self.folders)}"
+        folders = [{"": "this folder itself", "**": "any folder"}.get(folder, f"{folder}/") for folder in self.folders]
+        return f"{' or '.join(self.files)}, and the pictures in {' or '.join(folders)}"
 
 
 # Tables: every reader returns strings in columns where (file and line), name, mos, reference and perhaps std, split, level, …
