@@ -281,6 +281,12 @@ def test_every_entry_says_where_what_and_how():
     assert {name for name, entry in SETS.items() if "unknown" in entry.source} == {"bid", "liu13", "min19"}  # not guessed
 
 
+def test_a_name_may_be_spelt_in_any_way(made):
+    folder, _ = made("kadid-10k")
+    for name in ("KADID-10k", "kadid10k", "Kadid_10K"):
+        assert load_ratings(name, folder)["dataset"].unique().tolist() == ["kadid-10k"]
+
+
 def test_an_unknown_name_lists_the_public_sets(tmp_path):
     refused("koniq", tmp_path, "unknown set 'koniq'.*Public sets: kadid-10k, .*agiqa-3k")
 

@@ -245,17 +245,18 @@ def _evaluate(args) -> int:
 
 def _data(args) -> int:
     from vqr1.data import data_root, load_ratings
-    from vqr1.readers import SETS, read_public
+    from vqr1.readers import SETS, public_name, read_public
 
     if args.list or not args.name:
         print(*(f"{name}: {s.title}; {s.rows} pictures\n    where: {s.source}\n    size: {s.size}; licence: {s.licence}\n    expected: {s.layout}\n"
                 f"    {s.note}" for name, s in SETS.items()), sep="\n")  # fmt: skip
         return EXIT_OK
-    public = SETS.get(args.name)
-    frame = read_public(args.name, args.root or data_root(), strict=False) if public else load_ratings(args.name, args.root)
+    known = public_name(args.name)
+    public = SETS.get(known)
+    frame = read_public(known, args.root or data_root(), strict=False) if public else load_ratings(args.name, args.root)
     missing = frame.attrs.get("missing", [])
     splits = frame["split"].replace("", "none").value_counts()
-    print(f"{args.name}, in {frame.attrs['root']}")
+    print(f"{known or args.name}, in {frame.attrs['root']}")
     print(f"pictures    {len(frame) - len(missing)}" + (f", {len(missing)} missing" if missing else "") + (f"; published: {public.rows}" if public else ""))
     print(f"mos         {frame['mos'].min():.4g} to {frame['mos'].max():.4g}, higher is better")
     print(f"std         {frame['std'].min():.4g} to {frame['std'].max():.4g}" if frame["std"].notna().any() else "std         none")

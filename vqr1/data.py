@@ -29,7 +29,7 @@ from vqr1.distortions import DISTORTIONS, distort
 from vqr1.observers import SEED, photograph_rng, rate
 from vqr1.pictures import open_picture, upright_size
 from vqr1.prompts import messages
-from vqr1.readers import SETS, read_public
+from vqr1.readers import SETS, public_name, read_public
 
 if TYPE_CHECKING:
     import datasets
@@ -83,15 +83,15 @@ def load_ratings(name: str | Path, root: str | Path | None = None) -> pd.DataFra
     """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or by a manifest's path.
 
     ``root`` is where its images are: by default `data_root` for a name, the manifest's folder for a path. A public set
-    (`vqr1.readers.SETS`) is looked for in ``root`` and in a folder of its name below it.
+    (`vqr1.readers.SETS`, in any spelling: KADID10k) is looked for in ``root`` and in a folder of its name below it.
     ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever
     `read_manifest` and `read_public` raise.
     """
     if str(name).endswith(".csv"):
         return read_manifest(name, root)
     folder = Path(root) if root else data_root()
-    if name in SETS:
-        return read_public(str(name), folder)[list(COLUMNS)]
+    if public := public_name(name):
+        return read_public(public, folder)[list(COLUMNS)]
     known = sorted(path.stem for path in folder.glob("sim-*.csv"))
     if name not in known:
         raise ValueError(

@@ -289,6 +289,15 @@ def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFram
     return frame
 
 
+def public_name(name: str | Path) -> str | None:
+    """Return the name of a public set in whatever case and punctuation, None if there is no such set.
+
+    >>> public_name("KADID10k"), public_name("sim-kadid")
+    ('kadid-10k', None)
+    """
+    return {_plain(known): known for known in SETS}.get(_plain(str(name)))
+
+
 def home(name: str, root: str | Path) -> Path:
     """Return the folder of a set: one below ``root`` that has its name, else ``root``, if the annotation is in it."""
     root, entry = Path(root), SETS[name]
