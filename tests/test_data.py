@@ -13,8 +13,8 @@ from PIL import Image
 
 from vqr1 import data
 from vqr1.data import (
-    COLUMNS, HELD_OUT, MIX_STAGES, TRAINED, build_sim_sets, data_root, dominance_pairs, load_ratings,
-    one_set_batches, open_picture, prompt_rows, read_manifest, render, render_rows,
+    COLUMNS, HELD_OUT, MIX_STAGES, TRAINED, PicturesOnDisk, build_sim_sets, data_root, dominance_pairs, load_ratings,
+    one_set_batches, open_picture, pictures_of, prompt_rows, read_manifest, render, render_rows,
 )
 from vqr1.observers import human_cells, oracle_srcc
 
@@ -156,6 +156,24 @@ def test_worker_processes_keep_the_order(small, monkeypatch):
     assert len(set(alone[1::2])) == 35
     monkeypatch.setattr(data, "SPAWN_FROM", 2)
     assert [image.tobytes() for image in render_rows(noisy, workers=2)] == alone
+
+
+def test_pictures_without_a_seed_are_read_when_they_are_asked_for(tmp_path):
+    rows = [{"image": f"{n}.png", "dataset": "mine", "mos": n, "split": "train", "crop": "8,0,16,24" if n else ""} for n in range(3)]
+    for n in range(3):
+        Image.effect_noise((32, 24), 10 * n).convert("RGB").save(tmp_path / f"{n}.png")
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(tmp_path / "rows.csv", index=False)
+    frame = read_manifest(tmp_path / "rows.csv")
+    lazy, now = pictures_of(frame), render_rows(frame)
+    assert type(lazy) is PicturesOnDisk and len(lazy) == 3
+    assert [p.tobytes() for p in lazy] == [p.tobytes() for p in lazy[0:3]] == [p.tobytes() for p in now]
+    assert lazy[2] is lazy[2] and [picture.size for picture in lazy[1:]] == [(16, 24)] * 2
+    again = pictures_of(frame)
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(ValueError, match="row 1 .*1.png is missing"):
+        again[1]
+    assert again[-1].tobytes() == now[-1].tobytes()
+    assert type(pictures_of(frame.assign(seed=pd.array([1, 2, 3], "Int64"), image="0.png"))) is list
 
 
 def test_crop_is_cut_after_the_photograph_was_distorted(small):

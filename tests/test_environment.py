@@ -45,7 +45,8 @@ ROOMS = {
     "engines": "policy",
     "scoring": "engines pictures prompts policy thurstone",
     "bulk": "scoring",
-    "training": "data rewards policy scoring metrics",
+    "cards": "nothing",
+    "training": "cards data rewards policy scoring metrics",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",
     "table2": "all above",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vqr1.cli import _parser, main
+from vqr1.training import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +39,7 @@ def commands() -> list[list[str]]:
 
 COMMANDS = commands()
 VQR1 = [words[1:] for words in COMMANDS if Path(words[0]).name == "vqr1"]
+VQR1 += [words[words.index("vqr1.cli") + 1 :] for words in COMMANDS if words[0] == "accelerate"]
 
 
 def shown(words: list[str]) -> str:
@@ -45,7 +47,7 @@ def shown(words: list[str]) -> str:
 
 
 def test_every_command_is_of_a_kind_that_is_checked():
-    known = {"make", "vqr1", ".venv/bin/vqr1", "git", "cd", "source", "pip", "python"}
+    known = {"make", "vqr1", ".venv/bin/vqr1", "git", "cd", "source", "pip", "python", "accelerate"}
     assert {words[0] for words in COMMANDS} <= known
     assert len(VQR1) >= 5 and [["make", "demo"], ["make", "test"]] == COMMANDS[:2]
 
@@ -102,6 +104,17 @@ def test_numbers_say_where_they_come_from():
     """The tables of results name at least one CSV of data/runs/."""
     named = re.findall(r"data/runs/[\w.-]+\.csv", TEXT)
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_settings_are_those_of_the_configurations():
+    """The table beside the paper: every setting named as TRL names it."""
+    table = TEXT[TEXT.index("| setting |") :].split("\n\n")[0].splitlines()
+    head, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in table)
+    rows = [row for row in rows if re.fullmatch(r"`\w+`", row[0])]
+    assert head[3:] == ["kadid-7b-qlora", "paper-7b-full"] and len(rows) >= 10
+    for key, _, _, *ours in rows:
+        for name, value in zip(head[3:], ours):
+            assert str(load_config(name)["grpo"][key.strip("`")]) in (value, str(float(value)) if value[0].isdigit() else "")
 
 
 def test_ratings_are_called_simulated():

@@ -426,7 +426,7 @@ def test_rows_are_in_batches_of_one_set_and_only_used_ones_are_rendered(thinking
         rendered.extend(part.index)
         return [Image.new("RGB", (8, 8), (label,) * 3) for label in part.index]
 
-    monkeypatch.setattr(training, "render_rows", gray)
+    monkeypatch.setattr(training, "pictures_of", gray)
     config, args = arguments(max_steps=3)
     dataset = training_rows(config | {"thinking": thinking}, args, frame)
     assert len(dataset) == 3 * 4  # steps x pictures
@@ -450,7 +450,7 @@ def test_rows_are_in_batches_of_one_set_and_only_used_ones_are_rendered(thinking
     ],
 )
 def test_as_many_pictures_are_drawn_as_will_be_shown(settings, generations, rows, monkeypatch):
-    monkeypatch.setattr(training, "render_rows", lambda part: [Image.new("RGB", (8, 8))] * len(part))
+    monkeypatch.setattr(training, "pictures_of", lambda part: [Image.new("RGB", (8, 8))] * len(part))
     config, args = arguments(**settings)
     drawn = training_rows(config, args, rows)
     assert len(drawn) == generations * training.images_per_step(args)
@@ -516,8 +516,9 @@ def test_a_step_on_two_processes_ends_with_equal_weights(tmp_path):
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     assert one["world"] == two["world"] == 2
     assert one["before"] == two["before"] and one["after"] == two["after"] != one["before"]
-    assert one["compared"] == two["compared"] == [[6, 6]]  # one call; each knows both processes' completions
-    assert list(read_log(tmp_path / "run")["step"]) == [0, 1]
+    assert one["compared"] == two["compared"] == [[6, 6]] * 3  # a call per step; each knows both processes' completions
+    assert one["sets"] == two["sets"] and sorted(one["sets"]) == [["one"], ["two"], ["two"]]  # one data set per comparison
+    assert list(read_log(tmp_path / "run")["step"]) == [0, 1, 2, 3]
     assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
 
 
@@ -526,11 +527,12 @@ def worker(folder: Path) -> None:
     from accelerate import PartialState
 
     rank = PartialState(cpu=True).process_index
-    compared = []
+    compared, sets = [], []
 
     class Spy(training.RankingReward):
         def _rewards(self, everyone):
             compared.append([len(columns[0]) for columns in everyone])
+            sets.append(sorted({name for columns in everyone for name in columns[2]}))
             return super()._rewards(everyone)
 
     def digest(model) -> str:
@@ -539,9 +541,10 @@ def worker(folder: Path) -> None:
     training.RankingReward = Spy
     model, processor = load_policy()
     found = {"world": dist.get_world_size(), "before": digest(model)}
-    config = tiny(max_steps=1, per_device_train_batch_size=6) | {"variant": {"scope": "global"}}
-    train(config, folder / "run", policy=(model, processor), frame=some_rows())
-    found |= {"after": digest(model), "compared": compared}
+    config = tiny(max_steps=3, per_device_train_batch_size=6) | {"variant": {"scope": "global"}}
+    frame = some_rows().head(12)
+    train(config, folder / "run", policy=(model, processor), frame=frame.assign(dataset=["one", "two", "two"] * 4))
+    found |= {"after": digest(model), "compared": compared, "sets": sets}
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

@@ -15,8 +15,10 @@ import os
 import re
 import uuid
 import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -251,6 +253,28 @@ def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: in
         ) from error
 
 
+class PicturesOnDisk(Sequence):
+    """The pictures of rows that are not rendered, each read when it is asked for; the last 64 are remembered.
+
+    A thousand photographs of 12 megapixels would take 36 GB of memory. ``root`` and errors as for `render_rows`.
+    """
+
+    def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
+        self.rows, self.root = frame, Path(root or frame.attrs.get("root") or data_root())
+        self._read = lru_cache(64)(lambda i: render(self.rows.iloc[i], self.root))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int | slice) -> Image.Image | list[Image.Image]:
+        return [self._read(j) for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self._read(i)
+
+
+def pictures_of(frame: pd.DataFrame) -> Sequence[Image.Image]:
+    """Return the rows' pictures: rendered now if one has a seed, else read from disk as they are needed."""
+    return render_rows(frame) if frame["seed"].notna().any() else PicturesOnDisk(frame)
+
+
 # Rows and batches for TRL
 
 
@@ -261,13 +285,13 @@ class _Pictures:
     hundreds of megabytes, so copies in one process (and its forks) share the pictures.
     """
 
-    def __init__(self, images: list[Image.Image], thinking: bool):
-        self.images, self.thinking, self.token = images, thinking, uuid.uuid4().hex
+    def __init__(self, images: Sequence[Image.Image], prompt: Callable[[], list[dict]]):
+        self.images, self.prompt, self.token = images, prompt, uuid.uuid4().hex
         _LIVE[self.token] = self
 
     def __call__(self, batch: dict) -> dict:
         if "prompt" in batch:
-            batch["prompt"] = [messages(self.thinking) for _ in batch["prompt"]]
+            batch["prompt"] = [self.prompt() for _ in batch["prompt"]]
         if "image" in batch:
             batch["image"] = [self.images[i] for i in batch["image"]]
         return batch
@@ -285,11 +309,13 @@ def _same_pictures(token: str) -> _Pictures:
     return _LIVE[token]
 
 
-def prompt_rows(frame: pd.DataFrame, images: list[Image.Image], thinking: bool = True) -> "datasets.Dataset":
+def prompt_rows(
+    frame: pd.DataFrame, images: Sequence[Image.Image], thinking: bool = True, numbered: bool = False
+) -> "datasets.Dataset":
     """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
 
-    ``images`` are the rows' pictures (`render_rows`). They and the chat messages are put in by a transform
-    when a row is read: all repeats of a row share one picture, nothing is encoded, and the image placeholder
+    ``images`` are the rows' pictures (`pictures_of`), ``thinking`` and ``numbered`` choose the prompt. Pictures and
+    messages are put in by a transform when a row is read: all repeats of a row share one picture, nothing is encoded, and the image placeholder
     stays ``{"type": "image"}`` (Arrow would fill the keys of its neighbours in with None). uid is the row's position
     in ``frame``; it survives ``select`` and ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
     """
@@ -303,7 +329,7 @@ def prompt_rows(frame: pd.DataFrame, images: list[Image.Image], thinking: bool =
     uid = list(range(len(frame)))
     mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
     columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
-    return Dataset.from_dict(columns).with_transform(_Pictures(images, thinking))
+    return Dataset.from_dict(columns).with_transform(_Pictures(images, partial(messages, thinking, numbered)))
 
 
 def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:

@@ -3,20 +3,25 @@
 import hashlib
 import json
 import math
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
     BitsAndBytesConfig,
     Cache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -25,8 +30,9 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 from transformers.image_utils import make_flat_list_of_images
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import is_torchvision_available
 
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
@@ -192,11 +198,17 @@ def start_from_energies(model: Qwen2_5_VLForConditionalGeneration, patches: torc
 
 LANGUAGE_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 """LoRA's targets: the language model alone, which every serving engine can load."""
+VISION_LAYERS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
+"""The vision tower's linear layers, by Qwen2.5-VL's and Qwen3-VL's names."""
 
 
-def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
-    """Return a LoRA on the language model's linear layers, without dropout: TRL samples in train mode."""
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=LANGUAGE_LAYERS, task_type="CAUSAL_LM")
+def lora_config(r: int = 16, alpha: int = 32, vision: bool = False) -> LoraConfig:
+    """Return a LoRA on the language model's linear layers, without dropout: TRL samples in train mode.
+
+    `vision` adds the vision tower's, which vLLM does not serve by default.
+    """
+    layers = f"{LANGUAGE_LAYERS}|{VISION_LAYERS}" if vision else LANGUAGE_LAYERS
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM")
 
 
 def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -224,44 +236,75 @@ def default_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
 
 
-def load_policy(name_or_path: str | Path = "tiny-policy", quantize: bool = False, dtype: torch.dtype | None = None):
+def load_policy(
+    name_or_path: str | Path = "tiny-policy", quantize: bool = False, dtype: torch.dtype | None = None,
+    pixels: list[int] | None = None,
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:  # fmt: skip
     """Return (model, processor) of the embedded policy, a local folder, an adapter's folder or a hub name.
 
-    `quantize` loads the language model in 4-bit NF4. A folder with an adapter loads its base first, and the
-    adapter can be trained on. Processors pad on the left. Raises FileNotFoundError for a folder without a model.
+    Hub names: Qwen/Qwen2.5-VL-3B-Instruct, …-7B-Instruct, TianheWu/VisualQuality-R1-7B, Qwen/Qwen3-VL-2B-Instruct, …-4B…,
+    …-8B…. `quantize` loads the language model in 4-bit NF4. dtype: of all other weights, default `default_dtype`.
+    pixels: (smallest, largest) number of pixels a picture is scaled to, default the processor's own. A folder with an
+    adapter loads its base first, and the adapter can be trained on. Processors pad on the left. Weights are read from safetensors
+    alone, and no code that comes with them is run. Raises FileNotFoundError for a folder without a model, and for a name
+    that is neither a folder nor to be had from the hub.
     """
     name, dtype = str(name_or_path), dtype or default_dtype()
     path = TINY if name == "tiny-policy" else Path(name)
     if path.is_dir() and (path / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
-        model, processor = load_policy(base, quantize, dtype)
+        if not (path / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{path} holds no adapter_model.safetensors; other formats can run code when read, and are not")
+        model, processor = load_policy(base, quantize, dtype, pixels)
         return PeftModel.from_pretrained(model, path, is_trainable=True), processor
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no model: no config.json and no adapter_config.json; give a folder that save_pretrained wrote")
-    if not path.is_dir() and (name.count("/") != 1 or path.is_absolute() or name.startswith(".")):
+    if not path.is_dir() and (name.count("/") != 1 or path.is_absolute() or name.startswith(".") or path.parent.is_dir()):
         raise FileNotFoundError(f"{name}: no such folder; give 'tiny-policy', a folder of a model or an adapter, or a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
     source = str(path) if path.is_dir() else name
-    more = {"quantization_config": four_bit(dtype)} if quantize else {}
-    device = {"": 0} if torch.cuda.is_available() else None
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device, use_safetensors=True, **more)
+    more = {"quantization_config": four_bit(default_dtype() if dtype == torch.float32 else dtype)} if quantize else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        processor = load_processor(source, config.model_type, pixels)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype, device_map=_device_map(), use_safetensors=True, trust_remote_code=False, **more
+        )
+    except OSError as error:
+        if path.is_dir():
+            raise
+        raise FileNotFoundError(f"{name}: no such folder, and the hub gave no such model ({error})") from error
     keep_gradients(model)
-    return model, load_processor(source, model.config.model_type)
+    return model, processor
 
 
-def load_processor(source: str, model_type: str) -> ProcessorMixin:
-    """Return the processor, left-padded; the one for still pictures if it was saved, or for Qwen2.5-VL without torchvision."""
-    still = model_type == "qwen2_5_vl" and not is_torchvision_available()
+def _device_map() -> dict[str, int] | None:
+    """Return this process's GPU; None on a CPU, and under DeepSpeed's ZeRO-3, which spreads the weights itself."""
+    if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():
+        return None
+    return {"": PartialState().local_process_index}
+
+
+def load_processor(source: str, model_type: str, pixels: list[int] | None = None) -> ProcessorMixin:
+    """Return the processor, left-padded; the one for still pictures if it was saved, or for a Qwen-VL without torchvision.
+
+    pixels: (smallest, largest) number of pixels, default as saved.
+    """
+    still = model_type in ("qwen2_5_vl", "qwen3_vl") and not is_torchvision_available()
     saved = Path(source) / "processor_config.json"  # AutoProcessor does not know our class
     ours = saved.is_file() and json.loads(saved.read_text(encoding="utf-8")).get("processor_class") == "PictureProcessor"
     kind = PictureProcessor if still or ours else AutoProcessor
-    return kind.from_pretrained(source, padding_side="left")
+    processor = kind.from_pretrained(source, padding_side="left", trust_remote_code=False)
+    if pixels:
+        processor.image_processor.size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    return processor
 
 
 def look_once(model: PreTrainedModel) -> None:
     """Let a frozen vision tower see each distinct picture of a batch once, and remember the last batch.
 
     TRL repeats every picture for each of its K answers, in the rollout and again for the log-probabilities.
-    The features are the same numbers; only the work is shared. A tower that is trained is left alone.
+    The features are the same numbers; only the work is shared. A tower that is trained is left alone. Qwen3-VL's
+    features of inner layers (DeepStack) are shared alike.
     """
     tower = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.visual
     forward, remembered = tower.forward, {}
@@ -272,18 +315,18 @@ def look_once(model: PreTrainedModel) -> None:
         pictures = hidden_states.split(grid_thw.prod(1).tolist())
         keys = [_fingerprint(picture, grid) for picture, grid in zip(pictures, grid_thw)]
         new = {key: i for i, key in enumerate(keys) if key not in remembered}
+        found = {key: remembered[key] for key in keys if key in remembered}  # key -> (features, features of inner layers …)
         if new:
             rows = list(new.values())
             with torch.no_grad():
-                seen = forward(torch.cat([pictures[i] for i in rows]), grid_thw[rows], **kwargs).pooler_output
+                seen = forward(torch.cat([pictures[i] for i in rows]), grid_thw[rows], **kwargs)
             sizes = (grid_thw[rows].prod(1) // tower.spatial_merge_unit).tolist()
-            found = dict(zip(new, seen.split(sizes)))
-        else:
-            found = {}
-        found |= {key: remembered[key] for key in keys if key in remembered}
+            levels = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
+            found |= dict(zip(new, zip(*(level.split(sizes) for level in levels))))
         remembered.clear()
         remembered.update(found)
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([found[key] for key in keys]))
+        pooled, *inner = (torch.cat(level) for level in zip(*(found[key] for key in keys)))
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=inner)
 
     tower.forward = shared
 
@@ -345,3 +388,95 @@ def own_names(model: torch.nn.Module) -> None:
     """
     if isinstance(model, PreTrainedModel):  # an adapter's checkpoint holds its own names already
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+
+
+# The published sizes, and what they take
+
+_TEXT = {
+    "3B": dict(
+        hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "7B": dict(
+        hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152_064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+PROMPT_TOKENS = 120
+"""About what the paper's question and the chat layout take in Qwen's own tokens."""
+
+
+def qwen_config(size: str) -> Qwen2_5_VLConfig:
+    """Return the architecture of Qwen2.5-VL in size "3B" or "7B", without weights; source: the published config.json.
+
+    >>> qwen_config("7B").text_config.num_hidden_layers
+    28
+    """
+    text = _TEXT[size]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return Qwen2_5_VLConfig(
+        text_config=dict(**text, rms_norm_eps=1e-6, max_position_embeddings=128_000, rope_parameters=rope),
+        vision_config=dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=text["hidden_size"]),
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def _parameters(config: PretrainedConfig) -> tuple[dict[str, int], int]:
+    """Return the parameters of each part of a model that is never allocated, and those of an adapter, per rank."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    count = Counter()
+    for name, weight in model.named_parameters():  # a tied output layer is listed once
+        tower = "vision tower" if ".visual." in name else "language model"
+        count["embeddings and output layer" if "embed_tokens" in name or "lm_head" in name else tower] += weight.numel()
+    adapted = [module for name, module in model.named_modules() if re.fullmatch(LANGUAGE_LAYERS, name)]
+    return count, sum(module.in_features + module.out_features for module in adapted)
+
+
+def memory_by_part(
+    config: PretrainedConfig, quantize: bool = True, lora: int = 16, images: int = 8, k: int = 6, new_tokens: int = 256,
+    micro_batch: int = 6, size: tuple[int, int] = (512, 384), dtype: torch.dtype = torch.bfloat16, checkpointing: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Return what one GRPO step takes on a GPU, by part and in all ("peak"), in GiB: computed, not measured.
+
+    config: `qwen_config` or a model's own. lora: rank of an adapter on the language model; 0 trains every weight.
+    images x k answers of `new_tokens` are sampled in one go, as TRL does, and learned from `micro_batch` at a time.
+    size: (width, height) of the pictures in px. What is trained, its gradient and AdamW's two moments are fp32.
+    Activations are the tensors known to be large: those of one layer's MLP while sampling, and while learning
+    each layer's input and all of one layer's (of every layer without checkpointing). Peak is what stays, plus the larger
+    of sampling and learning. Not counted: CUDA's own context, fragmentation, a second model as reference (full fine-tuning with a KL term).
+
+    >>> parts = memory_by_part(qwen_config("7B"))
+    >>> [round(parts[part], 1) for part in ("language model", "vision tower", "KV cache", "peak")]
+    [3.1, 1.3, 1.6, 9.1]
+    """
+    count, per_rank = _parameters(config)
+    text, vision, bytes_ = config.text_config, config.vision_config, dtype.itemsize
+    side = vision.patch_size * vision.spatial_merge_size
+    high, wide = smart_resize(size[1], size[0], side, 4 * side**2, 10**8)
+    patches = high * wide // vision.patch_size**2
+    tokens = patches // vision.spatial_merge_size**2 + PROMPT_TOKENS
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    trained = lora * per_rank or sum(count.values())
+    weight = bytes_ if lora else 4
+    nf4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a code, 8 bits per block of 64, fp32 per 256 blocks
+    mlp, row = text.intermediate_size * bytes_, text.hidden_size * bytes_
+    prefill = images * tokens * (3 * mlp + 4 * row)  # each prompt once, see `prefill_once`
+    look = images * patches * (3 * vision.intermediate_size + 4 * vision.hidden_size) * bytes_
+    learned = micro_batch * (tokens + new_tokens)
+    layer = learned * (6 * mlp + 16 * row)
+    parts = {
+        "language model": count["language model"] * (nf4 if quantize else weight),
+        "embeddings and output layer": count["embeddings and output layer"] * weight,
+        "vision tower": count["vision tower"] * weight,
+        "adapter": 4 * lora * per_rank,
+        "optimizer": 8 * trained,
+        "pixels": 4 * images * k * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        "KV cache": images * k * (tokens + new_tokens) * text.num_hidden_layers * 2 * text.num_key_value_heads * head * bytes_,
+        "activations, sampling": max(prefill, look),
+        "gradients": 4 * trained,
+        "activations, learning": layer + learned * row * text.num_hidden_layers if checkpointing else layer * text.num_hidden_layers,
+    }
+    sampling, learning = parts["KV cache"] + parts["activations, sampling"], parts["gradients"] + parts["activations, learning"]
+    stays = sum(list(parts.values())[:6])
+    return {part: taken / 2**30 for part, taken in (parts | {"peak": stays + max(sampling, learning)}).items()}

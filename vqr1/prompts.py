@@ -65,16 +65,19 @@ PHRASES = {
 """One name in words per KADID-10k distortion; no phrase contains another."""
 
 
-def messages(thinking: bool = True) -> list[dict]:
+def messages(thinking: bool = True, numbered: bool = False) -> list[dict]:
     """Return the chat prompt: one image placeholder and the paper's question.
 
-    Source: the paper's Table 1 (thinking) and the official README (non-thinking).
+    numbered: "Picture 1: " before the image, as the official inference has it (add_vision_id); the official training,
+    and so what the published weights learned from, has not. Source: the paper's Table 1 (thinking) and the official
+    README (non-thinking).
 
     >>> [part["type"] for part in messages()[0]["content"]]
     ['image', 'text']
     """
+    number = [{"type": "text", "text": "Picture 1: "}] if numbered else []
     text = f"{QUESTION} {THINKING if thinking else NON_THINKING}"
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return [{"role": "user", "content": [*number, {"type": "image"}, {"type": "text", "text": text}]}]
 
 
 def parse_score(text: str) -> float:

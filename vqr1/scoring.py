@@ -96,6 +96,7 @@ class Scorer:
     greedy answer. "sample": mean and deviation (ddof 1) of the parseable ones among k answers sampled at temperature 1, the
     paper's; `seed` makes them repeatable in the same batch. A picture that cannot be read or whose answer cannot be parsed has a NaN
     score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
+    numbered: "Picture 1: " before the picture (`prompts.messages`).
 
     engine="vllm" asks vLLM instead of transformers; see `vqr1.engines`, also for what was not run.
 
@@ -105,7 +106,7 @@ class Scorer:
     def __init__(
         self, policy: str | Path | tuple[PreTrainedModel, ProcessorMixin] = "tiny-policy", thinking: bool = False,
         estimate: str = "expected", k: int = 6, batch_size: int = 16, max_new_tokens: int = 256, seed: int = 0,
-        engine: str = "transformers",
+        engine: str = "transformers", numbered: bool = False,
     ):  # fmt: skip
         if estimate not in ESTIMATES:
             raise ValueError(f"estimate {estimate!r} is unknown; use one of {', '.join(ESTIMATES)}")
@@ -119,10 +120,10 @@ class Scorer:
             policy = load_vllm(policy)
         self.model, self.processor = policy if isinstance(policy, tuple) else load_policy(policy)
         self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.batch_size, self.max_new_tokens, self.numbered = batch_size, max_new_tokens, numbered
         if estimate == "expected":
             self.digits, self.point, self.end = _answer_tokens(self.processor.tokenizer)
-        prompt = self.processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+        prompt = self.processor.apply_chat_template(messages(thinking, numbered), add_generation_prompt=True, tokenize=False)
         texts = prompt.split(self.processor.image_token)  # before and after the picture
         self.answered = estimate == "expected" and not thinking  # the answer's tag can be put in the model's mouth
         self.before, self.after = (
@@ -194,7 +195,7 @@ class Scorer:
 
     def describe(self, image: Image.Image | str | Path) -> Description:
         """Return what the policy thinks of a picture, and its score; raises ValueError where it gives none."""
-        thinker = Scorer((self.model, self.processor), thinking=True, max_new_tokens=self.max_new_tokens)
+        thinker = Scorer((self.model, self.processor), thinking=True, max_new_tokens=self.max_new_tokens, numbered=self.numbered)
         score = thinker.score([image])[0]
         if score.error:
             raise ValueError(score.error)

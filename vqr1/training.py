@@ -11,17 +11,22 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from peft import LoraConfig
 from transformers import ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from vqr1.data import load_ratings, one_set_batches, prompt_rows, render_rows
+from vqr1.cards import model_card
+from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import load_policy, look_once, lora_config, own_names, prefill_once
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-KEYS = {"policy", "quantize", "lora", "frozen", "sets", "thinking", "reward", "variant", "validation", "grpo"}
+KEYS = {
+    "policy", "quantize", "dtype", "pixels", "lora", "frozen", "sets", "root", "thinking", "numbered", "reward", "variant",
+    "validation", "grpo",
+}  # fmt: skip
 LOG = {
     "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
     "length": "completions/mean_length", "kl": "kl", "unparseable": "unparseable", "score_std": "score_std",
@@ -56,7 +61,35 @@ def load_config(name_or_path: str | Path) -> dict:
     unknown = set(config["grpo"]) - {field.name for field in fields(GRPOConfig)}
     if unknown:
         raise ValueError(f"{path}: key {sorted(unknown)[0]!r} under grpo is unknown to trl.GRPOConfig")
+    if config["dtype"] not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"{path}: dtype {config['dtype']!r} is not one of float32, bfloat16, float16, null")
     return config
+
+
+def config_for_device() -> str:
+    """Return the name of the configuration made for the first GPU's memory, and "cpu" where there is none.
+
+    10 GiB (a T4 has 15): t4-3b; 20 GiB (L4, A10, RTX 4090): l4-7b; 38 GiB (A100, H100): a100-7b.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return next((name for least, name in ((38, "a100-7b"), (20, "l4-7b"), (10, "t4-3b")) if memory >= least), "cpu")
+
+
+def grpo_config(config: dict, output: Path) -> GRPOConfig:
+    """Return TRL's settings for a configuration; ValueError for those that cannot rank or need a GPU that is not there."""
+    grpo = {"report_to": "none"} | config["grpo"]
+    if grpo.get("num_generations", 8) < 2:
+        raise ValueError(f"num_generations is {grpo['num_generations']}: a group needs at least 2 answers to have a mean and a variance")
+    if not grpo.get("use_cpu") and not torch.cuda.is_available():
+        raise ValueError(
+            "this configuration is for a GPU, and torch sees none; on a CPU use --config cpu, or set use_cpu: true and bf16: false under grpo"
+        )
+    args = GRPOConfig(output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, **grpo)
+    if args.max_steps < 1:
+        raise ValueError(f"max_steps is {args.max_steps}: say under grpo, or by --steps, for how many steps to train")
+    return args
 
 
 def rewards(config: dict) -> list:
@@ -89,7 +122,7 @@ def images_per_step(args: GRPOConfig) -> int:
 def training_rows(config: dict, args: GRPOConfig, frame: pd.DataFrame | None = None):
     """Return TRL's dataset in the order of training: chunks of one data set, only rows that will be used."""
     if frame is None:
-        frame = pd.concat([_of_split(load_ratings(name), "train") for name in config["sets"]], ignore_index=True)
+        frame = set_rows(config, "train")
     count = images_per_step(args)
     passes = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
     epochs = -(-passes * count // max(1, len(frame) - count * frame["dataset"].nunique() + 1))
@@ -97,7 +130,22 @@ def training_rows(config: dict, args: GRPOConfig, frame: pd.DataFrame | None = N
     used = sorted(set(order))
     place = {row: i for i, row in enumerate(used)}
     rows = frame.iloc[used]
-    return prompt_rows(rows, render_rows(rows), config["thinking"]).select([place[row] for row in order])
+    return prompt_rows(rows, pictures_of(rows), config["thinking"], config["numbered"]).select([place[row] for row in order])
+
+
+def set_rows(config: dict, split: str) -> pd.DataFrame:
+    """Return the rows of a split of all the configuration's sets, each image by its absolute path.
+
+    `root` is one folder for all sets, or one for each by name; None: where `load_ratings` looks.
+    """
+    root = config["root"]
+    roots = root if isinstance(root, dict) else dict.fromkeys(config["sets"], root)
+    frames = [_of_split(load_ratings(name, roots.get(name)), split) for name in config["sets"]]
+    return pd.concat([frame.assign(image=_absolute(frame)) for frame in frames], ignore_index=True)
+
+
+def _absolute(frame: pd.DataFrame) -> list[str]:
+    return [str(Path(frame.attrs["root"], name).absolute()) for name in frame["image"]]
 
 
 def _of_split(frame: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -111,12 +159,12 @@ class RunLog(TrainerCallback):
     """Write log.csv as training goes, with validation by the Scorer every so many steps.
 
     Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained. Of several
-    processes the first one does both.
+    processes the first one writes, and scores unless the weights are spread over all (sharded): then all must take part.
     """
 
-    def __init__(self, path: Path, scorer: Scorer, frame: pd.DataFrame, every: int, resumed_at: int):
-        self.path, self.scorer, self.frame, self.every = path, scorer, frame, every
-        self.images, self.start = render_rows(frame), time.time()
+    def __init__(self, path: Path, scorer: Scorer, frame: pd.DataFrame, every: int, resumed_at: int, sharded: bool = False):
+        self.path, self.scorer, self.frame, self.every, self.sharded = path, scorer, frame, every, sharded
+        self.images, self.start = pictures_of(frame), time.time()
         self.rows = []
         if resumed_at and path.is_file():
             old = pd.read_csv(path, comment="#")
@@ -138,9 +186,10 @@ class RunLog(TrainerCallback):
             self._write(state.global_step, logs | {"format": form[0] if form else None})
 
     def _validate(self, state) -> None:
+        if not (state.is_world_process_zero or self.sharded):
+            return
+        scores, mos = [score.score for score in self.scorer.score(self.images)], self.frame["mos"]
         if state.is_world_process_zero:
-            scores = [score.score for score in self.scorer.score(self.images)]
-            mos = self.frame["mos"]
             self._write(state.global_step, {"val_srcc": srcc(scores, mos), "val_plcc": plcc(scores, mos)})
 
     def _write(self, step: int, logs: dict) -> None:
@@ -214,60 +263,70 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the sets'.
     Raises ValueError for settings that cannot rank (K = 1, one image per batch, an unknown reward) before the model is loaded.
     """
-    k = config["grpo"].get("num_generations", 8)
-    if k < 2:
-        raise ValueError(f"num_generations is {k}: a group needs at least 2 answers to have a mean and a variance")
-    args = GRPOConfig(
-        output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, report_to="none",
-        **config["grpo"],
-    )  # fmt: skip
-    if args.max_steps < 1:
-        raise ValueError(f"max_steps is {args.max_steps}: say under grpo, or by --steps, for how many steps to train")
-    functions = rewards(config)
+    args, functions, adapter = grpo_config(config, output), rewards(config), _adapter(config)
     rows = training_rows(config, args, frame)
-    model, processor = policy or load_policy(config["policy"], config["quantize"])
+    dtype = getattr(torch, config["dtype"]) if config["dtype"] else None
+    model, processor = policy or load_policy(config["policy"], config["quantize"], dtype, config["pixels"])
     freeze(model, config["frozen"])
-    if config["lora"]:
+    if adapter:
         model.name_or_path = str(config["policy"])  # what peft notes as an adapter's base: the name given, not its folder
     trainer = GRPOTrainer(
-        model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor,
-        peft_config=lora_config(**config["lora"]) if config["lora"] else None,
-    )  # fmt: skip
+        model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor, peft_config=adapter
+    )
+    own_names(trainer.model)
+    if sharded(trainer):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
+        return trainer
     look_once(trainer.model)
     prefill_once(trainer.model)
     if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both
         trainer.ref_model.model.visual = trainer.model.model.visual
-    own_names(trainer.model)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away
+        if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away; fp16 training needs fp32, too
             parameter.data = parameter.data.float()
     return trainer
 
 
+def _adapter(config: dict) -> LoraConfig | None:
+    try:
+        return lora_config(**config["lora"]) if config["lora"] else None
+    except TypeError as error:
+        raise ValueError(f"lora {config['lora']}: {error}") from error
+
+
+def sharded(trainer: GRPOTrainer) -> bool:
+    """Tell whether the weights are spread over the processes."""
+    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+
+
 def validation_rows(config: dict) -> pd.DataFrame:
     """Return the fixed sample of val rows that training is watched on."""
-    frame = pd.concat([_of_split(load_ratings(name), "val") for name in config["sets"]], ignore_index=True)
+    frame = set_rows(config, "val")
     return frame.sample(min(len(frame), config["validation"]["rows"]), random_state=0)
 
 
 def train(config: dict, output: str | Path, resume: bool = False, policy=None, frame: pd.DataFrame | None = None) -> Path:
     """Train and return the folder of the trained policy; see `build_trainer` for policy and frame.
 
-    Writes config.yaml, log.csv, checkpoints/ and policy/ into `output`. `resume` goes on from the last checkpoint.
+    Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes on from the last checkpoint.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     found = resume_from(output, resume)
     (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     trainer = build_trainer(config, output, policy, frame)
-    scorer = Scorer((trainer.model, trainer.processing_class), config["thinking"], seed=trainer.args.seed)
+    scorer = Scorer(
+        (trainer.model, trainer.processing_class), config["thinking"], numbered=config["numbered"],
+        max_new_tokens=trainer.args.max_completion_length, seed=trainer.args.seed,
+    )  # fmt: skip
     resumed_at = int(found.name.split("-")[1]) if found else 0
     rows = validation_rows(config)
-    log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at)
+    log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at, sharded(trainer))
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(log)
     trainer.add_callback(Progress(log))
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     trainer.save_model(str(output / "policy"))
     trainer.processing_class.save_pretrained(output / "policy")
+    if trainer.is_world_process_zero():
+        (output / "policy" / "README.md").write_text(model_card(config, pd.DataFrame(log.rows, columns=list(LOG)), log.header), encoding="utf-8")
     return output / "policy"
