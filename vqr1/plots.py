@@ -1,7 +1,9 @@
 """Matplotlib helpers; each draws on the axes it is given."""
 
 import io
+import sys
 import textwrap
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
+from transformers import TrainerCallback
 
 
 def curve(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None, window: int = 1) -> None:
@@ -74,3 +77,50 @@ def bells(ax: Axes, means, stds, labels, samples=None) -> None:
             ax.plot(samples[row], np.full(len(samples[row]), -0.06 * (row + 1)), "|", color=line.get_color(), markersize=9, mew=2)
     ax.set(xlabel="quality, in points of the scale", ylabel="density")
     ax.legend(frameon=False)
+
+
+class LivePlot(TrainerCallback):
+    """Draw a run's curves from its log.csv as training goes: one picture kept up to date in Jupyter, a line per entry elsewhere."""
+
+    def __init__(self, path: str | Path, sets: str = "sim-kadid"):
+        self.path, self.sets, self.handle = Path(path), sets, None
+
+    def on_log(self, args, state, control, **kwargs):
+        log = pd.read_csv(self.path, comment="#")
+        if not _in_jupyter():
+            last = log[["step", "ranking", "val_srcc", "seconds"]].ffill().iloc[-1]
+            print("  ".join([f"step {last['step']:.0f}", *(f"{name} {value:.3f}" for name, value in last[1:3].items()), f"{last['seconds']:.0f} s"]))
+            return
+        from IPython.display import Image as Shown
+        from IPython.display import display
+
+        picture = io.BytesIO()
+        training_figure(log, self.sets).savefig(picture, format="png", dpi=80)
+        shown = Shown(picture.getvalue())
+        if self.handle is None:
+            self.handle = display(shown, display_id=True)
+        else:
+            self.handle.update(shown)
+
+
+def _in_jupyter() -> bool:
+    """Tell whether this runs in a notebook's kernel, without importing IPython where it is not in use."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
+def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float = 2.0) -> None:
+    """Draw how far each picture's K sampled scores, (N, K) with NaN, are from their mean; beyond `limit` counts as `limit`."""
+    away = scores - np.nanmean(scores, axis=1, keepdims=True)
+    away = np.clip(away[np.isfinite(away)], -limit, limit)
+    ax.hist(away, bins=np.linspace(-limit, limit, 41), weights=np.full(len(away), 1 / len(away)))
+    ax.set(xlabel="score - mean of the picture's K", ylabel="share of answers", title=label)
+    ax.grid(alpha=0.3)
+
+
+def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
+    """Draw the distribution of weights, each divided by the largest of its block, over the levels that 4 bits can keep."""
+    ax.hist(weight, bins=np.linspace(-1, 1, 81), color="0.7")
+    for level in levels:
+        ax.axvline(level, color="tab:red", linewidth=0.8)
+    ax.set(xlabel="weight / largest of its block of 64", ylabel="weights", xlim=(-1.02, 1.02))

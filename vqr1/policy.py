@@ -299,6 +299,19 @@ def load_processor(source: str, model_type: str, pixels: list[int] | None = None
     return processor
 
 
+def merge_adapter(folder: str | Path, output: str | Path, quantize: bool = True) -> Path:
+    """Write the policy in an adapter's folder as one model, which needs neither peft nor bitsandbytes; return `output`.
+
+    W + (alpha / r) B A, with the W that the adapter was trained on: `quantize` says whether that was 4-bit. It is written out
+    in full first, for in 4-bit weights the sum would be rounded again, and most of the adapter with it.
+    """
+    model, processor = load_policy(PeftConfig.from_pretrained(folder).base_model_name_or_path, quantize)
+    model = model.dequantize() if quantize else model
+    PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(output)
+    processor.save_pretrained(output)
+    return Path(output)
+
+
 def look_once(model: PreTrainedModel) -> None:
     """Let a frozen vision tower see each distinct picture of a batch once, and remember the last batch.
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.cards import model_card
@@ -304,10 +305,13 @@ def validation_rows(config: dict) -> pd.DataFrame:
     return frame.sample(min(len(frame), config["validation"]["rows"]), random_state=0)
 
 
-def train(config: dict, output: str | Path, resume: bool = False, policy=None, frame: pd.DataFrame | None = None) -> Path:
+def train(
+    config: dict, output: str | Path, resume: bool = False, policy=None, frame: pd.DataFrame | None = None, shown: TrainerCallback | None = None
+) -> Path:
     """Train and return the folder of the trained policy; see `build_trainer` for policy and frame.
 
     Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes on from the last checkpoint.
+    shown: a callback that shows how far it is, instead of the progress bar.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -321,9 +325,9 @@ def train(config: dict, output: str | Path, resume: bool = False, policy=None, f
     resumed_at = int(found.name.split("-")[1]) if found else 0
     rows = validation_rows(config)
     log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at, sharded(trainer))
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another class in notebooks
     trainer.add_callback(log)
-    trainer.add_callback(Progress(log))
+    trainer.add_callback(shown or Progress(log))
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     trainer.save_model(str(output / "policy"))
     trainer.processing_class.save_pretrained(output / "policy")
