@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.plots import bells, curve, gallery, jpeg, scatter, training_figure
+from vqr1.plots import LivePlot, bells, curve, gallery, jpeg, png, rounding, scatter, spread, training_figure
 
 
 def axes():
@@ -70,3 +70,39 @@ def test_bells_peak_at_the_means_with_areas_of_one_and_samples_below():
     assert [list(line.get_xdata()) for line in ticks] == [[2.1, 1.8], [4.5]] and all((line.get_ydata() < 0).all() for line in ticks)
     assert [line.get_color() for line in ticks] == [line.get_color() for line in curves]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_png_is_a_smaller_picture_of_the_same_size():
+    log = pd.DataFrame({"step": range(50), "ranking": np.linspace(0.7, 0.8, 50), "val_srcc": 0.5, "score_std": 0.3})
+    plain = io.BytesIO()
+    training_figure(log).savefig(plain, format="png")
+    small = png(training_figure(log))
+    assert Image.open(io.BytesIO(small)).size == Image.open(plain).size
+    assert len(small) < 0.7 * len(plain.getvalue())
+
+
+def test_spread_is_around_each_pictures_own_mean_and_leaves_out_what_has_no_score():
+    ax = axes()
+    spread(ax, np.array([[1.0, 1.3, np.nan], [4.0, 4.3, 4.16]]), "step 0")
+    drawn = {round(bar.get_x(), 2): round(bar.get_height(), 2) for bar in ax.patches if bar.get_height() > 0}
+    assert drawn == {-0.2: 0.4, 0.0: 0.2, 0.1: 0.4}
+    assert (ax.get_title(), ax.get_ylabel()) == ("step 0", "share of answers")
+
+
+def test_spread_counts_what_is_far_away_at_the_limit():
+    ax = axes()
+    spread(ax, np.array([[1.0, 41.0]]), limit=2.0)
+    assert [round(bar.get_height(), 2) for bar in (ax.patches[0], ax.patches[-1])] == [0.5, 0.5]
+
+
+def test_rounding_draws_a_line_per_level():
+    ax = axes()
+    rounding(ax, np.array([-1.0, 0.1, 0.1]), np.linspace(-1, 1, 16))
+    assert len(ax.lines) == 16 and sum(bar.get_height() for bar in ax.patches) == 3
+
+
+def test_outside_jupyter_the_live_plot_is_a_line_with_the_last_values(tmp_path, capsys):
+    log = pd.DataFrame({"step": [0, 5], "ranking": [np.nan, 0.75], "val_srcc": [0.5, np.nan], "seconds": [1.0, 9.6]})
+    log.to_csv(tmp_path / "log.csv", index=False)
+    LivePlot(tmp_path / "log.csv").on_log(None, None, None, {"reward": 1.7})
+    assert capsys.readouterr().out == "step 5  ranking 0.750  val_srcc 0.500  10 s\n"

@@ -27,7 +27,8 @@ from transformers import TrainerState
 from vqr1 import training
 from vqr1.cli import main
 from vqr1.data import load_ratings, render
-from vqr1.policy import load_policy
+from vqr1.plots import LivePlot
+from vqr1.policy import load_policy, merge_adapter
 from vqr1.prompts import NON_THINKING, THINKING
 from vqr1.scoring import Score, Scorer
 from vqr1.training import CONFIGS, LOG, RunLog, build_trainer, last_checkpoint, load_config, train, training_rows
@@ -316,6 +317,13 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys):
     assert (folder / "policy" / "model.safetensors").is_file()
 
 
+def test_what_is_shown_takes_the_place_of_the_progress_bar(rows, tmp_path, capsys):
+    train(tiny(max_steps=2), tmp_path, frame=rows, shown=LivePlot(tmp_path / "log.csv"))
+    out, err = capsys.readouterr()
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("step")] == [["step", "1"], ["step", "2"]]
+    assert "| 2/2 [" not in err
+
+
 def rerun(config: dict, folder: Path, frame: pd.DataFrame) -> dict[str, torch.Tensor]:
     """Resume the run in the folder and return all of its weights at the end."""
     model, processor = load_policy("tiny-policy", config["quantize"])
@@ -341,6 +349,21 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ended(run, rows, tmp_pat
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=name)
     columns = [name for name in LOG if name != "seconds"]
     pd.testing.assert_frame_equal(read_log(again)[columns], read_log(folder)[columns], rtol=1e-3)
+
+
+def test_a_merged_adapter_scores_as_it_was_trained_and_needs_no_4_bit_layer(adapter, rows, tmp_path):
+    folder, *_ = adapter
+    pictures = [render(row) for _, row in rows.head(3).iterrows()]
+    merged = merge_adapter(folder / "policy", tmp_path / "merged")
+    model, processor = load_policy(merged)
+    assert not any("lora" in name or weight.dtype == torch.uint8 for name, weight in model.named_parameters())
+
+    def scores(policy) -> list[float]:
+        return [score.score for score in Scorer(policy, thinking=True).score(pictures)]
+
+    trained = scores(load_policy(folder / "policy", quantize=True))
+    assert scores((model, processor)) == pytest.approx(trained, abs=1e-3)
+    assert scores(folder / "policy") != pytest.approx(trained, abs=1e-3), "weights before rounding are others"
 
 
 def test_a_resumed_adapter_goes_on_as_it_was(adapter, rows, tmp_path):

@@ -16,3 +16,5 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # TRL calls what transformers 5.23 renamed, around every generation.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+# peft looks for the vocabulary of an adapter's base under its name, and the embedded policy's is no folder.
+warnings.filterwarnings("ignore", message="Could not find a config file in tiny-policy", category=UserWarning)

@@ -79,13 +79,24 @@ def bells(ax: Axes, means, stds, labels, samples=None) -> None:
     ax.legend(frameon=False)
 
 
+def png(figure: Figure, colors: int = 64) -> bytes:
+    """Return a figure as PNG with a palette and close it: curves at about half the size in a notebook."""
+    plain, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(plain, format="png")
+    plt.close(figure)
+    Image.open(plain).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
 class LivePlot(TrainerCallback):
     """Draw a run's curves from its log.csv as training goes: one picture kept up to date in Jupyter, a line per entry elsewhere."""
 
     def __init__(self, path: str | Path, sets: str = "sim-kadid"):
         self.path, self.sets, self.handle = Path(path), sets, None
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs:  # the summary at the end
+            return
         log = pd.read_csv(self.path, comment="#")
         if not _in_jupyter():
             last = log[["step", "ranking", "val_srcc", "seconds"]].ffill().iloc[-1]
@@ -94,9 +105,9 @@ class LivePlot(TrainerCallback):
         from IPython.display import Image as Shown
         from IPython.display import display
 
-        picture = io.BytesIO()
-        training_figure(log, self.sets).savefig(picture, format="png", dpi=80)
-        shown = Shown(picture.getvalue())
+        figure = training_figure(log, self.sets)
+        figure.set_dpi(75)
+        shown = Shown(png(figure))
         if self.handle is None:
             self.handle = display(shown, display_id=True)
         else:
