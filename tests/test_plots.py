@@ -1,13 +1,11 @@
 """Plot helpers: what is drawn is the data, on the axes that were given."""
 
-import io
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.plots import LivePlot, bells, curve, gallery, jpeg, png, rounding, scatter, spread, training_figure
+from vqr1.plots import LivePlot, bells, curve, gallery, jpeg, rounding, scatter, spread, training_figure
 
 
 def axes():
@@ -70,15 +68,6 @@ def test_bells_peak_at_the_means_with_areas_of_one_and_samples_below():
     assert [list(line.get_xdata()) for line in ticks] == [[2.1, 1.8], [4.5]] and all((line.get_ydata() < 0).all() for line in ticks)
     assert [line.get_color() for line in ticks] == [line.get_color() for line in curves]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-
-
-def test_png_is_a_smaller_picture_of_the_same_size():
-    log = pd.DataFrame({"step": range(50), "ranking": np.linspace(0.7, 0.8, 50), "val_srcc": 0.5, "score_std": 0.3})
-    plain = io.BytesIO()
-    training_figure(log).savefig(plain, format="png")
-    small = png(training_figure(log))
-    assert Image.open(io.BytesIO(small)).size == Image.open(plain).size
-    assert len(small) < 0.7 * len(plain.getvalue())
 
 
 def test_spread_is_around_each_pictures_own_mean_and_leaves_out_what_has_no_score():

@@ -79,15 +79,6 @@ def bells(ax: Axes, means, stds, labels, samples=None) -> None:
     ax.legend(frameon=False)
 
 
-def png(figure: Figure, colors: int = 64) -> bytes:
-    """Return a figure as PNG with a palette and close it: curves at about half the size in a notebook."""
-    plain, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(plain, format="png")
-    plt.close(figure)
-    Image.open(plain).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
-
-
 class LivePlot(TrainerCallback):
     """Draw a run's curves from its log.csv as training goes: one picture kept up to date in Jupyter, a line per entry elsewhere."""
 
@@ -105,9 +96,9 @@ class LivePlot(TrainerCallback):
         from IPython.display import Image as Shown
         from IPython.display import display
 
-        figure = training_figure(log, self.sets)
-        figure.set_dpi(75)
-        shown = Shown(png(figure))
+        picture = io.BytesIO()
+        training_figure(log, self.sets).savefig(picture, format="png", dpi=75)
+        shown = Shown(picture.getvalue())
         if self.handle is None:
             self.handle = display(shown, display_id=True)
         else:
