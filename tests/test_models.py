@@ -29,7 +29,7 @@ from vqr1.scoring import Scorer
 from vqr1.training import CONFIGS, build_trainer, config_for_device, grpo_config, load_config, set_rows, train
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-REAL = [name for name in NAMES if name != "cpu"]
+REAL = [name for name in NAMES if not name.startswith("cpu")]
 TEXT = dict(
     vocab_size=576, hidden_size=256, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
     tie_word_embeddings=True, initializer_range=0.1,
