@@ -1,5 +1,7 @@
 """Plot helpers: what is drawn is the data, on the axes that were given."""
 
+import io
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
