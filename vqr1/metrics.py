@@ -60,15 +60,30 @@ def plcc_fit(pred, mos) -> float:
     """
     pred, mos = _finite_pairs(pred, mos)
     raw = _pearson(pred, mos)
-    if np.isnan(raw) or len(pred) < 5:
+    fit = logistic_fit(pred, mos)
+    fitted = _pearson(fit, mos)
+    if not fitted >= abs(raw):
         return raw
+    return fitted if _pearson(fit, pred) >= 0 else -fitted
+
+
+def logistic_fit(pred, mos) -> np.ndarray:
+    """Return what the fit of `plcc_fit` makes of every score: its MOS on the curve, (N,).
+
+    NaN throughout if there are fewer than 5 pairs, one side is constant, or the fit does not converge; the arguments must be
+    finite.
+
+    >>> x = np.linspace(1, 5, 20)
+    >>> logistic_fit(x, 1 + 4 / (1 + np.exp(-(x - 3) / 0.2)))[[0, 9, 19]].round(2)
+    array([1.  , 2.49, 5.  ])
+    """
+    pred, mos = np.asarray(pred, dtype=float), np.asarray(mos, dtype=float)
+    if len(pred) < 5 or np.isnan(_pearson(pred, mos)):
+        return np.full(len(pred), np.nan)
     x = _standardised(pred) * np.sqrt(len(pred))  # the fit does not depend on the unit of x; the solver does
     start = [mos.max(), mos.min(), 0.0, 0.25]
     found = least_squares(lambda b: _logistic(x, *b) - mos, start, method="lm", max_nfev=2000)
-    fitted = _pearson(_logistic(x, *found.x), mos)
-    if not found.success or not fitted >= abs(raw):
-        return raw
-    return fitted if found.x[0] >= found.x[1] else -fitted
+    return _logistic(x, *found.x) if found.success else np.full(len(pred), np.nan)
 
 
 def within_level_srcc(pred, mos, level) -> float:
