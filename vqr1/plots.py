@@ -126,3 +126,13 @@ def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
     for level in levels:
         ax.axvline(level, color="tab:red", linewidth=0.8)
     ax.set(xlabel="weight / largest of its block of 64", ylabel="weights", xlim=(-1.02, 1.02))
+
+
+def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> Figure:
+    """Return pictures in one row, each with a title; width in inches."""
+    figure = Figure(figsize=(width, width / len(pictures) + 0.3), layout="constrained", dpi=80)
+    for ax, picture, title in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, titles):
+        ax.imshow(np.asarray(picture))
+        ax.set_title(title, fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    return figure
