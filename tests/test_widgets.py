@@ -1,0 +1,345 @@
+"""Notebook 03's applications without a browser: the plain functions, and the controls set as a click would set them."""
+
+import io
+
+import ipywidgets as w
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from vqr1 import widgets
+from vqr1.data import data_root, load_ratings, render_rows
+from vqr1.observers import pairwise_votes
+from vqr1.prompts import parse_score
+from vqr1.scoring import Score, Scorer
+from vqr1.training import load_config, train
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return Scorer("tiny-policy", thinking=True)
+
+
+@pytest.fixture
+def rated() -> pd.DataFrame:
+    """Six training rows, one type each."""
+    rows = load_ratings("sim-kadid").query("split == 'train'").groupby("distortion").sample(1, random_state=0)
+    return rows.sample(6, random_state=0)
+
+
+@pytest.fixture
+def photographs():
+    return [data_root() / "photos" / name for name in ("kitten.jpg", "dolphin.jpg")]
+
+
+@pytest.fixture
+def folder(photo, tmp_path):
+    """Two pictures, one file that is none, and one that is not asked."""
+    photo.crop((0, 0, 192, 192)).save(tmp_path / "good.png")
+    widgets.degrade(photo, "jpeg", 5).save(tmp_path / "bad.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def upload(name: str, content: bytes) -> tuple:
+    return ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)},)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def parts(widget: w.Widget) -> list[w.Widget]:
+    """A widget and all that it holds."""
+    return [widget, *(part for child in getattr(widget, "children", ()) for part in parts(child))]
+
+
+def named(app: w.Widget, name: str) -> w.Widget:
+    """The part with the class that the browser test goes by."""
+    return next(part for part in parts(app) if f"vqr1-{name}" in getattr(part, "_dom_classes", ()))
+
+
+def described(app: w.Widget, text: str) -> w.Widget:
+    return next(part for part in parts(app) if getattr(part, "description", None) == text)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def test_an_upload_is_read_in_the_form_of_ipywidgets_8_and_of_7():
+    content = png(Image.new("RGB", (20, 10), "red"))
+    for value in (upload("a.png", content), {"a.png": {"metadata": {}, "content": content}}):
+        image = widgets.read_upload(value)
+        assert image.mode == "RGB" and image.size == (20, 10) and image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_large_upload_is_shrunk_to_the_size_the_distortions_are_made_for():
+    assert widgets.read_upload(upload("a.png", png(Image.new("L", (1024, 768))))).size == (512, 384)
+
+
+def test_an_upload_that_is_no_picture_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"^notes\.txt cannot be read as a picture; upload a JPEG"):
+        widgets.read_upload(upload("notes.txt", b"text"))
+    with pytest.raises(ValueError, match="nothing was uploaded"):
+        widgets.read_upload(())
+
+
+def test_degrade_makes_the_pixels_of_a_manifest_row(photo):
+    """At full size, then cropped: the other order would cut 8x8 blocks elsewhere."""
+    from vqr1.distortions import distort
+
+    x, y = (photo.width - 192) // 2, (photo.height - 192) // 2
+    expected = distort(photo, "jpeg", 4, 0).crop((x, y, x + 192, y + 192))
+    assert widgets.degrade(photo, "jpeg", 4).tobytes() == expected.tobytes()
+    assert widgets.degrade(photo).tobytes() == photo.crop((x, y, x + 192, y + 192)).tobytes()
+    assert widgets.degrade(photo.crop((0, 0, 100, 250))).size == (100, 192)
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def test_explore_gives_the_expected_score_and_k_samples(scorer, photo):
+    picture = widgets.degrade(photo, "jpeg", 4)
+    score, sampled = widgets.explore(scorer, picture, k=4, seed=1)
+    assert score.score == scorer.score([picture])[0].score and len(sampled.answers) == 4
+    table = widgets.sampled_answers(sampled)
+    assert np.isclose(table["score"].mean(), sampled.score) and table["reasoning"].str.len().min() > 0
+    again, other = widgets.explore(scorer, picture, k=4, seed=2)
+    assert again.score == score.score and other.answers != sampled.answers
+
+
+def test_explore_says_why_there_is_no_score(scorer, photo, monkeypatch):
+    monkeypatch.setattr(scorer, "score", lambda images: [Score(error="no <answer> in 256 tokens")])
+    with pytest.raises(ValueError, match="no <answer> in 256 tokens"):
+        widgets.explore(scorer, photo)
+
+
+def test_sampled_answers_show_what_cannot_be_parsed():
+    table = widgets.sampled_answers(Score(answers=["<think>sharp</think><answer>4.10</answer>", "five"]))
+    assert table["score"].iloc[0] == 4.1 and np.isnan(table["score"].iloc[1]) and table["reasoning"].tolist() == ["sharp", ""]
+
+
+def test_score_figure_draws_the_normal_curves_and_the_samples():
+    sampled = ["<answer>2.5</answer>", "<answer>3.5</answer>"]
+    ax = widgets.score_figure([Score(3.0, 0.5), Score(4.0, 0.2)], "AB", sampled).axes[0]
+    curve = ax.lines[0]
+    assert np.isclose(curve.get_xdata()[curve.get_ydata().argmax()], 3.0, atol=0.02)
+    assert [parse_score(a) for a in sampled] in [list(line.get_xdata()) for line in ax.lines]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A: 3.00 ± 0.50", "B: 4.00 ± 0.20"]
+    assert "score" in ax.get_xlabel() and ax.get_ylabel()
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_folder_rows_are_manifest_rows_that_render(folder):
+    frame = widgets.folder_rows(folder)
+    assert frame["image"].tolist() == ["bad.png", "broken.jpg", "good.png"] and frame.attrs["root"] == str(folder)
+    assert [image.size for image in render_rows(frame.iloc[[0, 2]], folder)] == [(192, 192)] * 2
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no pictures"):
+        widgets.folder_rows(tmp_path)
+    with pytest.raises(ValueError, match="'nowhere' is not a folder"):
+        widgets.folder_rows("nowhere")
+
+
+def test_rank_folder_names_the_files_and_puts_the_unreadable_last(scorer, folder):
+    ranked = widgets.rank_folder(scorer, folder)
+    assert ranked["image"].tolist() == ["good.png", "bad.png", "broken.jpg"]
+    assert ranked["score"].is_monotonic_decreasing and "broken.jpg" in ranked["error"].iloc[2]
+
+
+def test_board_can_be_read(scorer, folder):
+    ranked = widgets.rank_folder(scorer, folder)
+    table = widgets.board(ranked)
+    assert table["place"].tolist() == ["1", "2", ""] and table["places"].iloc[2] == ""
+    low, high = ranked["rank_lo"].iloc[0], ranked["rank_hi"].iloc[0]
+    assert table["places"].iloc[0] == f"{low:.0f}–{high:.0f}" and "broken" in table["problem"].iloc[2]
+    assert "problem" not in widgets.board(ranked.iloc[:2])
+
+
+def test_board_with_pictures_escapes_what_files_are_called(scorer, folder):
+    (folder / "good.png").rename(folder / "<b>good.png")
+    table = widgets.board(widgets.rank_folder(scorer, folder), folder)
+    assert table["image"].iloc[0] == "&lt;b&gt;good.png"
+    assert [cell[:14] for cell in table[""]] == ["<img src=\"data"] * 2 + [""]
+
+
+# --- votes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 7])
+def test_blind_pairs_are_all_pairs_once_and_connected_after_the_first_round(n):
+    pairs = widgets.blind_pairs(n, seed=1)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == n * (n - 1) // 2
+    reached = {0}
+    for _ in range(n):
+        reached |= {i for pair in pairs[:n] if set(pair) & reached for i in pair}
+    assert reached == set(range(n))
+
+
+def test_blind_pairs_tell_nothing_by_their_side():
+    left = [i < j for seed in range(40) for i, j in widgets.blind_pairs(6, seed)]
+    assert 0.4 < np.mean(left) < 0.6
+    assert widgets.blind_pairs(6, 1) == widgets.blind_pairs(6, 1) != widgets.blind_pairs(6, 2)
+    with pytest.raises(ValueError, match="at least 2"):
+        widgets.blind_pairs(1)
+
+
+def test_a_ballot_counts_votes_until_all_pairs_had_one():
+    ballot = widgets.Ballot(3)
+    (a, b), (c, d), (e, f) = ballot.pairs
+    for choice in ("first", "second", "same"):
+        ballot.vote(choice)
+    expected = np.zeros((3, 3))
+    expected[a, b], expected[d, c], expected[e, f], expected[f, e] = 1, 1, 0.5, 0.5
+    assert (ballot.wins == expected).all() and ballot.pair is None
+    with pytest.raises(ValueError, match="all 3 pairs"):
+        ballot.vote("first")
+    with pytest.raises(ValueError, match="'left' is unknown"):
+        widgets.Ballot(3).vote("left")
+
+
+def test_scale_votes_finds_the_order_and_narrows_with_votes():
+    few, many = (widgets.scale_votes(pairwise_votes([4.0, 3.0, 2.0, 1.0], n)) for n in (4, 64))
+    assert few["quality"].is_monotonic_decreasing and many["quality"].is_monotonic_decreasing
+    assert (many["standard_error"] < few["standard_error"] / 3).all() and few["votes"].tolist() == [12] * 4
+
+
+def test_too_few_votes_and_disconnected_pictures_are_refused():
+    ballot = widgets.Ballot(4)
+    ballot.vote("first")
+    with pytest.raises(ValueError, match="1 votes on 4 pictures: .* at least 3; vote on more pairs"):
+        widgets.scale_votes(ballot.wins)
+    apart = np.zeros((4, 4))
+    apart[0, 1] = apart[2, 3] = 5
+    with pytest.raises(ValueError, match=r"items \[0, 1\] and \[2, 3\].*; vote on more pairs"):
+        widgets.scale_votes(apart)
+
+
+def test_vote_agreement_counts_ties_half_and_nan_wrong():
+    wins = [[0, 3, 3], [1, 0, 3], [1, 1, 0]]
+    assert widgets.vote_agreement(wins, [3, 2, 1])["votes"] == 0.75
+    assert widgets.vote_agreement(wins, [1, 2, 3]) == {"srcc": -1.0, "votes": 0.25}
+    assert widgets.vote_agreement(wins, [1, 1, 1])["votes"] == 0.5
+    assert widgets.vote_agreement(wins, [3, 2, np.nan])["votes"] == 3 / 12
+
+
+def test_votes_become_a_manifest_of_the_same_pictures(rated, tmp_path):
+    wins = pairwise_votes(rated["mos"], 5, seed=0)
+    saved = widgets.save_votes(rated, wins, tmp_path / "new" / "votes.csv", "simulated-votes")
+    assert np.allclose(saved["mos"], widgets.scale_votes(wins)["quality"], atol=1e-4)
+    assert saved["dataset"].unique().tolist() == ["simulated-votes"] and saved["std"].isna().all()
+    again = load_ratings(tmp_path / "new" / "votes.csv", data_root())
+    assert [i.tobytes() for i in render_rows(again)] == [i.tobytes() for i in render_rows(rated)]
+
+
+def test_votes_on_a_folder_become_a_manifest(folder):
+    (folder / "broken.jpg").unlink()
+    frame = widgets.folder_rows(folder)
+    saved = widgets.save_votes(frame, [[0, 3], [1, 0]], folder / "votes.csv")
+    assert saved["image"].tolist() == ["bad.png", "good.png"] and saved["mos"].iloc[0] > 0 > saved["mos"].iloc[1]
+    assert len(render_rows(saved)) == 2
+
+
+def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
+    """Blind pairs -> votes -> scale -> manifest -> two training steps."""
+    observer, ballot = pairwise_votes(rated["mos"], 1, seed=0), widgets.Ballot(len(rated))
+    while ballot.pair:
+        ballot.vote("first" if observer[ballot.pair] else "second")
+    assert (ballot.wins == observer).all()
+    frame = widgets.save_votes(rated, ballot.wins, tmp_path / "votes.csv", "simulated-votes")
+    config = load_config("cpu")
+    config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2, "logging_steps": 1}
+    config["validation"] = {"rows": 4, "every": 2}
+    assert (train(config, tmp_path / "run", frame=frame) / "config.json").is_file()
+    log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
+    assert log["ranking"].dropna().between(0.01, 1.01).sum() == 2
+
+
+# --- the applications ---------------------------------------------------------------------------
+
+
+def test_the_explorer_follows_slider_button_and_upload(scorer, photographs, photo):
+    app = widgets.explorer(scorer, photographs)
+    score, answers = named(app, "score"), named(app, "answers")
+    before = score.value
+    assert before.startswith("<b>score ") and "6 sampled answers" in answers.value
+
+    named(app, "level").value = 5
+    shown = widgets.degrade(widgets.open_picture(photographs[0]), "jpeg", 5)
+    assert f"<b>score {scorer.score([shown])[0].score:.2f} ±" in score.value and score.value != before
+    picture = next(part for part in parts(app) if isinstance(part, w.Image) and part.format == "png")
+    assert Image.open(io.BytesIO(picture.value)).tobytes() == shown.tobytes()
+
+    before, sampled = score.value, answers.value
+    named(app, "sample").click()
+    assert score.value == before and answers.value != sampled
+    named(app, "k").value = 3
+    assert "3 sampled answers" in answers.value
+
+    described(app, "Upload").value = upload("mine.png", png(photo))
+    named(app, "level").value = 0
+    assert described(app, "picture").value is None
+    assert Image.open(io.BytesIO(picture.value)).tobytes() == widgets.degrade(photo).tobytes()
+
+
+def test_the_explorer_says_what_is_wrong_with_an_upload(scorer, photographs):
+    app = widgets.explorer(scorer, photographs)
+    described(app, "Upload").value = upload("<i>.txt", b"text")
+    assert "&lt;i&gt;.txt cannot be read as a picture" in named(app, "message").value
+    described(app, "picture").value = photographs[1]
+    assert named(app, "message").value == ""
+
+
+def test_the_comparison_prints_the_scorers_probability(scorer, photographs):
+    app = widgets.comparison(scorer, photographs)
+    whole = widgets.open_picture(photographs[0])
+    pictures = widgets.degrade(whole, "jpeg", 2), widgets.degrade(whole, "white_noise", 4)
+    assert f"= {scorer.compare(*pictures):.3f}<" in named(app, "preference").value
+    before = named(app, "preference").value
+    named(app, "level").value = 5  # of A, the first
+    assert named(app, "preference").value != before
+
+
+def test_the_leaderboard_ranks_a_folder_and_refuses_others(scorer, folder, tmp_path):
+    app = widgets.leaderboard(scorer, folder)
+    named(app, "rank").click()
+    table = named(app, "board").value
+    assert table.index("good.png") < table.index("bad.png") < table.index("broken.jpg") and table.count("<img") == 2
+    described(app, "folder").value = str(tmp_path / "none")
+    named(app, "rank").click()
+    assert "is not a folder" in named(app, "message").value and named(app, "board").value == ""
+
+
+def test_voting_by_click_and_key_then_scaling_and_saving(scorer, rated, tmp_path):
+    ballot = widgets.Ballot(len(rated))
+    app = widgets.rating(ballot, rated, scorer, tmp_path / "votes.csv")
+    images, pictures = render_rows(rated), [part for part in parts(app) if isinstance(part, w.Image)]
+    shown = [Image.open(io.BytesIO(picture.value)).tobytes() for picture in pictures]
+    assert shown == [images[i].tobytes() for i in ballot.pair]
+
+    named(app, "finish").click()
+    assert "0 votes on 6 pictures" in named(app, "message").value
+    named(app, "first").click()
+    for key in "x20":
+        named(app, "key").value = key
+        assert named(app, "key").value == ""
+    assert ballot.cast == 3 and "3 of 15" in named(app, "progress").value and named(app, "message").value == ""
+    while ballot.pair:
+        named(app, "second").click()
+    named(app, "first").click()
+    assert "all 15 pairs have had their vote" in named(app, "message").value
+
+    named(app, "finish").click()
+    model = [score.score for score in scorer.score(images)]
+    assert f"{widgets.vote_agreement(ballot.wins, model)['srcc']:.2f}" in named(app, "scale").value
+    assert named(app, "scale").value.count("<img") == 6 and named(app, "message").value == ""
+    named(app, "save").click()
+    assert len(load_ratings(tmp_path / "votes.csv", data_root())) == 6

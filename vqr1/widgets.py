@@ -1,0 +1,422 @@
+"""Four small ipywidgets applications, and the plain functions behind their controls.
+
+`explorer`, `comparison`, `leaderboard` and `rating` build an application; a control only calls one of the functions
+above them and shows what it returns, so that all of it runs, and is tested, without a browser. What a user gives and
+cannot be used is said on the application, in red.
+"""
+
+import base64
+import html
+import io
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import ipywidgets as w
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vqr1.data import COLUMNS, CROP, open_picture, read_manifest, render_rows
+from vqr1.distortions import DISTORTIONS, distort
+from vqr1.metrics import srcc
+from vqr1.plots import bells, jpeg
+from vqr1.prompts import PHRASES, parse_reasoning, parse_score
+from vqr1.scoring import Score, Scorer
+from vqr1.thurstone import thurstone_scale
+
+SIDE = 512
+"""Uploads are shrunk to this many px: the distortions' parameters are in px of 512x384 pictures."""
+CHOICES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "same": (0.5, 0.5)}
+"""A vote -> what the first and the second picture of the pair get."""
+KEYS = {"1": "first", "2": "second", "0": "same"}
+
+
+# The functions behind the controls: pictures and scores
+
+
+def read_upload(value) -> Image.Image:
+    """Return the newest picture of a FileUpload's value, RGB, at most `SIDE` px wide and high.
+
+    value: a tuple of {"name", "content"} (ipywidgets 8) or a mapping from names to {"content"} (7, as on Colab).
+    Raises ValueError naming the file when it is no picture, and when nothing was uploaded.
+    """
+    files = [{"name": name} | file for name, file in value.items()] if isinstance(value, dict) else list(value)
+    if not files:
+        raise ValueError("nothing was uploaded; choose a JPEG, PNG or WebP file")
+    name = files[-1]["name"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "upload"
+        path.write_bytes(bytes(files[-1]["content"]))
+        try:
+            image = open_picture(path)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be read as a picture; upload a JPEG, PNG or WebP file") from error
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def degrade(image: Image.Image, distortion: str = "jpeg", level: int = 0, seed: int = 0) -> Image.Image:
+    """Return the picture distorted at full size, then its middle `CROP` px, as the rows of the simulated sets are made.
+
+    level: 1..5, or 0 for no distortion. Raises ValueError for an unknown distortion or level.
+
+    >>> degrade(Image.new("RGB", (512, 384)), "jpeg", 3).size
+    (192, 192)
+    """
+    image = distort(image, distortion, level, seed) if level else image
+    x, y = (max(0, (side - CROP) // 2) for side in image.size)
+    return image.crop((x, y, min(image.width, x + CROP), min(image.height, y + CROP)))
+
+
+def explore(scorer: Scorer, image: Image.Image, k: int = 6, seed: int = 0) -> tuple[Score, Score]:
+    """Return the scorer's own score and that of k sampled answers (thinking), whose `answers` hold them.
+
+    Raises ValueError where there is no score.
+    """
+    sampler = Scorer((scorer.model, scorer.processor), True, "sample", k, max_new_tokens=scorer.max_new_tokens, seed=seed)
+    scores = scorer.score([image]) + sampler.score([image])
+    for score in scores:
+        if score.error:
+            raise ValueError(score.error)
+    return tuple(scores)
+
+
+def score_figure(scores: Sequence[Score], labels: Sequence[str], sampled: Sequence[str] = ()) -> Figure:
+    """Return the normal curves that Thurstone's law sees in the scores; sampled: answers, ticks under the first one."""
+    figure = Figure(figsize=(5, 2.4), layout="constrained", dpi=80)
+    ax = figure.subplots()
+    labels = [f"{label}: {score.score:.2f} ± {score.std:.2f}" for label, score in zip(labels, scores)]
+    ticks = [[parse_score(answer) for answer in sampled]] + [[]] * (len(scores) - 1)
+    bells(ax, [score.score for score in scores], [score.std for score in scores], labels, ticks)
+    ax.set(xlabel="score (1 very poor … 5 excellent)", xlim=(0.5, 5.5), yticks=[])
+    return figure
+
+
+def sampled_answers(score: Score) -> pd.DataFrame:
+    """Return sampled answers as a table: score (NaN = unparseable) and reasoning."""
+    return pd.DataFrame({"score": [parse_score(a) for a in score.answers], "reasoning": [parse_reasoning(a) for a in score.answers]})
+
+
+def folder_rows(folder: str | Path) -> pd.DataFrame:
+    """Return the pictures of a folder as unrated manifest rows, by name; ``attrs["root"]`` is the folder.
+
+    A file counts by its ending. Raises ValueError where there is no folder, or none of its files is a picture.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is not a folder; give the path of one with pictures in it")
+    endings = Image.registered_extensions()
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in endings)
+    if not names:
+        raise ValueError(f"{folder} holds no pictures (JPEG, PNG, WebP, …); give another folder")
+    frame = pd.DataFrame({"image": names}, columns=COLUMNS).fillna("").assign(mos=np.nan, std=np.nan, seed=pd.NA)
+    frame = frame.assign(dataset=folder.name, reference=names, split="train")
+    frame.attrs["root"] = str(folder)
+    return frame
+
+
+def rank_folder(scorer: Scorer, folder: str | Path) -> pd.DataFrame:
+    """Return `Scorer.rank` of a folder's pictures, best first, with the file's name as ``image``.
+
+    Files that cannot be read come last, with their error. Raises ValueError as `folder_rows` does.
+    """
+    names = folder_rows(folder)["image"].to_numpy()
+    table = scorer.rank([Path(folder) / name for name in names])
+    return table.assign(image=names[table["image"]])
+
+
+# The functions behind the controls: votes
+
+
+def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Return all n (n - 1) / 2 pairs in an order for voting, left and right by chance.
+
+    Round after round: each picture beside its d-th neighbour in a shuffled circle. After the first n pairs every
+    picture was seen twice and all are connected, so one may stop at any time after. Raises ValueError for n < 2.
+
+    >>> len(blind_pairs(6)), sorted(i for pair in blind_pairs(6)[:6] for i in pair)
+    (15, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
+    """
+    if n < 2:
+        raise ValueError(f"{n} picture(s): a comparison needs at least 2")
+    rng, pairs = np.random.default_rng(seed), []
+    circle = rng.permutation(n)
+    for d in range(1, n // 2 + 1):
+        starts = rng.permutation(n // 2 if 2 * d == n else n)
+        pairs += [(int(circle[i]), int(circle[(i + d) % n])) for i in starts]
+    return [pair if rng.random() < 0.5 else pair[::-1] for pair in pairs]
+
+
+class Ballot:
+    """Blind pairs of n pictures, and the votes: ``wins`` (n, n), wins[i, j] = how often i looked better than j."""
+
+    def __init__(self, n: int, seed: int = 0):
+        self.pairs = blind_pairs(n, seed)
+        self.wins, self.cast = np.zeros((n, n)), 0
+
+    @property
+    def pair(self) -> tuple[int, int] | None:
+        """The two pictures to show now; None when all pairs have had their vote."""
+        return self.pairs[self.cast] if self.cast < len(self.pairs) else None
+
+    def vote(self, choice: str) -> None:
+        """Count a vote on the pair (first, second, same: half a vote each) and go on to the next one.
+
+        >>> ballot = Ballot(2)
+        >>> ballot.vote("same")
+        >>> ballot.wins.tolist(), ballot.pair
+        ([[0.0, 0.5], [0.5, 0.0]], None)
+        """
+        if choice not in CHOICES:
+            raise ValueError(f"vote {choice!r} is unknown; use one of {', '.join(CHOICES)}")
+        if self.pair is None:
+            raise ValueError(f"all {len(self.pairs)} pairs have had their vote")
+        i, j = self.pair
+        self.wins[i, j] += CHOICES[choice][0]
+        self.wins[j, i] += CHOICES[choice][1]
+        self.cast += 1
+
+
+def scale_votes(wins) -> pd.DataFrame:
+    """Return Thurstone's scale of the votes: columns quality, standard_error and votes, one row per picture.
+
+    Raises ValueError, saying what is missing, for too few votes or pictures that no chain of votes connects.
+    """
+    wins = np.asarray(wins, dtype=float)
+    needed = len(wins) - 1
+    if wins.sum() < needed:
+        raise ValueError(f"{wins.sum():.0f} votes on {len(wins)} pictures: a common scale needs at least {needed}; vote on more pairs")
+    try:
+        quality, error = thurstone_scale(wins)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; vote on more pairs") from problem
+    return pd.DataFrame({"quality": quality, "standard_error": error, "votes": wins.sum(0) + wins.sum(1)})
+
+
+def vote_agreement(wins, scores) -> dict[str, float]:
+    """Return how well scores (n,) agree with votes: SRCC with their Thurstone scale, and the share of votes ordered alike.
+
+    Equal scores count half, a NaN counts as wrong. Raises ValueError as `scale_votes` does.
+
+    >>> vote_agreement([[0, 3, 4], [1, 0, 2], [0, 2, 0]], [4.5, 3.0, 2.0])
+    {'srcc': 1.0, 'votes': 0.75}
+    """
+    wins, scores = np.asarray(wins, dtype=float), np.asarray(scores, dtype=float)
+    alike = (scores[:, None] > scores) + 0.5 * (scores[:, None] == scores)  # (n, n)
+    return {"srcc": srcc(scores, scale_votes(wins)["quality"]), "votes": float((wins * alike).sum() / wins.sum())}
+
+
+def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes") -> pd.DataFrame:
+    """Write the pictures with their scaled quality as ``mos``, a manifest that training reads; return it, read again.
+
+    frame: the pictures' rows, in the order of ``wins``. The unit is Thurstone's, which is as good as any: rewards compare
+    within a set. The columns standard_error and votes are for people, std stays empty. Raises ValueError as `scale_votes`.
+    """
+    scale = scale_votes(wins).round(4)
+    rows = frame.reset_index(drop=True).assign(dataset=name, mos=scale["quality"], std="")[list(COLUMNS)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows.join(scale[["standard_error", "votes"]]).to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
+    return read_manifest(path, frame.attrs.get("root"))
+
+
+# What is shown
+
+
+def board(ranked: pd.DataFrame, root: str | Path | None = None) -> pd.DataFrame:
+    """Return a ranking as a table to read: place, image, score, 95% interval of the score, places it may have, problem.
+
+    root: the pictures' folder, for small pictures of them in HTML (file names are escaped then).
+    """
+    good = ranked["error"] == ""
+    table = pd.DataFrame({
+        "place": np.where(good, (np.arange(len(ranked)) + 1).astype(str), ""),
+        "image": ranked["image"],
+        "score": [f"{score:.2f} ± {std:.2f}" if ok else "" for score, std, ok in zip(ranked["score"], ranked["std"], good)],
+        "95% interval": [f"{low:.2f} … {high:.2f}" if ok else "" for low, high, ok in zip(ranked["lo"], ranked["hi"], good)],
+        "places": [f"{low:.0f}–{high:.0f}" if ok else "" for low, high, ok in zip(ranked["rank_lo"], ranked["rank_hi"], good)],
+    })  # fmt: skip
+    if not good.all():
+        table["problem"] = ranked["error"]
+    if root is None:
+        return table
+    table = table.map(html.escape)
+    table.insert(1, "", [_thumb(open_picture(Path(root) / name)) if ok else "" for name, ok in zip(ranked["image"], good)])
+    return table
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _thumb(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((72, 72))
+    return f'<img src="data:image/png;base64,{base64.b64encode(_png(small)).decode()}">'
+
+
+def _table(frame: pd.DataFrame, escape: bool = True) -> str:
+    return frame.to_html(index=False, border=0, justify="left", escape=escape, float_format="{:.2f}".format)
+
+
+def _guard(message: w.HTML, function: Callable[[], None]) -> Callable:
+    """Return an event handler: call the function; what it refuses is said in the message, not as a traceback."""
+    def handle(*_):
+        message.value = ""
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            message.value = f'<span style="color: #b00020">{html.escape(str(error))}</span>'
+
+    return handle
+
+
+def _html(name: str) -> w.HTML:
+    return w.HTML().add_class(f"vqr1-{name}")
+
+
+def _button(text: str, name: str, style: str = "primary") -> w.Button:
+    return w.Button(description=text, button_style=style).add_class(f"vqr1-{name}")
+
+
+# The applications; the classes vqr1-… are for the browser test
+
+
+class _Chooser:
+    """A picture: chosen or uploaded, with a distortion and a level."""
+
+    def __init__(self, photographs: Sequence[Path], distortion: str = "jpeg", level: int = 2):
+        names = [(path.stem.replace("_", " "), path) for path in photographs]
+        self.photograph = w.Dropdown(options=[*names, ("your upload", None)], description="picture")
+        self.upload = w.FileUpload(accept="image/*", description="Upload")
+        types = [(PHRASES[name], name) for name in DISTORTIONS]
+        self.distortion = w.Dropdown(options=types, value=distortion, description="distortion")
+        self.level = w.IntSlider(level, 0, 5, description="level", continuous_update=False).add_class("vqr1-level")
+        self.picture = w.Image(format="png", width=270, height=270)
+        self.controls = w.VBox([w.HBox([self.photograph, self.upload]), self.distortion, self.level])
+
+    def show(self) -> Image.Image:
+        """Show the picture and return it."""
+        whole = open_picture(self.photograph.value) if self.photograph.value else read_upload(self.upload.value)
+        shown = degrade(whole, self.distortion.value, self.level.value)
+        self.picture.value = _png(shown)
+        return shown
+
+    def on_change(self, handler: Callable) -> None:
+        def uploaded(change):
+            if self.photograph.value is None:
+                handler()
+            else:
+                self.photograph.value = None  # which calls the handler
+
+        self.upload.observe(uploaded, "value")
+        for control in (self.photograph, self.distortion, self.level):
+            control.observe(handler, "value")
+
+
+def explorer(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
+    """Return the score explorer: choose or upload a picture, turn distortion and level, sample answers."""
+    chooser, seed = _Chooser(photographs), itertools.count()
+    k = w.IntSlider(6, 2, 24, description="K", continuous_update=False).add_class("vqr1-k")
+    again, plot = _button("Sample again", "sample"), w.Image(format="jpeg", width=440)
+    text, answers, message = _html("score"), _html("answers"), _html("message")
+
+    def show():
+        score, sampled = explore(scorer, chooser.show(), k.value, next(seed))
+        plot.value = jpeg(score_figure([score], ["expected score"], sampled.answers))
+        text.value = f"<b>score {score.score:.2f} ± {score.std:.2f}</b><br>{html.escape(score.reasoning)}"
+        head = f"{k.value} sampled answers: mean {sampled.score:.2f}, deviation {sampled.std:.2f}"
+        answers.value = f"{head}{_table(sampled_answers(sampled))}"
+
+    update = _guard(message, show)
+    chooser.on_change(update)
+    k.observe(update, "value")
+    again.on_click(update)
+    update()
+    left = w.VBox([chooser.controls, k, again, message])
+    return w.VBox([w.HBox([left, chooser.picture]), w.HBox([w.VBox([text, plot]), answers])])
+
+
+def comparison(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
+    """Return the comparison: two pictures, each with its distortion and level, and P(A looks better than B)."""
+    sides = [_Chooser(photographs, "jpeg", 2), _Chooser(photographs, "white_noise", 4)]
+    text, plot, message = _html("preference"), w.Image(format="jpeg", width=440), _html("message")
+
+    def show():
+        pictures = [side.show() for side in sides]
+        text.value = f"<b>P(A looks better than B) = {scorer.compare(*pictures):.3f}</b>"
+        plot.value = jpeg(score_figure(scorer.score(pictures), "AB"))
+
+    update = _guard(message, show)
+    for side in sides:
+        side.on_change(update)
+    update()
+    columns = [w.VBox([w.HTML(f"<b>{name}</b>"), side.picture, side.controls]) for name, side in zip("AB", sides)]
+    return w.VBox([w.HBox(columns), message, text, plot])
+
+
+def leaderboard(scorer: Scorer, folder: str | Path = "") -> w.VBox:
+    """Return the leaderboard: a folder's pictures from best to worst, with 95% intervals of score and rank."""
+    path = w.Text(str(folder), description="folder", layout=w.Layout(width="480px"))
+    rank, table, message = _button("Rank", "rank"), _html("board"), _html("message")
+
+    def show():
+        table.value = ""
+        table.value = _table(board(rank_folder(scorer, path.value), path.value), escape=False)
+
+    rank.on_click(_guard(message, show))
+    return w.VBox([w.HBox([path, rank]), message, table])
+
+
+def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path = "my-votes.csv") -> w.VBox:
+    """Return "rate it yourself": blind pairs of the frame's pictures, votes by click or key, their scale, the manifest.
+
+    Votes go into ``ballot``; path: the manifest that "Save as manifest" writes.
+    """
+    images = render_rows(frame)
+    pictures = [w.Image(format="png", width=250, height=250) for _ in range(2)]
+    texts = ("This one (key 1)", "This one (key 2)", "The same (key 0)")
+    buttons = {choice: _button(text, choice, "") for choice, text in zip(CHOICES, texts)}
+    key = w.Text(placeholder="click here to vote by keys", layout=w.Layout(width="200px")).add_class("vqr1-key")
+    scale, save = _button("Scale the votes", "finish"), _button("Save as manifest", "save", "")
+    progress, message, result = _html("progress"), _html("message"), _html("scale")
+
+    def show():
+        progress.value = f"<b>Which looks better?</b> {ballot.cast} of {len(ballot.pairs)} pairs have your vote."
+        for picture, i in zip(pictures, ballot.pair or ()):
+            picture.value = _png(images[i])
+
+    def vote(choice):
+        ballot.vote(choice)
+        show()
+
+    def press(change):
+        key.value = ""
+        if change["new"][-1:] in KEYS:
+            _guard(message, partial(vote, KEYS[change["new"][-1]]))()
+
+    def finish():
+        result.value = ""
+        table = scale_votes(ballot.wins).assign(picture=[_thumb(i) for i in images], model=[score.score for score in scorer.score(images)])
+        table = table.sort_values("quality", ascending=False)[["picture", "quality", "standard_error", "votes", "model"]]
+        alike = vote_agreement(ballot.wins, table["model"].sort_index())
+        head = f"SRCC with the model: {alike['srcc']:.2f}. It orders {alike['votes']:.0%} of your votes as you did."
+        result.value = head + _table(table, escape=False)
+
+    def store():
+        saved = save_votes(frame, ballot.wins, path)
+        result.value = f"{len(saved)} rated pictures: {html.escape(str(path))}"
+
+    for choice, button in buttons.items():
+        button.on_click(_guard(message, partial(vote, choice)))
+    key.observe(press, "value")
+    scale.on_click(_guard(message, finish))
+    save.on_click(_guard(message, store))
+    show()
+    columns = [w.VBox([picture, buttons[choice]]) for picture, choice in zip(pictures, CHOICES)]
+    return w.VBox([progress, w.HBox(columns), w.HBox([buttons["same"], key]), w.HBox([scale, save]), message, result])
