@@ -87,7 +87,7 @@ def test_a_slider_a_button_and_votes(lab, browser, tmp_path):
     browser.get(lab)
 
     def wait(condition, message):
-        return WebDriverWait(browser, 200).until(lambda _: condition(), message)
+        return WebDriverWait(browser, 240).until(lambda _: condition(), message)
 
     def find(name):
         """The elements of a widget; JupyterLab may replace them at any time, so they are looked up anew."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import ipywidgets as w
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -85,15 +86,12 @@ def explore(scorer: Scorer, image: Image.Image, k: int = 6, seed: int = 0) -> tu
     return tuple(scores)
 
 
-def score_figure(scores: Sequence[Score], labels: Sequence[str], sampled: Sequence[str] = ()) -> Figure:
-    """Return the normal curves that Thurstone's law sees in the scores; sampled: answers, ticks under the first one."""
-    figure = Figure(figsize=(5, 2.4), layout="constrained", dpi=80)
-    ax = figure.subplots()
+def curves(ax: Axes, scores: Sequence[Score], labels: Sequence[str], sampled: Sequence[str] = ()) -> None:
+    """Draw the normal curves that Thurstone's law sees in the scores; sampled: answers, ticks under the first one."""
     labels = [f"{label}: {score.score:.2f} ± {score.std:.2f}" for label, score in zip(labels, scores)]
     ticks = [[parse_score(answer) for answer in sampled]] + [[]] * (len(scores) - 1)
     bells(ax, [score.score for score in scores], [score.std for score in scores], labels, ticks)
     ax.set(xlabel="score (1 very poor … 5 excellent)", xlim=(0.5, 5.5), yticks=[])
-    return figure
 
 
 def sampled_answers(score: Score) -> pd.DataFrame:
@@ -248,6 +246,12 @@ def board(ranked: pd.DataFrame, root: str | Path | None = None) -> pd.DataFrame:
     return table
 
 
+def _plot(*values) -> bytes:
+    figure = Figure(figsize=(5.2, 2.4), layout="constrained", dpi=100)
+    curves(figure.subplots(), *values)
+    return jpeg(figure)
+
+
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -328,7 +332,7 @@ def explorer(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
 
     def show():
         score, sampled = explore(scorer, chooser.show(), k.value, next(seed))
-        plot.value = jpeg(score_figure([score], ["expected score"], sampled.answers))
+        plot.value = _plot([score], ["expected score"], sampled.answers)
         text.value = f"<b>score {score.score:.2f} ± {score.std:.2f}</b><br>{html.escape(score.reasoning)}"
         head = f"{k.value} sampled answers: mean {sampled.score:.2f}, deviation {sampled.std:.2f}"
         answers.value = f"{head}{_table(sampled_answers(sampled))}"
@@ -350,7 +354,7 @@ def comparison(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
     def show():
         pictures = [side.show() for side in sides]
         text.value = f"<b>P(A looks better than B) = {scorer.compare(*pictures):.3f}</b>"
-        plot.value = jpeg(score_figure(scorer.score(pictures), "AB"))
+        plot.value = _plot(scorer.score(pictures), "AB")
 
     update = _guard(message, show)
     for side in sides:
