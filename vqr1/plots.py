@@ -130,7 +130,7 @@ def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
 
 def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> Figure:
     """Return pictures in one row, each with a title; width in inches."""
-    figure = Figure(figsize=(width, width / len(pictures) + 0.3), layout="constrained", dpi=80)
+    figure = Figure(figsize=(width, width / len(pictures) + 0.3), layout="constrained", dpi=72)
     for ax, picture, title in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, titles):
         ax.imshow(np.asarray(picture))
         ax.set_title(title, fontsize=9)

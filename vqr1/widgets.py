@@ -265,7 +265,10 @@ def _thumb(image: Image.Image) -> str:
 
 
 def _table(frame: pd.DataFrame, escape: bool = True) -> str:
-    return frame.to_html(index=False, border=0, justify="left", escape=escape, float_format="{:.2f}".format)
+    table = frame.to_html(index=False, border=0, escape=escape, float_format="{:.2f}".format)
+    for cell in ("th", "td"):
+        table = table.replace(f"<{cell}>", f'<{cell} style="text-align: left; padding-right: 1em">')
+    return table
 
 
 def _guard(message: w.HTML, function: Callable[[], None]) -> Callable:
@@ -391,7 +394,8 @@ def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path
     progress, message, result = _html("progress"), _html("message"), _html("scale")
 
     def show():
-        progress.value = f"<b>Which looks better?</b> {ballot.cast} of {len(ballot.pairs)} pairs have your vote."
+        count = f"{ballot.cast} of {len(ballot.pairs)} pairs have your vote"
+        progress.value = f"<b>Which looks better?</b> {count}." if ballot.pair else f"<b>Thank you.</b> {count}: scale them."
         for picture, i in zip(pictures, ballot.pair or ()):
             picture.value = _png(images[i])
 
