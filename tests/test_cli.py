@@ -188,8 +188,10 @@ def test_evaluate_names_a_missing_column(tmp_path, capsys):
 def test_evaluate_names_a_picture_that_cannot_be_read(tmp_path, capsys):
     path = manifest(tmp_path, own_rows())
     (tmp_path / "2.png").write_text("a cat on a mat", encoding="utf-8")
-    said = refused(["evaluate", "--sets", path], capsys)
-    assert "row 2" in said and "2.png cannot be read as a picture" in said
+    assert main(["evaluate", "--sets", path, "--estimates", "expected"]) == 1  # the others are scored
+    said = capsys.readouterr()
+    assert "2.png cannot be read as a picture" in said.err and len(said.err.splitlines()) == 1
+    assert said.out.count("| expected | True | 4 | 4 | 1 |") == 1  # photographs, rows, unparseable
 
 
 def test_evaluate_takes_pictures_of_the_users_own(tmp_path, capsys):

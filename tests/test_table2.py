@@ -159,7 +159,7 @@ def test_a_picture_that_cannot_be_read_costs_its_row_alone(root, tmp_path):
         measured = table2.measure("tiny-policy", {"bid": frames["bid"]}, modes=(False,), out=tmp_path)
     finally:
         broken.write_bytes(whole)
-    assert measured["unparseable"].tolist() == [1] and measured["rows"].tolist() == [5]
+    assert measured["unparseable"].tolist() == measured["unread"].tolist() == [1] and measured["rows"].tolist() == [5]
     assert "DatabaseImage0003.JPG" in pd.read_csv(tmp_path / "bid.expected.plain.csv")["error"][2]
 
 

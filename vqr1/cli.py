@@ -225,7 +225,7 @@ def _describe(args) -> int:
 def _evaluate(args) -> int:
     import pandas as pd
 
-    from vqr1.evaluation import evaluate, evaluation_rows, markdown, oracles, save_scores
+    from vqr1.evaluation import evaluate, evaluation_rows, markdown, oracles, save_scores, unread
 
     if args.suite:
         from vqr1.table2 import table2
@@ -240,7 +240,10 @@ def _evaluate(args) -> int:
     if args.out:
         save_scores(tables, Path(args.out))
         result.to_csv(Path(args.out) / "result.csv", index=False)
-    return EXIT_OK
+    failed = dict.fromkeys(error for table in tables.values() for error in unread(table))
+    for error in failed:
+        print(f"vqr1 evaluate: {error}", file=sys.stderr)
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 def _data(args) -> int:

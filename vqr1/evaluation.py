@@ -65,6 +65,11 @@ def score_rows(scorer: Scorer, frame: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def unread(table: pd.DataFrame) -> list[str]:
+    """Return why pictures of scored rows could not be read: the errors of rows without any answer."""
+    return table.loc[(table["answer"] == "") & (table["error"] != ""), "error"].tolist()
+
+
 def _well_formed(score: Score, thinking: bool) -> bool:
     """Tell whether the answer has the format; that of an expected score is kept up to the number, which has a `mass`."""
     if not score.answers or math.isnan(score.mass):

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from vqr1.data import data_root
-from vqr1.evaluation import agreement, evaluation_rows, markdown, save_scores, score_rows
+from vqr1.evaluation import agreement, evaluation_rows, markdown, save_scores, score_rows, unread
 from vqr1.metrics import bootstrap, frame_plcc
 from vqr1.policy import load_policy
 from vqr1.readers import SETS
@@ -58,7 +58,7 @@ def measure(policy, frames: dict[str, pd.DataFrame], estimates=("expected",), mo
                 table = score_rows(scorer, frame)
                 cost = {"seconds": (time.perf_counter() - start) / len(frame), "memory": peak_memory()}
                 low, high = bootstrap(table[["score", "mos", "reference"]], frame_plcc)
-                row = {"plcc_lo": low, "plcc_hi": high} | agreement(table) | cost  # of a set per content, its own interval
+                row = {"plcc_lo": low, "plcc_hi": high} | agreement(table) | cost | {"unread": len(unread(table))}  # of a set per content, its own interval
                 rows.append({"set": name, "thinking": thinking, "estimate": estimate} | row)
                 if out:
                     save_scores({(name, estimate, thinking): table}, out)
@@ -137,8 +137,8 @@ def table2(policy, root: str | Path | None = None, estimates=("expected",), limi
 
 
 def _report(measured: pd.DataFrame, missing: dict[str, str], label: str, parameters: int, limit: int | None) -> str:
-    order = ["set", "thinking", "estimate", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi", "plcc", "plcc_lo", "plcc_hi", "plcc_fit",
-             "srcc_pooled", "plcc_pooled", "seconds", "memory"]  # fmt: skip
+    order = ["set", "thinking", "estimate", "rows", "unparseable", "unread", "srcc", "srcc_lo", "srcc_hi", "plcc", "plcc_lo", "plcc_hi",
+             "plcc_fit", "srcc_pooled", "plcc_pooled", "seconds", "memory"]  # fmt: skip
     sample = f" At most {limit} rows of each set: a sample, not comparable with the paper." if limit else ""
     not_run = "\n".join(f"- {name} ({SETS[name].title}): {why}" for name, why in missing.items())
     parts = [
@@ -153,7 +153,9 @@ def _report(measured: pd.DataFrame, missing: dict[str, str], label: str, paramet
         "## Cost per picture", markdown(cost(measured, label, parameters)),
         "The paper's: 512x384 pixels, hardware not restated. Measured: reading included, pictures of each set as they are; memory: peak of the "
         f"{'GPU' if torch.cuda.is_available() else 'whole process'}.",
-        "## Measured, set by set", markdown(measured.reindex(columns=order).dropna(axis=1, how="all")),
+        "## Measured, set by set",
+        "unparseable: rows without a score, left out of the correlations; unread, among them: pictures that cannot be read (error in the score tables).",
+        markdown(measured.reindex(columns=order).dropna(axis=1, how="all")),
         "## Not run", not_run or "None: all eight were there.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
