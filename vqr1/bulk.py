@@ -98,7 +98,7 @@ def shard(pictures: Sequence[str], which: str, window: int = 1) -> list[str]:
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
         raise ValueError(f"--shard {which} is not i/n with 1 <= i <= n, as 2/8 for the second of eight")
-    step = window if len(pictures) >= 4 * n * window else 1
+    step = window if len(pictures) >= 4 * n * window > 0 else 1
     cuts = [len(pictures) if j == n else len(pictures) * j // n // step * step for j in (i - 1, i)]
     return list(pictures[slice(*cuts)])
 
@@ -131,9 +131,12 @@ def to_csv(rows: Iterable[dict]) -> str:
     >>> to_csv([dict.fromkeys(COLUMNS) | {"image": "a.png", "score": 3.5}])
     'a.png,3.5,,,,,,,,,\\n'
     """
-    text = io.StringIO()
-    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    lines = []
+    for row in rows:
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS).writerow(row)  # with the line's end "\r\n", so that both characters are quoted in fields
+        lines.append(text.getvalue()[:-2] + "\n")
+    return "".join(lines)
 
 
 def _to_json(rows: Iterable[dict]) -> str:
