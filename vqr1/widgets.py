@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vqr1.bulk import picture_endings
 from vqr1.data import COLUMNS, CROP, open_picture, read_manifest, render_rows
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.metrics import srcc
@@ -107,8 +108,7 @@ def folder_rows(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder; give the path of one with pictures in it")
-    endings = Image.registered_extensions()
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in endings)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in picture_endings())
     if not names:
         raise ValueError(f"{folder} holds no pictures (JPEG, PNG, WebP, …); give another folder")
     frame = pd.DataFrame({"image": names}, columns=COLUMNS).fillna("").assign(mos=np.nan, std=np.nan, seed=pd.NA)
