@@ -1,6 +1,5 @@
 """Policies: the embedded one, Qwen2.5-VL, Qwen3-VL; their processors; 4-bit and LoRA."""
 
-import hashlib
 import json
 import math
 import re
@@ -320,25 +319,25 @@ def look_once(model: PreTrainedModel) -> None:
     features of inner layers (DeepStack) are shared alike.
     """
     tower = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.visual
-    forward, remembered = tower.forward, {}
+    forward, remembered = tower.forward, []  # of ((grid, picture), (features, features of inner layers …))
 
     def shared(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
         if any(parameter.requires_grad for parameter in tower.parameters()):
             return forward(hidden_states, grid_thw, **kwargs)
-        pictures = hidden_states.split(grid_thw.prod(1).tolist())
-        keys = [_fingerprint(picture, grid) for picture, grid in zip(pictures, grid_thw)]
-        new = {key: i for i, key in enumerate(keys) if key not in remembered}
-        found = {key: remembered[key] for key in keys if key in remembered}  # key -> (features, features of inner layers …)
+        pictures = [*zip(map(tuple, grid_thw.tolist()), hidden_states.split(grid_thw.prod(1).tolist()))]
+        known = len(remembered)
+        first, places = distinct([picture for picture, _ in remembered] + pictures)
+        new = [i - known for i in first if i >= known]
         if new:
-            rows = list(new.values())
             with torch.no_grad():
-                seen = forward(torch.cat([pictures[i] for i in rows]), grid_thw[rows], **kwargs)
-            sizes = (grid_thw[rows].prod(1) // tower.spatial_merge_unit).tolist()
+                seen = forward(torch.cat([pictures[i][1] for i in new]), grid_thw[new], **kwargs)
+            sizes = (grid_thw[new].prod(1) // tower.spatial_merge_unit).tolist()
             levels = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-            found |= dict(zip(new, zip(*(level.split(sizes) for level in levels))))
-        remembered.clear()
-        remembered.update(found)
-        pooled, *inner = (torch.cat(level) for level in zip(*(found[key] for key in keys)))
+            found = zip(*(level.split(sizes) for level in levels))
+            remembered.extend(((pictures[i][0], pictures[i][1].clone()), features) for i, features in zip(new, found))
+        asked = places[known:]
+        pooled, *inner = (torch.cat(level) for level in zip(*(remembered[place][1] for place in asked)))
+        remembered[:] = [remembered[place] for place in dict.fromkeys(asked)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=inner)
 
     tower.forward = shared
@@ -374,10 +373,8 @@ def prefill_once(model: PreTrainedModel) -> None:
         if args or ids is None or pixels is None or grid is None or len(grid) != len(ids) or inputs.get("past_key_values") is not None:
             return generate(*args, **inputs)
         mask, pictures = inputs["attention_mask"], pixels.split(grid.prod(1).tolist())
-        keys = [(row.numpy().tobytes(), _fingerprint(picture, size)) for row, picture, size in zip(ids.cpu(), pictures, grid)]
-        first = list({key: i for i, key in reversed(list(enumerate(keys)))}.values())
-        places = {keys[i]: place for place, i in enumerate(first)}
-        order = torch.tensor([places[key] for key in keys], device=ids.device)
+        first, places = distinct([*zip(zip(map(tuple, grid.tolist()), map(tuple, ids.tolist())), pictures)])
+        order = torch.tensor(places, device=ids.device)
         with torch.no_grad():
             cache = prefill(model, ids[first], mask[first], torch.cat([pictures[i] for i in first]), grid[first])
         cache.reorder_cache(order)
@@ -389,9 +386,22 @@ def prefill_once(model: PreTrainedModel) -> None:
     model.generate = shared
 
 
-def _fingerprint(picture: torch.Tensor, grid: torch.Tensor) -> tuple:
-    """Return what tells one picture's pixels from another's, exactly: its shape and a digest of its bytes."""
-    return (*grid.tolist(), hashlib.blake2b(picture.contiguous().cpu().view(torch.uint8).numpy().data, digest_size=16).digest())
+def distinct(items: list[tuple[tuple, torch.Tensor]]) -> tuple[list[int], list[int]]:
+    """Return (positions of the distinct items, which of these each item is), exact. An item is a key and a tensor, equal in both.
+
+    >>> a, b = torch.ones(2, 3), torch.zeros(2, 3)
+    >>> distinct([((), a), ((), b), ((), a.clone()), ((1,), a)])
+    ([0, 1, 3], [0, 1, 0, 2])
+    """
+    first, places, groups = [], [], {}  # groups: key and a few of the numbers -> places of the distinct items with these
+    for i, (key, tensor) in enumerate(items):
+        group = groups.setdefault((key, *tensor[len(tensor) // 2].flatten()[:4].tolist()), [])
+        place = next((place for place in group if torch.equal(items[first[place]][1], tensor)), len(first))
+        if place == len(first):
+            first.append(i)
+            group.append(place)
+        places.append(place)
+    return first, places
 
 
 def own_names(model: torch.nn.Module) -> None:
