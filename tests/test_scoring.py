@@ -40,6 +40,7 @@ class Known(torch.nn.Module):
         self.answers, self.tokenizer, self.modes, self.batches = answers, processor.tokenizer, [], []
         end, pad = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.generation_config = SimpleNamespace(eos_token_id=end, pad_token_id=pad)
+        self.config = SimpleNamespace(image_token_id=processor.image_token_id)
         self.model = KnownInner(self)
 
     def forward(self, input_ids, attention_mask, past_key_values, **_):
@@ -80,6 +81,7 @@ class KnownInner:
         self.outer.batches.append(image_grid_thw[:, 2].tolist())
         past_key_values.length += input_ids.shape[1]
         past_key_values.told = [self.outer.answers[width // 2 - 2] for width in image_grid_thw[:, 2].tolist()]  # in patches of 16 px
+        return SimpleNamespace(past_key_values=past_key_values)
 
 
 def next_characters(answers, so_far):
