@@ -61,7 +61,7 @@ def gallery(pictures: list[Image.Image], titles: list[str], captions: list[str],
 def jpeg(figure: Figure, quality: int = 85) -> bytes:
     """Return a figure as JPEG and close it: a notebook that shows photographs as PNG is several times larger."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": quality})
+    figure.savefig(buffer, format="jpeg", dpi=figure.dpi, pil_kwargs={"quality": quality})
     plt.close(figure)
     return buffer.getvalue()
 
