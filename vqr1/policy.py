@@ -311,6 +311,11 @@ def merge_adapter(folder: str | Path, output: str | Path, quantize: bool = True)
     return Path(output)
 
 
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model itself, or what an adapter sits on, with the adapter's layers in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def look_once(model: PreTrainedModel) -> None:
     """Let a frozen vision tower see each distinct picture of a batch once, and remember the last batch.
 
@@ -318,7 +323,7 @@ def look_once(model: PreTrainedModel) -> None:
     The features are the same numbers; only the work is shared. A tower that is trained is left alone. Qwen3-VL's
     features of inner layers (DeepStack) are shared alike.
     """
-    tower = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.visual
+    tower = base_of(model).model.visual
     forward, remembered = tower.forward, []  # of ((grid, picture), (features, features of inner layers …))
 
     def shared(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
@@ -350,7 +355,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pixel
     known. The model keeps `rope_deltas`, how far positions are from the number of tokens, as it does for its own prefill.
     Ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after `cache.batch_repeat_interleave(K)`.
     """
-    inner = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    inner = base_of(model).model
     kinds = (ids == model.config.image_token_id).int()
     positions, inner.rope_deltas = inner.get_rope_index(ids, kinds, image_grid_thw=grid, attention_mask=mask)
     known = cache.get_seq_length() if cache else 0
@@ -378,7 +383,7 @@ def prefill_once(model: PreTrainedModel) -> None:
         with torch.no_grad():
             cache = prefill(model, ids[first], mask[first], torch.cat([pictures[i] for i in first]), grid[first])
         cache.reorder_cache(order)
-        inner = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+        inner = base_of(model).model
         inner.rope_deltas = inner.rope_deltas[order]
         rest = {key: value for key, value in inputs.items() if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
         return generate(**rest, past_key_values=cache)

@@ -18,7 +18,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixi
 
 from vqr1.engines import CHARACTERS, Vllm, load_vllm
 from vqr1.pictures import as_rgb, open_picture
-from vqr1.policy import load_policy, prefill
+from vqr1.policy import base_of, load_policy, prefill
 from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
 
@@ -29,6 +29,8 @@ WINDOW = 4
 """Batches that are decoded, sorted by size and scored together."""
 THREADS = 4
 """Pictures decoded at a time."""
+DRAWS = 10_000
+"""Of all scores, for the intervals of ranks."""
 
 # The scores d.dd as one tree of 61 tokens after the prefix: its last token, 5 first digits, 5 points, 50 second digits.
 _DEPTH = torch.tensor([0] + [1] * 5 + [2] * 5 + [3] * 50)
@@ -175,18 +177,18 @@ class Scorer:
         mean, variance = torch.tensor([[one.score], [two.score]]), torch.tensor([one.std**2, two.std**2])
         return float(comparative_probability(mean, variance, mean[:, 0], variance)[0, 1, 0])
 
-    def rank(self, images: Iterable[Image.Image | str | Path], draws: int = 10_000) -> pd.DataFrame:
+    def rank(self, images: Iterable[Image.Image | str | Path]) -> pd.DataFrame:
         """Return the pictures from best to worst; those without a score come last.
 
         Columns: image (position in the input), score, std, lo and hi (the score's 95% interval under Thurstone's normal law),
-        rank_lo and rank_hi (95% interval of the rank, 1 = best, over `draws` joint draws of all scores), error.
+        rank_lo and rank_hi (95% interval of the rank, 1 = best, over `DRAWS` joint draws of all scores), error.
         """
         scores = self.score(images)
         table = pd.DataFrame({"image": range(len(scores))} | {key: [getattr(s, key) for s in scores] for key in ("score", "std", "error")})
         good = table[table["error"] == ""].sort_values("score", ascending=False, kind="stable")
         std = good["std"].to_numpy()
-        drawn = np.random.default_rng(self.seed).normal(good["score"], std, (draws, len(good))) if len(good) else np.empty((1, 0))
-        ranks = 1 + np.argsort(np.argsort(-drawn, axis=1), axis=1)  # (draws, pictures)
+        drawn = np.random.default_rng(self.seed).normal(good["score"], std, (DRAWS, len(good))) if len(good) else np.empty((1, 0))
+        ranks = 1 + np.argsort(np.argsort(-drawn, axis=1), axis=1)  # (DRAWS, pictures)
         low, high = np.quantile(ranks, (0.025, 0.975), axis=0, method="nearest")
         good = good.assign(lo=good["score"] - 1.96 * std, hi=good["score"] + 1.96 * std, rank_lo=low, rank_hi=high)
         ranked = pd.concat([good, table[table["error"] != ""]], ignore_index=True)
@@ -248,16 +250,12 @@ class Scorer:
             self._batch(pictures[:half], scores[:half], prefix)
             self._batch(pictures[half:], scores[half:], prefix)
 
-    @property
-    def _inner(self) -> PreTrainedModel:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
     def _prefix(self) -> Cache:
         """Return the cache of the prompt before the picture, which is the same for all."""
         ids = self.before[None].to(self.model.device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
         with torch.no_grad(), _evaluating(self.model):
-            return self._inner.model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+            return base_of(self.model).model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
 
     def _prefill(self, pictures: list[dict], prefix: Cache) -> tuple[torch.Tensor, torch.Tensor, Cache]:
         """Return ids and mask of the prompts, (B, T) each, and the cache of all but their last token.
@@ -278,7 +276,7 @@ class Scorer:
 
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options):
         """Return what `generate` makes of k copies of every prefilled row."""
-        own, inner = self.model.generation_config, self._inner.model
+        own, inner = self.model.generation_config, base_of(self.model).model
         if k > 1:
             cache.batch_repeat_interleave(k)
             ids, mask, inner.rope_deltas = (tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas))
@@ -354,7 +352,7 @@ class Scorer:
         before = (mask.bool() & before)[:, :size]
         sees = torch.cat([before[:, None].expand(-1, 61, -1), _SEES.to(device).expand(rows, -1, -1)], 2)
         bias = torch.zeros(sees.shape, dtype=self.model.dtype, device=device).masked_fill(~sees, torch.finfo(self.model.dtype).min)
-        position = before.sum(1, keepdim=True) + self._inner.model.rope_deltas + _DEPTH.to(device)  # (B, 61)
+        position = before.sum(1, keepdim=True) + base_of(self.model).model.rope_deltas + _DEPTH.to(device)  # (B, 61)
         logits = self.model(
             input_ids=tree, attention_mask=bias[:, None], position_ids=position.expand(3, -1, -1), past_key_values=cache, use_cache=True
         ).logits  # (B, 61, V)

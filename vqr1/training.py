@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from vqr1.cards import model_card
 from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.metrics import plcc, srcc
-from vqr1.policy import load_policy, look_once, lora_config, own_names, prefill_once
+from vqr1.policy import base_of, load_policy, look_once, lora_config, own_names, prefill_once
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
 
@@ -254,8 +254,7 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
         if any(part in name.split(".") for part in names):
             parameter.requires_grad = False
     if "visual" in names:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.model.visual.get_input_embeddings = lambda: None
+        base_of(model).model.visual.get_input_embeddings = lambda: None
 
 
 def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:

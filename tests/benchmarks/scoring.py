@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from vqr1 import scoring  # noqa: E402
 from vqr1.evaluation import markdown  # noqa: E402
-from vqr1.policy import load_policy  # noqa: E402
+from vqr1.policy import base_of, load_policy  # noqa: E402
 from vqr1.prompts import messages  # noqa: E402
 from vqr1.scoring import Score, Scorer  # noqa: E402
 from vqr1.training import machine_line  # noqa: E402
@@ -172,7 +172,7 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
     rows = []
     for mode, thinking in MODES.items():
         scorer, stages = Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS), Stages()
-        tower, processor = scorer._inner.model.visual, scorer.processor.image_processor
+        tower, processor = base_of(scorer.model).model.visual, scorer.processor.image_processor
         kept = scoring.open_picture, tower.forward, type(processor).__call__
         stages.watch("decode", scoring, "open_picture")
         stages.watch("image processor", type(processor), "__call__")
