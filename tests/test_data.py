@@ -13,18 +13,11 @@ from PIL import Image
 
 from vqr1 import data
 from vqr1.data import (
-    COLUMNS, HELD_OUT, MIX_STAGES, TRAINED, PicturesOnDisk, build_sim_sets, data_root, dominance_pairs, load_ratings,
-    one_set_batches, open_picture, pictures_of, prompt_rows, read_manifest, render, render_rows,
+    COLUMNS, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
+    prompt_rows, read_manifest, realigned, render, render_rows,
 )
-from vqr1.observers import human_cells, oracle_srcc
 
 ROOT = data_root()
-SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
-
-
-@pytest.fixture(scope="module")
-def sets():
-    return {name: load_ratings(name) for name in SETS}
 
 
 @pytest.fixture
@@ -47,98 +40,11 @@ def write(folder, rows, name="set.csv"):
     return path
 
 
-# The embedded sets
-
-
-def test_no_row_of_sim_kadid_has_a_held_out_type(sets):
-    assert len(HELD_OUT) == 6 and len(TRAINED) == 19 and not set(HELD_OUT) & set(TRAINED)
-    assert set(sets["sim-kadid"].distortion) == set(TRAINED)
-    assert set(sets["sim-unseen"].distortion) == set(HELD_OUT)
-    assert not {part for types in sets["sim-mixed"].distortion for part in types.split("+")} & set(HELD_OUT)
-
-
-def test_splits_share_no_photograph(sets):
-    photos = pd.read_csv(ROOT / "photos.csv").set_index("image").split
-    rows = pd.concat(list(sets.values()))
-    assert (rows.split == rows.image.map(photos)).all()
-    assert rows.groupby("reference").split.nunique().max() == 1
-    assert set(sets["sim-unseen"].split) == set(sets["sim-mixed"].split) == {"test"}
-
-
-def test_every_photograph_has_every_type_and_level_once(sets):
-    photos = pd.read_csv(ROOT / "photos.csv")
-    assert len(sets["sim-kadid"]) == len(photos) * 19 * 5
-    assert len(sets["sim-unseen"]) == (photos.split == "test").sum() * 6 * 5
-    assert not sets["sim-kadid"].duplicated(["image", "distortion", "level"]).any()
-
-
-def test_manifests_are_rebuilt_bit_for_bit(tmp_path, sets):
-    counts = build_sim_sets(ROOT, out=tmp_path)
-    for name in SETS:
-        assert (tmp_path / f"{name}.csv").read_bytes() == (ROOT / f"{name}.csv").read_bytes(), name
-        assert counts[name] == len(sets[name])
-
-
-def test_oracles_on_the_rows_are_near_those_on_real_ratings(sets):
-    """0.942 and 0.676 hold for 25 types, so trained and held-out rows are taken together."""
-    rows = pd.concat([sets["sim-kadid"].query("split == 'test'"), sets["sim-unseen"]])
-    both, level = oracle_srcc(rows)
-    print(f"oracle SRCC: type and level {both:.3f}, level {level:.3f}")
-    assert both == pytest.approx(0.942, abs=0.02)
-    assert level == pytest.approx(0.676, abs=0.04)
-
-
-def test_seeds_say_nothing_of_type_or_level(sets):
-    rows = sets["sim-kadid"]
-    assert rows.seed.nunique() > 0.999 * len(rows)
-    assert abs(np.corrcoef(rows.seed.astype(float), rows.level)[0, 1]) < 0.05
-    assert rows.groupby("distortion").seed.apply(lambda s: s.astype(float).mean() / 2**31).between(0.35, 0.65).all()
-
-
-def test_crops_are_192_px_at_multiples_of_16(sets):
-    crops = pd.concat(list(sets.values())).crop.str.split(",", expand=True).astype(int)
-    assert (crops[[2, 3]] == 192).all(axis=None) and (crops[[0, 1]] % 16 == 0).all(axis=None)
-
-
-def test_every_crop_with_colour_blocks_shows_some(sets):
-    rows = sets["sim-kadid"].query("distortion == 'color_block'").iloc[::15]
-    for (_, row), image in zip(rows.iterrows(), render_rows(rows, workers=1)):
-        x, y, w, h = map(int, row["crop"].split(","))
-        plain = open_picture(ROOT / row["image"]).crop((x, y, x + w, y + h))
-        assert (np.asarray(image) != np.asarray(plain)).any(2).mean() > 0.004, row["image"]
-
-
-def test_a_new_photograph_changes_no_row_of_another(tmp_path, sets):
-    photos = pd.read_csv(ROOT / "photos.csv")
-    (tmp_path / "photos").symlink_to(ROOT / "photos")
-    photos.iloc[[5, 2]].to_csv(tmp_path / "photos.csv", index=False)
-    build_sim_sets(tmp_path)
-    few, name = load_ratings("sim-kadid", tmp_path), photos.image[5]
-    full = sets["sim-kadid"]
-    assert few[few.image == name].to_csv(index=False) == full[full.image == name].to_csv(index=False)
-
-
-def test_mixed_rows_have_no_mos_and_five_pairs_per_group(sets):
-    rows = sets["sim-mixed"]
-    pairs = dominance_pairs(rows)
-    assert rows.mos.isna().all() and len(rows) == 12 * rows.image.nunique()
-    assert len(pairs) >= 15 * rows.image.nunique()
-    better, worse = rows.iloc[pairs[:, 0]], rows.iloc[pairs[:, 1]]
-    for column in ("image", "distortion", "crop"):
-        assert (better[column].to_numpy() == worse[column].to_numpy()).all()
-
-
-def test_mixed_types_get_worse_with_every_level_for_people_too():
-    for name in sum(MIX_STAGES, ()):
-        assert name in TRAINED
-        assert human_cells().query("type == @name").mos_mean.is_monotonic_decreasing, name
-
-
 # Rendering
 
 
-def test_same_row_same_pixels_here_and_in_another_process(sets):
-    rows = sets["sim-kadid"].iloc[[0, 57, 83]]
+def test_same_row_same_pixels_here_and_in_another_process():
+    rows = load_ratings("sim-kadid").iloc[[0, 57, 83]]
     here = [render(row).tobytes() for _, row in rows.iterrows()]
     assert here == [image.tobytes() for image in render_rows(rows)]
     code = ("import hashlib; from vqr1.data import load_ratings, render_rows\n"
@@ -321,7 +227,7 @@ def test_files_that_are_no_manifest_are_refused(tmp_path, content, message):
 def test_a_missing_manifest_and_an_unknown_set_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.csv: no such manifest"):
         load_ratings(tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match="unknown set 'koniq'.* has: sim-kadid, sim-mixed, sim-unseen"):
+    with pytest.raises(ValueError, match="unknown set 'koniq'.* has: .*sim-kadid, sim-mixed, sim-unseen"):
         load_ratings("koniq", ROOT)
 
 
@@ -413,6 +319,29 @@ def test_epochs_differ_and_chunks_of_sets_are_mixed():
 def test_batches_too_small_or_too_large_are_refused(size, message):
     with pytest.raises(ValueError, match=message):
         one_set_batches(pd.DataFrame({"dataset": list("aaaabbb")}), size, seed=0)
+
+
+# One scale for several sets
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.floats(0.01, 1e3), st.floats(-1e3, 1e3))
+def test_realigned_sets_reach_from_1_to_5_and_keep_their_order(mos, factor, shift):
+    mos = np.round(mos, 3)
+    if len(set(mos)) < 2:
+        mos[0] += 1
+    frame = pd.DataFrame({"dataset": ["a"] * len(mos) + ["b"] * len(mos), "mos": [*mos, *(factor * mos + shift)], "std": 1.0})
+    for _, rows in realigned(frame).groupby("dataset"):
+        assert (rows["mos"].min(), rows["mos"].max()) == pytest.approx((1, 5))
+        np.testing.assert_allclose(rows["std"], 4 / np.ptp(frame["mos"][rows.index]))
+        straight = 1 + 4 * (mos - mos.min()) / np.ptp(mos)
+        np.testing.assert_allclose(rows["mos"], straight, atol=1e-6)  # any straight line gives the same
+
+
+@pytest.mark.parametrize("mos", [[2, 2], [2, np.nan], [np.nan, np.nan]])
+def test_a_set_with_one_mos_cannot_be_realigned(mos):
+    with pytest.raises(ValueError, match="set 'b' has no two different mos"):
+        realigned(pd.DataFrame({"dataset": list("aabb"), "mos": [1, 2, *mos], "std": 0.5}))
 
 
 # Dominance

@@ -39,7 +39,8 @@ ROOMS = {
     "observers": "thurstone",
     "pictures": "nothing",
     "readers": "distortions",  # below data, whose load_ratings is the one door to all sets
-    "data": "distortions observers pictures prompts readers",
+    "data": "distortions pictures prompts readers",
+    "simulated": "data distortions observers pictures",
     "rewards": "thurstone prompts",
     "policy": "prompts",
     "engines": "policy",

@@ -6,8 +6,7 @@ size -> crop ``x,y,w,h`` in native pixels (empty = whole). Several distortions i
 ``jitter+jpeg`` at level ``3+4``. A row without a seed is the picture as it is on disk: its distortion and
 level, if there, only describe it. ``mos`` is in the set's own scale, higher is better.
 
-The embedded sets (``sim-…``) are rated by simulated observers (`vqr1.observers`), not by people.
-``python -m vqr1.data`` writes their manifests again, bit for bit.
+The embedded sets (``sim-…``) are made by `vqr1.simulated`: rated by simulated observers, not by people.
 """
 
 import multiprocessing
@@ -28,7 +27,6 @@ import pandas as pd
 from PIL import Image
 
 from vqr1.distortions import DISTORTIONS, distort
-from vqr1.observers import SEED, photograph_rng, rate
 from vqr1.pictures import open_picture, upright_size
 from vqr1.prompts import messages
 from vqr1.readers import SETS, public_name, read_public
@@ -44,19 +42,6 @@ UNRATED = ("sim-mixed",)
 """Sets rated by dominance between rows: their mos is empty."""
 CROP = 192
 """Side of the simulated sets' pictures, px."""
-MIX_STAGES = (
-    ("brighten",),
-    ("gaussian_blur", "lens_blur", "high_sharpen", "denoise"),
-    ("color_diffusion", "color_quantization", "color_saturation_1"),
-    ("jitter", "quantization"),
-    ("white_noise", "white_noise_color_component", "impulse_noise"),
-    ("jpeg",),
-)
-"""Trained types that get worse with every level, in the order sim-mixed applies them.
-
-At most one per stage: sharpening would undo a blur, and a blur after noise would remove it, so that a
-higher level of one component could look better. Moved patches and colour blocks are left out: a crop may miss them.
-"""
 SPAWN_FROM = 64
 """Fewer rows than this are rendered in this process: starting workers would take longer."""
 
@@ -133,7 +118,7 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
 
 def _read_text(path: Path) -> pd.DataFrame:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.data` writes ours)")
+        raise FileNotFoundError(f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.simulated` writes ours)")
     try:
         text = pd.read_csv(path, dtype=object, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -364,11 +349,29 @@ def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> l
     return list(rng.permutation(np.concatenate(chunks)))
 
 
+def realigned(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and its highest to 5.
+
+    Regression on several sets needs one scale; this is what the official code does to its label files (datasets/make_data.py). It takes for
+    granted that the worst and the best picture of every set look alike. Raises ValueError for a set without two different mos.
+
+    >>> rows = pd.DataFrame({"dataset": list("aabbb"), "mos": [3, 5, 0, 25, 100], "std": 0.5})
+    >>> realigned(rows)[["mos", "std"]].to_numpy().T.tolist()
+    [[1.0, 5.0, 1.0, 2.0, 5.0], [1.0, 1.0, 0.02, 0.02, 0.02]]
+    """
+    sets = frame.groupby("dataset")["mos"]
+    low, span = sets.transform("min"), sets.transform("max") - sets.transform("min")
+    if not (span > 0).all():
+        name = frame["dataset"][~(span > 0)].iloc[0]
+        raise ValueError(f"set {name!r} has no two different mos to stretch to 1..5; leave it out")
+    return frame.assign(mos=1 + 4 * (frame["mos"] - low) / span, std=frame["std"] * 4 / span)
+
+
 def dominance_pairs(frame: pd.DataFrame) -> np.ndarray:
     """Return (P, 2) row positions (better, worse): rows that nobody need rate to order them.
 
     Both rows show the same crop of the same photograph with the same types; the worse one's levels are all at
-    least as high, and one is higher. Only for types that get worse with every level (`MIX_STAGES`).
+    least as high, and one is higher. Only for types that get worse with every level (`vqr1.simulated.MIX_STAGES`).
 
     >>> rows = {"image": "a.jpg", "crop": "", "distortion": "jitter+jpeg", "level": ["1+2", "1+4", "3+1"]}
     >>> dominance_pairs(pd.DataFrame(rows)).tolist()
@@ -383,96 +386,3 @@ def _dominates(level: pd.Series) -> np.ndarray:
     levels = np.array([[int(part) for part in str(text).split("+")] for text in level])  # (rows, components)
     no_worse = (levels[:, None] <= levels[None, :]).all(2)
     return np.argwhere(no_worse & (levels[:, None] < levels[None, :]).any(2))  # (P, 2)
-
-
-# The simulated sets
-
-
-def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.DataFrame]:
-    """Return the three simulated sets for the photographs of ``root/photos.csv`` (columns image, split).
-
-    sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split. sim-unseen: test
-    photographs x the 6 held-out types x 5 levels. sim-mixed: test photographs x 3 groups of four composed rows,
-    without mos. Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows some); every number
-    depends on ``seed`` and the photograph's name and size alone.
-    """
-    root = Path(root) if root else data_root()
-    photos = pd.read_csv(root / "photos.csv", dtype=str)
-    sizes = {name: upright_size(root / name, str(root / "photos.csv")) for name in photos["image"]}
-    rows = pd.concat([_all_cells(name, sizes[name], seed) for name in photos["image"]])
-    rows["split"] = rows["image"].map(photos.set_index("image")["split"])
-    test = photos.loc[photos["split"] == "test", "image"]
-    unseen = rows[rows["distortion"].isin(HELD_OUT) & (rows["split"] == "test")]
-    sets = {
-        "sim-kadid": rows[rows["distortion"].isin(TRAINED)],
-        "sim-unseen": unseen,
-        "sim-mixed": pd.DataFrame([row for name in test for row in _mixed_rows(name, sizes[name], seed)]),
-    }
-    return {name: frame.assign(dataset=name, reference=frame["image"])[list(COLUMNS)] for name, frame in sets.items()}
-
-
-def build_sim_sets(root: str | Path | None = None, out: str | Path | None = None) -> dict[str, int]:
-    """Write the three manifests into ``out`` (default: ``root``), always the same bytes; return the row counts."""
-    root = Path(root) if root else data_root()
-    sets = sim_sets(root)
-    for name, frame in sets.items():
-        path = Path(out or root) / f"{name}.csv"
-        frame.to_csv(path, index=False, float_format="%.4f", lineterminator="\n", encoding="utf-8")
-    return {name: len(frame) for name, frame in sets.items()}
-
-
-def _all_cells(photograph: str, size: tuple[int, int], seed: int) -> pd.DataFrame:
-    """Return the photograph's 125 rows of type and level with simulated ratings."""
-    rng = photograph_rng(photograph, seed, stream=2)
-    rows = rate([photograph], seed)
-    rows["seed"] = rng.integers(2**31, size=len(rows))
-    rows["crop"] = [_random_crop(size, rng) for _ in range(len(rows))]
-    for i, row in rows[rows["distortion"] == "color_block"].iterrows():
-        while not _shows_blocks(rows.at[i, "crop"], row["level"], row["seed"], size):
-            rows.at[i, "crop"] = _random_crop(size, rng)
-    return rows
-
-
-def _shows_blocks(crop: str, level: int, seed: int, size: tuple[int, int]) -> bool:
-    """Tell whether the crop is painted at least half as much as the whole picture, which is what the rating is of.
-
-    Of plainly random crops half would show none of the two blocks of level 1.
-    """
-    x, y, w, h = map(int, crop.split(","))
-    painted = np.asarray(distort(Image.new("RGB", size, (128, 128, 128)), "color_block", level, seed)) != 128
-    return painted[y : y + h, x : x + w].any(2).mean() >= painted.any(2).mean() / 2
-
-
-def _random_crop(size: tuple[int, int], rng: np.random.Generator) -> str:
-    x, y = (16 * int(rng.integers((side - CROP) // 16 + 1)) for side in size)
-    return f"{x},{y},{CROP},{CROP}"
-
-
-def _mixed_rows(photograph: str, size: tuple[int, int], seed: int) -> list[dict]:
-    """Return three groups, two of two types and one of three, of four rows that share types and crop.
-
-    low < middle < high for two middles that raise different components by at least two levels, so each group
-    has five dominance pairs.
-    """
-    rng, rows = photograph_rng(photograph, seed, stream=3), []
-    for count in (2, 2, 3):
-        stages = sorted(rng.choice(len(MIX_STAGES), count, replace=False))
-        types, crop = "+".join(str(rng.choice(MIX_STAGES[stage])) for stage in stages), _random_crop(size, rng)
-        low = rng.integers(1, 4, count)
-        high = rng.integers(low + 2, 6)
-        raised = rng.permutation(count) == 0
-        for levels in (low, np.where(raised, high, low), np.where(raised, low, high), high):
-            level = "+".join(map(str, levels))
-            rows.append({"image": photograph, "mos": np.nan, "std": np.nan, "distortion": types, "level": level,
-                         "seed": int(rng.integers(2**31 - 2)), "crop": crop, "split": "test"})
-    return rows
-
-
-def main() -> None:
-    """Write the three manifests and print how many rows each has."""
-    for name, rows in build_sim_sets().items():
-        print(f"{name}: {rows} rows, {'ordered by dominance' if name in UNRATED else 'rated by simulated observers'}")
-
-
-if __name__ == "__main__":
-    main()
