@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import logit
 
 from vqr1.data import HELD_OUT, TRAINED, data_root, dominance_pairs, load_ratings, open_picture, render_rows
 from vqr1.observers import human_cells, oracle_srcc
@@ -121,7 +120,7 @@ def test_the_sets_differ_in_types_and_levels_and_share_some(sets):
     assert [sorted(set(sets[name].level)) for name in MIXTURE] == [[1, 2, 3, 4, 5], [1, 2, 3], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("name, low, high", [("sim-five", 1, 5), ("sim-hundred", 0, 100), ("sim-dmos", 0.08, 0.995)])
+@pytest.mark.parametrize("name, low, high", [("sim-five", 1, 5), ("sim-hundred", 0, 100), ("sim-elo", 800, 1850)])
 def test_each_set_has_a_scale_of_its_own_with_the_order_of_sim_kadid(name, low, high, sets):
     rows = sets[name].merge(sets["sim-kadid"], on=ROW, suffixes=("", "_five"), validate="1:1")
     assert len(rows) == len(sets[name]) and (rows.split == rows.split_five).all()
@@ -132,9 +131,9 @@ def test_each_set_has_a_scale_of_its_own_with_the_order_of_sim_kadid(name, low, 
 
 def test_the_mild_set_uses_its_whole_scale_and_the_strong_one_is_curved(sets):
     five = {name: sets[name].merge(sets["sim-kadid"], on=ROW, suffixes=("", "_five")) for name in MIXTURE}
-    mild, strong = five["sim-hundred"], five["sim-dmos"]
+    mild, strong = five["sim-hundred"], five["sim-elo"]
     assert (mild.mos.min(), mild.mos.max()) == (0, 100) and mild.mos_five.min() > 2
     assert np.corrcoef(mild.mos, mild.mos_five)[0, 1] > 0.9999 > 0.99 > np.corrcoef(strong.mos, strong.mos_five)[0, 1]
-    raw = 1 - strong.mos  # the DMOS before it was flipped
-    np.testing.assert_allclose(2.2 - 0.5 * logit(raw), strong.mos_five, atol=0.01)
+    odds = 10 ** ((strong.mos - 1500) / 400)
+    np.testing.assert_allclose((0.9 + 5.1 * odds) / (1 + odds), strong.mos_five, atol=1e-3)
     assert strong.mos_five.median() < 2 < 3.9 < mild.mos_five.median()

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.special import expit
 
 from vqr1.data import COLUMNS, CROP, HELD_OUT, TRAINED, UNRATED, data_root
 from vqr1.distortions import distort
@@ -38,7 +37,7 @@ MIXTURE = {
         ("color_quantization", "jpeg", "white_noise", "white_noise_color_component", "brighten", "mean_shift", "jitter",
          "non_eccentricity_patch", "quantization", "contrast_change"),
     ),
-    "sim-dmos": (
+    "sim-elo": (
         (3, 4, 5),
         ("gaussian_blur", "lens_blur", "color_diffusion", "color_shift", "color_saturation_1", "jpeg", "impulse_noise",
          "denoise", "brighten", "jitter", "high_sharpen"),
@@ -53,7 +52,7 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
     sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split. sim-unseen: test
     photographs x the 6 held-out types x 5 levels. sim-mixed: test photographs x 3 groups of four composed rows,
     without mos. Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows some); every number
-    depends on ``seed`` and the photograph's name and size alone. sim-five, sim-hundred, sim-dmos: rows of sim-kadid,
+    depends on ``seed`` and the photograph's name and size alone. sim-five, sim-hundred, sim-elo: rows of sim-kadid,
     rated on other scales (`mixture_set`), each photograph in one of them.
     """
     root = Path(root) if root else data_root()
@@ -79,21 +78,22 @@ def mixture_set(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return the set's levels and types of sim-kadid's rows, their 1..5 MOS m mapped to the set's scale; higher is better.
 
     sim-five: m itself. sim-hundred: 0..100, a straight line from the set's lowest m to its highest, as raters use the whole of a
-    scale for what they are shown (range equalisation); KonIQ-10k's 0..100 is such a stretched scale. sim-dmos: 1 - DMOS, with
-    DMOS = 1 / (1 + exp((m - 2.2) / 0.5)), a difference score in 0..1 where *lower* is better, as CSIQ's: it is flipped here.
+    scale for what they are shown (range equalisation); KonIQ-10k's 0..100 is such a stretched scale. sim-elo: 1500 + 400 log10 of
+    the odds (m - 0.9) / (5.1 - m), about 850..1820 as in PIPAL, whose votes between pairs squeeze the middle and stretch the ends.
     All maps rise, so that no order within a set changes. std is left empty where the unit is not m's.
 
     >>> rows = pd.DataFrame({"distortion": "jpeg", "level": 3, "mos": [2.0, 3.0, 4.0], "std": 0.8})
     >>> [mixture_set(rows, name).mos.round(3).tolist() for name in MIXTURE]
-    [[2.0, 3.0, 4.0], [0.0, 50.0, 100.0], [0.401, 0.832, 0.973]]
+    [[2.0, 3.0, 4.0], [0.0, 50.0, 100.0], [1320.187, 1500.0, 1679.813]]
     """
     levels, types = MIXTURE[name]
     rows = rows[rows["level"].isin(levels) & rows["distortion"].isin(types)]
     if name == "sim-five":
         return rows
     mos = rows["mos"]
-    stretched = 100 * (mos - mos.min()) / (mos.max() - mos.min())
-    return rows.assign(mos=stretched if name == "sim-hundred" else expit((mos - 2.2) / 0.5), std=np.nan)
+    if name == "sim-hundred":
+        return rows.assign(mos=100 * (mos - mos.min()) / (mos.max() - mos.min()), std=np.nan)
+    return rows.assign(mos=1500 + 400 * np.log10((mos - 0.9) / (5.1 - mos)), std=np.nan)
 
 
 def build_sim_sets(root: str | Path | None = None, out: str | Path | None = None) -> dict[str, int]:
