@@ -43,11 +43,12 @@ ROOMS = {
     "simulated": "data distortions observers pictures",
     "rewards": "thurstone prompts",
     "policy": "prompts",
+    "sharing": "policy",
     "engines": "policy",
-    "scoring": "engines pictures prompts policy thurstone",
+    "scoring": "engines pictures prompts policy sharing thurstone",
     "bulk": "scoring",
     "cards": "nothing",
-    "training": "cards data rewards policy scoring metrics",
+    "training": "cards data rewards policy scoring sharing metrics",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",
     "table2": "all above",
@@ -82,7 +83,7 @@ def pins() -> dict[str, Version]:
 def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
     """environment.yml by name: (requirement, reason, in use and not commented out)."""
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
-    found = re.findall(r"^  (# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE)
+    found = re.findall(r"^  (?: {4})?(# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE)
     parsed = [(Requirement(spec), reason, not off) for off, spec, reason in found if spec != "conda-forge"]
     return {requirement.name: (requirement, reason, used) for requirement, reason, used in parsed}
 

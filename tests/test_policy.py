@@ -1,4 +1,4 @@
-"""The embedded policy's architecture, its tokens and prompt, 4-bit and LoRA, and the shared look at repeated pictures."""
+"""The embedded policy's architecture, its tokens and prompt, 4-bit and LoRA."""
 
 import copy
 import re
@@ -11,10 +11,10 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 from torch.testing import assert_close
-from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vqr1 import policy
-from vqr1.policy import PictureProcessor, load_policy, load_processor, look_once, lora_config, prefill_once, start_from_energies
+from vqr1.policy import PictureProcessor, load_policy, load_processor, lora_config, start_from_energies
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING, messages
 
 
@@ -218,88 +218,6 @@ def test_only_the_language_model_is_quantised(four_bit_lora):
 # The vision tower
 
 
-class Looks:
-    """A LoRA policy whose frozen tower looks once; `patches` lists how many each call of the tower itself was given."""
-
-    def __init__(self, untrained):
-        self.model, self.processor = get_peft_model(copy.deepcopy(untrained[0]), lora_config()), untrained[1]
-        self.inner, self.patches = self.model.get_base_model().model, []
-        forward = self.inner.visual.forward
-        self.features = lambda batch: torch.cat(self.inner.get_image_features(**batch).pooler_output)
-
-        def counted(hidden_states, grid_thw, **kwargs):
-            self.patches.append(len(hidden_states))
-            return forward(hidden_states, grid_thw, **kwargs)
-
-        self.inner.visual.forward = counted
-
-    def batch(self, *pictures):
-        return dict(self.processor.image_processor(images=list(pictures), return_tensors="pt"))
-
-
-@pytest.fixture
-def looks(untrained):
-    return Looks(untrained)
-
-
-A, B, C, D = noise(64, 64, 1), noise(96, 64, 2), noise(96, 64, 3), noise(64, 128, 4)
-PATCHES = {"A": 16, "B": 24, "C": 24, "D": 32}
-
-
-def test_repeated_pictures_are_seen_once_with_the_same_features(looks):
-    batch = looks.batch(B, A, B, C, A, D, C, B)  # B and C have one size, and different pixels
-    expected = looks.features(batch)
-    assert looks.patches.pop() == 2 * 16 + 5 * 24 + 32
-    look_once(looks.model)
-    found = looks.features(batch)
-    assert looks.patches == [sum(PATCHES.values())]
-    assert_close(found, expected, rtol=0, atol=1e-6)
-
-
-def test_the_last_batch_is_remembered_and_no_other(looks):
-    expected = looks.features(looks.batch(C, D, A))
-    look_once(looks.model)
-    looks.features(looks.batch(A, B, C, D))
-    looks.patches.clear()
-    assert_close(looks.features(looks.batch(C, D, A)), expected, rtol=0, atol=1e-6)
-    assert looks.patches == []
-    looks.features(looks.batch(C, A))
-    looks.features(looks.batch(A, B))  # B is no longer of the last batch
-    assert looks.patches == [PATCHES["B"]]
-
-
-def test_a_changed_pixel_is_seen_anew(looks):
-    changed = A.copy()
-    changed.putpixel((40, 9), tuple(255 - value for value in A.getpixel((40, 9))))
-    expected = looks.features(looks.batch(changed, D))
-    look_once(looks.model)
-    looks.features(looks.batch(A, D))
-    looks.patches.clear()
-    assert_close(looks.features(looks.batch(changed, D)), expected, rtol=0, atol=1e-6)
-    assert looks.patches == [PATCHES["A"]]
-
-
-def test_a_tower_in_training_is_left_alone(looks):
-    batch, weight = looks.batch(A, B, A), looks.inner.visual.blocks[0].mlp.up_proj.weight
-    weight.requires_grad_(True)
-    looks.features(batch).square().sum().backward()
-    expected, weight.grad = weight.grad, None
-    look_once(looks.model)
-    looks.features(batch).square().sum().backward()
-    assert looks.patches == [2 * 16 + 24] * 2 and expected.abs().max() > 0
-    assert_close(weight.grad, expected)
-
-
-def test_a_policy_that_looks_once_answers_the_same(looks):
-    pictures = A, B, A
-    inputs = asked(looks.processor, *pictures)
-    with torch.no_grad():
-        expected = looks.model(**inputs).logits
-        look_once(looks.model)
-        assert_close(looks.model(**inputs).logits, expected, rtol=0, atol=1e-5)
-    assert looks.patches == [56, 40]
-
-
 def test_the_first_block_starts_with_squares(untrained):
     """silu(x) x + silu(-x) (-x) = x^2, channel by channel, before they are mixed."""
     model = copy.deepcopy(untrained[0])
@@ -315,43 +233,6 @@ def test_the_first_block_starts_with_squares(untrained):
     assert torch.linalg.matrix_rank(mix) == 192
     deviation = embedded.std(0)
     assert deviation[:-1].min() > 0.8 and deviation[:-1].max() < 1.001 and not embedded[:, -1].any()
-
-
-# One look, one prefill, one processing per picture
-
-
-def repeated(processor, photo, k=3):
-    """A batch as TRL makes it: three pictures of two sizes, each k times."""
-    pictures = [photo.crop(box) for box in ((0, 0, 96, 64), (100, 60, 228, 156), (0, 0, 64, 96))]
-    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
-    images = [picture for picture in pictures for _ in range(k)]
-    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sharing_the_prefill_changes_no_sample(photo, temperature):
-    model, processor = load_policy("tiny-policy")
-    batch = repeated(processor, photo)
-    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=temperature, top_k=0, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
-    seen = []
-    model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    torch.manual_seed(3)
-    expected = model.generate(**batch, generation_config=config)
-    prefill_once(model)
-    torch.manual_seed(3)
-    assert torch.equal(model.generate(**batch, generation_config=config), expected)
-    assert seen[0] == 3 * seen[1]  # each picture went through the tower once
-    assert len({tuple(row) for row in expected.tolist()}) > 3  # the answers of one picture differ
-
-
-def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
-    model, processor = load_policy("tiny-policy")
-    batch = repeated(processor, photo, k=1)
-    shuffled = repeated(processor, photo, k=2)
-    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
-    once = model.generate(**batch, generation_config=config)
-    prefill_once(model)
-    assert torch.equal(model.generate(**shuffled, generation_config=config), once.repeat_interleave(2, 0))
 
 
 def test_the_processor_works_once_on_a_picture_given_many_times(photo):

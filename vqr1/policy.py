@@ -19,7 +19,6 @@ from transformers import (
     AutoProcessor,
     BatchFeature,
     BitsAndBytesConfig,
-    Cache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -31,7 +30,6 @@ from transformers import (
 from transformers.image_utils import make_flat_list_of_images
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import is_torchvision_available
 
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
@@ -314,99 +312,6 @@ def merge_adapter(folder: str | Path, output: str | Path, quantize: bool = True)
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the model itself, or what an adapter sits on, with the adapter's layers in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def look_once(model: PreTrainedModel) -> None:
-    """Let a frozen vision tower see each distinct picture of a batch once, and remember the last batch.
-
-    TRL repeats every picture for each of its K answers, in the rollout and again for the log-probabilities.
-    The features are the same numbers; only the work is shared. A tower that is trained is left alone. Qwen3-VL's
-    features of inner layers (DeepStack) are shared alike.
-    """
-    tower = base_of(model).model.visual
-    forward, remembered = tower.forward, []  # of ((grid, picture), (features, features of inner layers …))
-
-    def shared(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
-        if any(parameter.requires_grad for parameter in tower.parameters()):
-            return forward(hidden_states, grid_thw, **kwargs)
-        pictures = [*zip(map(tuple, grid_thw.tolist()), hidden_states.split(grid_thw.prod(1).tolist()))]
-        known = len(remembered)
-        first, places = distinct([picture for picture, _ in remembered] + pictures)
-        new = [i - known for i in first if i >= known]
-        if new:
-            with torch.no_grad():
-                seen = forward(torch.cat([pictures[i][1] for i in new]), grid_thw[new], **kwargs)
-            sizes = (grid_thw[new].prod(1) // tower.spatial_merge_unit).tolist()
-            levels = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-            found = zip(*(level.split(sizes) for level in levels))
-            remembered.extend(((pictures[i][0], pictures[i][1].clone()), features) for i, features in zip(new, found))
-        asked = places[known:]
-        pooled, *inner = (torch.cat(level) for level in zip(*(remembered[place][1] for place in asked)))
-        remembered[:] = [remembered[place] for place in dict.fromkeys(asked)]
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=inner)
-
-    tower.forward = shared
-
-
-def prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pixel_values: torch.Tensor, grid: torch.Tensor, cache: Cache | None = None) -> Cache:
-    """Run prompts with one picture each through the model, all but their last token, and return the cache.
-
-    ids, mask: (B, T); pixel_values, grid: as the image processor gives them; cache: of the first tokens, where these are
-    known. The model keeps `rope_deltas`, how far positions are from the number of tokens, as it does for its own prefill.
-    Ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after `cache.batch_repeat_interleave(K)`.
-    """
-    inner = base_of(model).model
-    kinds = (ids == model.config.image_token_id).int()
-    positions, inner.rope_deltas = inner.get_rope_index(ids, kinds, image_grid_thw=grid, attention_mask=mask)
-    known = cache.get_seq_length() if cache else 0
-    out = inner(
-        input_ids=ids[:, known:-1], attention_mask=mask[:, :-1], position_ids=positions[:, :, known:-1],
-        pixel_values=pixel_values, image_grid_thw=grid, past_key_values=cache, use_cache=True,
-    )  # fmt: skip
-    return out.past_key_values
-
-
-def prefill_once(model: PreTrainedModel) -> None:
-    """Let `model.generate` run each distinct prompt of a batch once: TRL repeats it for each of its K answers.
-
-    The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a cache go the stock way.
-    """
-    generate = model.generate
-
-    def shared(*args, **inputs):
-        ids, pixels, grid = (inputs.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw"))
-        if args or ids is None or pixels is None or grid is None or len(grid) != len(ids) or inputs.get("past_key_values") is not None:
-            return generate(*args, **inputs)
-        mask, pictures = inputs["attention_mask"], pixels.split(grid.prod(1).tolist())
-        first, places = distinct([*zip(zip(map(tuple, grid.tolist()), map(tuple, ids.tolist())), pictures)])
-        order = torch.tensor(places, device=ids.device)
-        with torch.no_grad():
-            cache = prefill(model, ids[first], mask[first], torch.cat([pictures[i] for i in first]), grid[first])
-        cache.reorder_cache(order)
-        inner = base_of(model).model
-        inner.rope_deltas = inner.rope_deltas[order]
-        rest = {key: value for key, value in inputs.items() if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-        return generate(**rest, past_key_values=cache)
-
-    model.generate = shared
-
-
-def distinct(items: list[tuple[tuple, torch.Tensor]]) -> tuple[list[int], list[int]]:
-    """Return (positions of the distinct items, which of these each item is), exact. An item is a key and a tensor, equal in both.
-
-    >>> a, b = torch.ones(2, 3), torch.zeros(2, 3)
-    >>> distinct([((), a), ((), b), ((), a.clone()), ((1,), a)])
-    ([0, 1, 3], [0, 1, 0, 2])
-    """
-    first, places, groups = [], [], {}  # groups: key and a few of the numbers -> places of the distinct items with these
-    for i, (key, tensor) in enumerate(items):
-        group = groups.setdefault((key, *tensor[len(tensor) // 2].flatten()[:4].tolist()), [])
-        place = next((place for place in group if torch.equal(items[first[place]][1], tensor)), len(first))
-        if place == len(first):
-            first.append(i)
-            group.append(place)
-        places.append(place)
-    return first, places
 
 
 def own_names(model: torch.nn.Module) -> None:

@@ -18,8 +18,9 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixi
 
 from vqr1.engines import CHARACTERS, Vllm, load_vllm
 from vqr1.pictures import as_rgb, open_picture
-from vqr1.policy import base_of, load_policy, prefill
+from vqr1.policy import base_of, load_policy
 from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
+from vqr1.sharing import prefill
 from vqr1.thurstone import comparative_probability
 
 ESTIMATES = ("expected", "greedy", "sample")

@@ -19,14 +19,15 @@ from trl import GRPOConfig, GRPOTrainer
 from vqr1.cards import model_card
 from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.metrics import plcc, srcc
-from vqr1.policy import base_of, load_policy, look_once, lora_config, own_names, prefill_once
+from vqr1.policy import base_of, load_policy, lora_config, own_names
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
+from vqr1.sharing import share
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 KEYS = {
     "policy", "quantize", "dtype", "pixels", "lora", "frozen", "sets", "root", "thinking", "numbered", "reward", "variant",
-    "validation", "grpo",
+    "share", "validation", "grpo",
 }  # fmt: skip
 LOG = {
     "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
@@ -276,10 +277,11 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     own_names(trainer.model)
     if sharded(trainer):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
         return trainer
-    look_once(trainer.model)
-    prefill_once(trainer.model)
-    if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both
-        trainer.ref_model.model.visual = trainer.model.model.visual
+    if config["share"]:
+        for model in filter(None, (trainer.model, trainer.ref_model)):
+            share(model)
+        if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both
+            trainer.ref_model.model.visual = trainer.model.model.visual
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away; fp16 training needs fp32, too
             parameter.data = parameter.data.float()

@@ -1,0 +1,283 @@
+"""What K answers share is computed once, and nothing else changes: features, samples, log-probabilities, gradients, a whole step."""
+
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import trl
+from peft import get_peft_model
+from PIL import Image
+from torch.testing import assert_close
+from transformers import GenerationConfig
+
+from vqr1.data import load_ratings
+from vqr1.policy import base_of, load_policy, lora_config
+from vqr1.prompts import messages
+from vqr1.sharing import look_once, prefill_once, prompt_once
+from vqr1.training import build_trainer, load_config
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def asked(processor, *pictures):
+    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
+    return processor(text=[text] * len(pictures), images=list(pictures), padding=True, return_tensors="pt")
+
+
+# One look per picture
+
+
+class Looks:
+    """A LoRA policy whose frozen tower looks once; `patches` lists how many each call of the tower itself was given."""
+
+    def __init__(self, untrained):
+        self.model, self.processor = get_peft_model(copy.deepcopy(untrained[0]), lora_config()), untrained[1]
+        self.inner, self.patches = self.model.get_base_model().model, []
+        forward = self.inner.visual.forward
+        self.features = lambda batch: torch.cat(self.inner.get_image_features(**batch).pooler_output)
+
+        def counted(hidden_states, grid_thw, **kwargs):
+            self.patches.append(len(hidden_states))
+            return forward(hidden_states, grid_thw, **kwargs)
+
+        self.inner.visual.forward = counted
+
+    def batch(self, *pictures):
+        return dict(self.processor.image_processor(images=list(pictures), return_tensors="pt"))
+
+
+@pytest.fixture
+def looks(untrained):
+    return Looks(untrained)
+
+
+A, B, C, D = noise(64, 64, 1), noise(96, 64, 2), noise(96, 64, 3), noise(64, 128, 4)
+PATCHES = {"A": 16, "B": 24, "C": 24, "D": 32}
+
+
+def test_repeated_pictures_are_seen_once_with_the_same_features(looks):
+    batch = looks.batch(B, A, B, C, A, D, C, B)  # B and C have one size, and different pixels
+    expected = looks.features(batch)
+    assert looks.patches.pop() == 2 * 16 + 5 * 24 + 32
+    look_once(looks.model)
+    found = looks.features(batch)
+    assert looks.patches == [sum(PATCHES.values())]
+    assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_last_batch_is_remembered_and_no_other(looks):
+    expected = looks.features(looks.batch(C, D, A))
+    look_once(looks.model)
+    looks.features(looks.batch(A, B, C, D))
+    looks.patches.clear()
+    assert_close(looks.features(looks.batch(C, D, A)), expected, rtol=0, atol=1e-6)
+    assert looks.patches == []
+    looks.features(looks.batch(C, A))
+    looks.features(looks.batch(A, B))  # B is no longer of the last batch
+    assert looks.patches == [PATCHES["B"]]
+
+
+def test_a_changed_pixel_is_seen_anew(looks):
+    changed = A.copy()
+    changed.putpixel((40, 9), tuple(255 - value for value in A.getpixel((40, 9))))
+    expected = looks.features(looks.batch(changed, D))
+    look_once(looks.model)
+    looks.features(looks.batch(A, D))
+    looks.patches.clear()
+    assert_close(looks.features(looks.batch(changed, D)), expected, rtol=0, atol=1e-6)
+    assert looks.patches == [PATCHES["A"]]
+
+
+def test_a_tower_in_training_is_left_alone(looks):
+    batch, weight = looks.batch(A, B, A), looks.inner.visual.blocks[0].mlp.up_proj.weight
+    weight.requires_grad_(True)
+    looks.features(batch).square().sum().backward()
+    expected, weight.grad = weight.grad, None
+    look_once(looks.model)
+    looks.features(batch).square().sum().backward()
+    assert looks.patches == [2 * 16 + 24] * 2 and expected.abs().max() > 0
+    assert_close(weight.grad, expected)
+
+
+def test_a_policy_that_looks_once_answers_the_same(looks):
+    pictures = A, B, A
+    inputs = asked(looks.processor, *pictures)
+    with torch.no_grad():
+        expected = looks.model(**inputs).logits
+        look_once(looks.model)
+        assert_close(looks.model(**inputs).logits, expected, rtol=0, atol=1e-5)
+    assert looks.patches == [56, 40]
+
+
+# One prefill per prompt
+
+
+def repeated(processor, photo, k=3):
+    """A batch as TRL makes it: three pictures of two sizes, each k times."""
+    pictures = [photo.crop(box) for box in ((0, 0, 96, 64), (100, 60, 228, 156), (0, 0, 64, 96))]
+    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
+    images = [picture for picture in pictures for _ in range(k)]
+    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sharing_the_prefill_changes_no_sample(photo, temperature):
+    model, processor = load_policy("tiny-policy")
+    batch = repeated(processor, photo)
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=temperature, top_k=0, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
+    seen = []
+    model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.manual_seed(3)
+    expected = model.generate(**batch, generation_config=config)
+    prefill_once(model)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**batch, generation_config=config), expected)
+    assert seen[0] == 3 * seen[1]  # each picture went through the tower once
+    assert len({tuple(row) for row in expected.tolist()}) > 3  # the answers of one picture differ
+
+
+def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
+    model, processor = load_policy("tiny-policy")
+    batch = repeated(processor, photo, k=1)
+    shuffled = repeated(processor, photo, k=2)
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
+    once = model.generate(**batch, generation_config=config)
+    prefill_once(model)
+    assert torch.equal(model.generate(**shuffled, generation_config=config), once.repeat_interleave(2, 0))
+
+
+# One forward and backward per prompt
+
+
+def adapted(seed=0):
+    """The embedded policy with an adapter that already says something, prepared as GRPOTrainer prepares it."""
+    model, processor = load_policy("tiny-policy")
+    trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    torch.manual_seed(seed)
+    model = get_peft_model(model, lora_config())
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    for weight in base_of(model).model.visual.parameters():
+        weight.requires_grad_(False)
+    return model, processor
+
+
+def learned(model, batch, completions, mask, order):
+    """Log-probabilities and entropies (N, C) of the answers, and the gradient of a weighted sum, by TRL's own call."""
+    rows = {name: value[order] for name, value in batch.items() if name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
+    ids, attention = (torch.cat([rows.pop(name), more[order]], 1) for name, more in (("input_ids", completions), ("attention_mask", mask)))
+    kinds = torch.nn.functional.pad(rows.pop("mm_token_type_ids"), (0, completions.shape[1]))
+    labels = ids.masked_fill(attention == 0, -100)
+    labels[:, : -completions.shape[1]] = -100
+    model.zero_grad()
+    out = model(
+        input_ids=ids, attention_mask=attention, pixel_values=torch.cat([patches[i] for i in order]), image_grid_thw=rows["image_grid_thw"],
+        mm_token_type_ids=kinds, labels=labels, fused_lm_head=True,
+    )  # fmt: skip
+    log_probs, entropy = (value[:, -completions.shape[1] :] for value in (out.log_probs, out.entropy))
+    weights = torch.linspace(-1, 1, log_probs.numel()).view_as(log_probs)
+    (weights * log_probs).sum().backward()
+    gradient = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return log_probs.detach(), entropy.detach(), gradient
+
+
+@pytest.fixture(scope="module")
+def answered(photo):
+    """Three pictures of two sizes, so that prompts are padded, x 4 answers of different lengths, in no order."""
+    model, processor = adapted()
+    batch = repeated(processor, photo, k=4)
+    torch.manual_seed(1)
+    lengths = torch.tensor([3, 9, 1, 6] * 3)
+    completions = torch.randint(20, 300, (12, 9))
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    return batch, completions.masked_fill(mask == 0, model.generation_config.pad_token_id), mask, torch.randperm(12)
+
+
+@pytest.mark.parametrize("rows", [12, 5, 1])
+def test_sharing_the_prompt_keeps_log_probabilities_and_gradients(answered, rows):
+    batch, completions, mask, order = answered
+    model, _ = adapted()
+    order = order[:rows]
+    expected = learned(model, batch, completions, mask, order)
+    prompt_once(model)
+    found = learned(model, batch, completions, mask, order)
+    assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+    assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+    assert expected[2].keys() == found[2].keys() and len(found[2]) == 2 * 7 * 4
+    for name in expected[2]:
+        assert torch.cosine_similarity(found[2][name].flatten(), expected[2][name].flatten(), 0) > 0.9999, name
+        assert float(found[2][name].norm()) == pytest.approx(float(expected[2][name].norm()), rel=1e-3)
+
+
+def test_each_distinct_prompt_is_run_once(answered):
+    batch, completions, mask, order = answered
+    model, _ = adapted()
+    prompt_once(model)
+    tokens = []
+    base_of(model).model.language_model.layers[0].register_forward_hook(lambda module, args, out: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    learned(model, batch, completions, mask, order)
+    prompt = batch["input_ids"].shape[1]
+    assert tokens == [3 * (prompt - 1), 12 * (1 + completions.shape[1])]
+
+
+def test_gradient_checkpointing_goes_the_stock_way(answered):
+    batch, completions, mask, order = answered
+    model, _ = adapted()
+    base_of(model).gradient_checkpointing_enable()
+    model.train()
+    expected = learned(model, batch, completions, mask, order)
+    prompt_once(model)
+    found = learned(model, batch, completions, mask, order)
+    assert torch.equal(found[0], expected[0]) and all(torch.equal(found[2][name], expected[2][name]) for name in expected[2])
+
+
+def test_other_calls_of_forward_are_left_alone(photo):
+    model, processor = adapted()
+    batch = asked(processor, photo)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        prompt_once(model)
+        assert torch.equal(model(**batch).logits, expected)
+
+
+# A whole step of the trainer
+
+
+def one_step(tmp_path, share, beta=0.0):
+    config = load_config("cpu")
+    config |= {"lora": {"r": 4, "alpha": 8}, "share": share}
+    config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 12, "num_generations": 3, "beta": beta, "learning_rate": 1e-3,
+                       "max_completion_length": 12, "save_strategy": "no", "warmup_steps": 0}  # fmt: skip
+    rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::150]
+    trainer = build_trainer(config, tmp_path, frame=rows)
+    trainer.train()
+    weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    return weights, [entry for entry in trainer.state.log_history if "reward" in entry], trainer
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_run_that_shares_is_the_stock_run(tmp_path, beta):
+    """Same seed, same samples, same rewards, same weights after two steps."""
+    stock, stock_log, trainer = one_step(tmp_path / "stock", share=False, beta=beta)
+    shared, shared_log, _ = one_step(tmp_path / "shared", share=True, beta=beta)
+    assert "generate" not in vars(trainer.model)  # the switch is off
+    for key in ("reward", "completions/mean_length", "entropy"):
+        assert [entry[key] for entry in shared_log] == pytest.approx([entry[key] for entry in stock_log], abs=1e-5)
+    start, end = ({name: weights[name] for name in weights if "lora_B" in name} for weights in (stock, shared))
+    assert len(start) == 28 and all(weight.abs().max() > 0 for weight in start.values())
+    for name in start:  # adapters' B starts at zero: it is what was learned
+        assert torch.cosine_similarity(start[name].flatten(), end[name].flatten(), 0) > 0.999, name
+
+
+def test_trl_still_has_the_seams():
+    """An update of TRL that moves them must not go unseen: nothing would be shared, and nothing would fail."""
+    source = inspect.getsource(trl.GRPOTrainer._get_per_token_logps_and_entropies)
+    assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
+    assert 'model_inputs["image_grid_thw"]' in source and "labels[:, :-logits_to_keep] = -100" in source
+    assert ".generate(" in inspect.getsource(trl.GRPOTrainer._generate_single_turn)
