@@ -113,6 +113,15 @@ def reasoning(name: str, strength: int, place: str) -> str:
     return f"{SEVERITY[strength - 1]} {PHRASES[name]} {place}" if strength else CLEAN
 
 
+def true_strength(name: str, level: int) -> int:
+    """Return how strong a distortion of a level looks, 1..5; 0 for the level of mean shift that changes nothing.
+
+    >>> true_strength("jpeg", 4), true_strength("mean_shift", 5)
+    (4, 3)
+    """
+    return STRENGTH.get(name, (1, 2, 3, 4, 5))[level - 1]
+
+
 def answer(strength: int, rng: np.random.Generator) -> str:
     """Return the warm start's answer: a score from the strength alone, with a little noise."""
     return f"<answer>{np.clip(rng.normal(SCORES[strength], SCORE_NOISE), 1, 5):.2f}</answer>"
@@ -162,7 +171,7 @@ class Pictures(IterableDataset):
         y, x = (int(v) * step for v in rng.integers(0, (width - size) // step + 1, 2))
         a, b = (p[y : y + size, x : x + size].astype(np.float32) / 255 for p in (clean, distorted))
         visible = np.square(a - b).mean() > 10 ** (-INVISIBLE_DB / 10)
-        strength = STRENGTH.get(name, (1, 2, 3, 4, 5))[level - 1] if visible else 0
+        strength = true_strength(name, level) if visible else 0
         pictures = self.processor.image_processor(images=[distorted[y : y + size, x : x + size]], return_tensors="pt")
         return dict(pictures, name=name, level=level, strength=strength, place=where(a, b) if strength else "")
 
@@ -185,6 +194,18 @@ def perception_batch(rows: list[dict]) -> dict:
     return _stack(rows) | {"kind": torch.tensor(kind), "strength": torch.tensor([row["strength"] for row in rows])}
 
 
+def looked(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+    """Return the mean and the maximum of each picture's tokens from a vision tower, (B, 2 * width)."""
+    tokens = visual(pixel_values, image_grid_thw).pooler_output.float()  # (tokens of all pictures, width)
+    pictures = tokens.split((image_grid_thw.prod(1) // visual.spatial_merge_unit).tolist())
+    return torch.stack([torch.cat([p.mean(0), p.amax(0)]) for p in pictures])
+
+
+def naming_loss(logits: torch.Tensor, kind: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of the distortion plus that of the strength 0..5; logits are (B, kinds + 6)."""
+    return nn.functional.cross_entropy(logits[:, :-6], kind) + nn.functional.cross_entropy(logits[:, -6:], strength)
+
+
 class Perception(nn.Module):
     """The vision tower with a linear head on the mean and maximum of its picture tokens; the head is thrown away."""
 
@@ -193,11 +214,8 @@ class Perception(nn.Module):
         self.visual, self.head = visual, nn.Linear(2 * width, len(TRAINED) + 7)
 
     def forward(self, pixel_values, image_grid_thw, kind, strength) -> dict:
-        tokens = self.visual(pixel_values, image_grid_thw).pooler_output.float()  # (tokens of all pictures, width)
-        pictures = tokens.split((image_grid_thw.prod(1) // 4).tolist())
-        logits = self.head(torch.stack([torch.cat([p.mean(0), p.amax(0)]) for p in pictures]))  # (B, kinds + 6)
-        loss = nn.functional.cross_entropy(logits[:, :-6], kind) + nn.functional.cross_entropy(logits[:, -6:], strength)
-        return {"loss": loss, "logits": logits}
+        logits = self.head(looked(self.visual, pixel_values, image_grid_thw))
+        return {"loss": naming_loss(logits, kind, strength), "logits": logits}
 
 
 class Answers:
@@ -209,12 +227,15 @@ class Answers:
     def __init__(self, processor, seed: int, thinking: float = 0.75):
         self.processor, self.thinking, self.rng = processor, thinking, np.random.default_rng(seed)
 
+    def prompt(self, row: dict, thinking: bool) -> str:
+        prompt = self.processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+        tokens = int(row["image_grid_thw"].prod() // self.processor.image_processor.merge_size**2)
+        return prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+
     def text(self, row: dict) -> tuple[str, str]:
         thinking = self.rng.random() < self.thinking
-        prompt = self.processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
         think = f"<think>{reasoning(row['name'], row['strength'], row['place'])}</think>" if thinking else ""
-        picture = "<|image_pad|>" * int(row["image_grid_thw"].prod() // 4)
-        return prompt.replace("<|image_pad|>", picture), f"{think}{answer(row['strength'], self.rng)}<|im_end|>"
+        return self.prompt(row, thinking), f"{think}{answer(row['strength'], self.rng)}<|im_end|>"
 
     def __call__(self, rows: list[dict]) -> dict:
         prompts, answers = zip(*map(self.text, rows))
