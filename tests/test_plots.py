@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.plots import LivePlot, bells, curve, gallery, jpeg, rounding, scatter, spread, training_figure
+from vqr1.plots import LivePlot, bells, curve, gallery, intervals, jpeg, rounding, scatter, spread, training_figure
 
 
 def axes():
@@ -97,3 +97,11 @@ def test_outside_jupyter_the_live_plot_is_a_line_with_the_last_values(tmp_path, 
     log.to_csv(tmp_path / "log.csv", index=False)
     LivePlot(tmp_path / "log.csv").on_log(None, None, None, {"reward": 1.7})
     assert capsys.readouterr().out == "step 5  ranking 0.750  val_srcc 0.500  10 s\n"
+
+
+def test_intervals_are_drawn_around_their_means_in_the_tables_order():
+    ax = axes()
+    intervals(ax, pd.DataFrame({"mean": [2.0, 1.0], "low": [1.5, 0.0], "high": [3.0, 1.25]}, ["b", "a"]), "score", shift=0.1)
+    line, _, (bars,) = ax.containers[0].lines
+    assert line.get_xydata().tolist() == [[0.1, 2.0], [1.1, 1.0]] and [label.get_text() for label in ax.get_xticklabels()] == ["b", "a"]
+    assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[1.5, 3.0], [0.0, 1.25]]

@@ -136,3 +136,11 @@ def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> F
         ax.set_title(title, fontsize=9)
         ax.set(xticks=[], yticks=[])
     return figure
+
+
+def intervals(ax: Axes, table: pd.DataFrame, label: str | None = None, shift: float = 0.0) -> None:
+    """Draw means with their intervals (columns mean, low, high), one row of the table after another, `shift` to the right."""
+    place, around = np.arange(len(table)) + shift, np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy())
+    ax.errorbar(place, table["mean"], around, marker="o", markersize=4, capsize=3, label=label)
+    ax.set_xticks(np.arange(len(table)), table.index)
+    ax.grid(alpha=0.3)
