@@ -24,7 +24,7 @@ CONDA_NAMES = {"torch": "pytorch", "ray": "ray-data"}
 IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 """PyPI's name where it is not the import's."""
 
-COMES_WITH = {"IPython": "ipywidgets"}
+COMES_WITH = {"IPython": "ipywidgets", "safetensors": "transformers"}
 """What a declared package brings along and is documented to."""
 
 OWN_ENVIRONMENT = {"vllm"}
@@ -51,6 +51,8 @@ ROOMS = {
     "training": "cards data rewards policy scoring sharing metrics",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",
+    "imaging": "data pretraining",
+    "progress": "all above",
     "table2": "all above",
     "baselines": "all above",
     "plots": "all above",
