@@ -91,12 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--steps", type=int, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages")
     pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
 
-    study = command("study", "Make the rows of a study, one per variant and seed; rows that are there are kept.")
-    study.add_argument("name", choices=("demo", "controls"), help="demo: seeds of the demo; controls: what must not learn quality")
-    study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (%(default)s)")
+    study = command("study", "Make the rows of a study, one per variant, seed and set; rows that are there are kept.")
+    study.add_argument("name", choices=("demo", "controls", "comparison", "mixture", "progress"), help="which; data/runs/NAME.csv has its rows")
+    study.add_argument("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
+    study.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these (default: all of the study's)")
+    study.add_argument("--steps", type=int, help="train fewer steps than the study says, for a look; give another --csv")
     study.add_argument("--out", default="runs/study", help="folder of the runs (%(default)s)")
-    study.add_argument("--csv", help="table to append to (data/runs/NAME.csv)")
-    study.add_argument("--limit", type=int, help="evaluate at most so many rows of each set")
+    study.add_argument("--csv", help="table to add to (data/runs/NAME.csv)")
     return parser
 
 
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(args) -> int:
-    from vqr1.studies import demo
+    from vqr1.demo import demo
 
     print(demo(args.out, args.config, args.resume, args.steps, args.limit))
     print(f"Written to {args.out}: report.md, log.csv, policy/, training.png, scatter.png, pictures.png")
@@ -295,8 +296,7 @@ def _study(args) -> int:
     from vqr1.evaluation import markdown
     from vqr1.studies import study
 
-    csv_path = Path(args.csv or f"data/runs/{args.name}.csv")
-    print(markdown(study(args.name, args.seeds, Path(args.out), csv_path, limit=args.limit)))
+    print(markdown(study(args.name, args.seeds, args.out, args.csv, args.variants, args.steps)))
     return EXIT_OK
 
 

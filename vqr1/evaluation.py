@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from vqr1.data import UNRATED, dominance_pairs, load_ratings, render_rows
 from vqr1.distortions import FAMILIES
 from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
 from vqr1.observers import oracle_scores
-from vqr1.prompts import format_ok, named_distortions
+from vqr1.pretraining import true_strength
+from vqr1.prompts import format_ok, named_distortions, named_severity
 from vqr1.readers import PER_CONTENT
 from vqr1.scoring import Score, Scorer
+from vqr1.thurstone import comparative_probability, fidelity, true_preference
 
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
@@ -101,16 +104,31 @@ def oracles(frame: pd.DataFrame) -> dict[str, dict]:
 
 
 def naming(table: pd.DataFrame) -> dict[str, float]:
-    """Return how often the reasoning names the right family and the exact distortion, where it is easy to see.
+    """Return how often the reasoning names the right family, the exact distortion, and the right strength; and how many texts there are.
 
-    Rows of levels 3-5, and of 1 and 5 for mean shift and contrast change, whose level 3 is (nearly) the original.
+    Over rows where it is easy to see: levels 3-5, and 1 and 5 for mean shift and contrast change, whose level 3 is (nearly) the
+    original. Rows without a single known distortion are left out.
     """
-    signed = table["distortion"].isin(["mean_shift", "contrast_change"])
-    rows = table[np.where(signed, table["level"].isin([1, 5]), table["level"] >= 3)]
+    rows = table[table["distortion"].isin(FAMILY)]
+    signed, level = rows["distortion"].isin(["mean_shift", "contrast_change"]), rows["level"].astype(int)
+    rows = rows[np.where(signed, level.isin([1, 5]), level >= 3)]
     named = [(named_distortions(text) or [""])[0] for text in rows["reasoning"]]
     family = [FAMILY.get(name) == FAMILY[truth] for name, truth in zip(named, rows["distortion"])]
     exact = [name == truth for name, truth in zip(named, rows["distortion"])]
-    return {"named_rows": len(rows), "family": _mean(family), "exact": _mean(exact)}
+    severity = [named_severity(text) == true_strength(*cell) for text, *cell in zip(rows["reasoning"], rows["distortion"], rows["level"].astype(int))]
+    return {
+        "named_rows": len(rows), "family": _mean(family), "exact": _mean(exact), "severity": _mean(severity),
+        "texts": table["reasoning"].nunique(),
+    }  # fmt: skip
+
+
+def undecided(policy, rows: pd.DataFrame, thinking: bool = True) -> pd.DataFrame:
+    """Return the half of rated rows that a policy ranks worst among the others of their data set, by the ranking reward of its scores."""
+    scores = Scorer(policy, thinking).score(render_rows(rows, workers=1))
+    mean, variance = torch.tensor([[s.score for s in scores], [s.std**2 for s in scores]]).nan_to_num(3.0)
+    reward = fidelity(true_preference(rows["mos"]), comparative_probability(mean[:, None], variance, mean, variance)[..., 0])
+    alike = rows["dataset"].to_numpy()[:, None] == rows["dataset"].to_numpy()
+    return rows.assign(reward=(reward.numpy() * alike).sum(1) / alike.sum(1)).nsmallest(len(rows) // 2, "reward").drop(columns="reward").sort_index()
 
 
 def _mean(values) -> float:

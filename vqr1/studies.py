@@ -1,161 +1,281 @@
-"""The runs behind the claims: the demo, its seeds, and its controls. One row per variant and seed."""
+"""The runs behind the claims: one row per variant, seed and set, made once, in several processes, and kept in data/runs/.
 
+A study NAME has NAME.csv (the results), NAME-scores.csv (every test row's score, a column per variant and seed: what paired differences are made
+of) and NAME-log.csv (reward and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed.
+"""
+
+import multiprocessing
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+import torch
 
-from vqr1.data import load_ratings
-from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
-from vqr1.plots import gallery, scatter, training_figure
-from vqr1.policy import load_policy
-from vqr1.training import load_config, machine_line, resume_from, train
+from vqr1.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
+from vqr1.data import realigned, render_rows
+from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, naming, undecided
+from vqr1.metrics import Statistic, frame_srcc, seed_difference
+from vqr1.policy import load_policy, lora_config
+from vqr1.simulated import MIXTURE
+from vqr1.training import images_per_step, grpo_config, load_config, machine_line, set_rows, train
 
-CONTROLS = ("permuted", "format")
 COLUMNS = [
     "study", "variant", "seed", "set", "estimate", "photographs", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi",
-    "srcc_within_level", "plcc", "plcc_fit", "dominance", "seconds", "srcc_before", "srcc_within_level_before", "dominance_before",
-    "srcc_gain", "srcc_gain_lo", "srcc_gain_hi", "srcc_within_level_gain", "srcc_within_level_gain_lo", "srcc_within_level_gain_hi",
+    "srcc_within_level", "plcc", "plcc_fit", "dominance", "seconds", "family", "exact", "severity", "texts",
 ]  # fmt: skip
-"""Of a study's CSV. after - before = gain, with its 95% interval paired over photographs."""
+"""Of a study's CSV. seconds: of training, CPU time of the process; family, exact, severity, texts: see `evaluation.naming`."""
+ROW = ["set", "image", "reference", "distortion", "level", "seed", "crop", "mos"]
+"""What names a test row in NAME-scores.csv."""
+POOL = 480
+"""Training rows of a short run: a fixed sample, the same for all variants and seeds."""
 
 
-def control(config: dict, kind: str) -> tuple[dict, pd.DataFrame | None]:
-    """Return (config, frame) of a control that must not learn quality.
+@dataclass(frozen=True)
+class Variant:
+    """A line of a study: its number of seeds, what differs from the study's configuration (`changed`), and how it comes to scores."""
 
-    permuted: each photograph's MOS are dealt anew to its pairs of distortion and level. format: the format reward alone.
+    seeds: int = 3
+    change: dict = field(default_factory=dict)
+    method: str = "rl"
+
+
+@dataclass(frozen=True)
+class Study:
+    """config: name of the configuration; sets: what is scored, and at most how many rows of each; minutes: of one run, about, on one core."""
+
+    config: str
+    sets: dict[str, int | None]
+    variants: dict[str, Variant]
+    minutes: float = 1.3
+
+
+def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1) -> dict:
+    """Return the changes for `images` compared at a time with `k` answers, `per_step` such comparisons per optimizer step."""
+    keys = {"per_device_train_batch_size": images * k, "num_generations": k, "gradient_accumulation_steps": per_step, "steps_per_generation": 1}
+    return {"grpo": keys | ({"max_steps": steps} if steps else {})}
+
+
+FULL = dict.fromkeys(SETS)
+ALL = {"sets": list(MIXTURE)}
+STUDIES = {
+    "demo": Study("cpu", FULL, {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20),
+    "controls": Study("cpu", FULL, {
+        "before": Variant(1, method="before"),
+        "permuted": Variant(3, {"rows": "permuted"}),
+        "format": Variant(3, {"reward": "format"}),
+    }, minutes=20),
+    "mixture": Study("cpu-study", dict.fromkeys(MIXTURE, 180), {
+        "before": Variant(1, method="before"),
+        "mixture": Variant(5, ALL),
+        **{f"alone-{name}": Variant(3, {"sets": [name]}) for name in MIXTURE},
+        "threshold-raw": Variant(3, ALL | {"reward": "threshold"}),
+        "threshold-realigned": Variant(5, ALL | {"reward": "threshold", "rows": "realigned"}),
+        "across": Variant(3, ALL | {"rows": "across"}),
+    }),
+    "comparison": Study("cpu-study", {"sim-kadid": 288, "sim-unseen": 96}, {
+        "before": Variant(1, method="before"),
+        "before, non-thinking": Variant(1, {"thinking": False}, method="before"),
+        "BRISQUE": Variant(1, method="brisque"),
+        "PIQE": Variant(1, method="piqe"),
+        "CNN regressor": Variant(5, method="cnn regressor"),
+        "CNN ranker": Variant(5, method="cnn ranker"),
+        "tower regressor": Variant(5, method="tower regressor"),
+        "tower ranker": Variant(5, method="tower ranker"),
+        "supervised": Variant(5, method="supervised"),
+        "threshold": Variant(5, {"reward": "threshold"}),
+        "ranking": Variant(5),
+        "binary": Variant(5, {"variant": {"binary": True}}),
+        "average": Variant(3, {"variant": {"average": True}}),
+        "variance one": Variant(3, {"variant": {"variance": 1.0}}),
+        "K = 2": Variant(3, _batch(16, 2)),
+        "K = 4": Variant(3, _batch(16, 4)),
+        "K = 8": Variant(3, _batch(16, 8)),
+        "B = 4, 4 a step": Variant(3, _batch(4, per_step=4)),
+        "B = 8, 2 a step": Variant(3, _batch(8, per_step=2)),
+        "non-thinking": Variant(3, {"thinking": False}),
+        "KL 0.04": Variant(3, {"grpo": {"beta": 0.04}}),
+        "not scaled": Variant(5, {"grpo": {"scale_rewards": "none"}}),
+        "B = 32, half the steps": Variant(5, _batch(32, steps=10) | {"validation": {"rows": 57, "every": 2}}),
+        "B = 32, K = 3": Variant(5, _batch(32, 3)),
+        "B = 8, K = 12": Variant(5, _batch(8, 12)),
+        "remembered": Variant(5, {"variant": {"memory": 64}}),
+        "undecided": Variant(5, {"rows": "undecided"}),
+        "learning rate x 2": Variant(5, {"grpo": {"learning_rate": 2e-3}}),
+    }),
+}  # fmt: skip
+
+
+def changed(config: dict, change: dict, seed: int) -> dict:
+    """Return a configuration with a variant's changes (grpo: key by key) and a seed."""
+    grpo = config["grpo"] | change.get("grpo", {}) | {"seed": seed}
+    return config | {key: value for key, value in change.items() if key != "rows"} | {"grpo": grpo}
+
+
+@cache
+def _test_frames(sets: tuple) -> dict[str, pd.DataFrame]:
+    """Return the test rows with their pictures, once per process: at most so many of each (set, rows)."""
+    return {name: evaluation_rows([name], limit=limit)[name] for name, limit in sets}
+
+
+def training_frame(config: dict, kind: str | None = None, pool: int | None = POOL) -> pd.DataFrame:
+    """Return the rows that a variant is trained on: at most `pool` of each set, a fixed sample; None: all.
+
+    kind: "permuted" deals each photograph's MOS anew to its pairs of distortion and level, which leaves nothing to learn; "realigned" stretches
+    each set to 1..5; "across" gives all sets one name, so that their raw MOS are compared; "undecided" keeps the half whose pairs
+    the untrained policy orders worst.
     """
-    if kind == "format":
-        return config | {"reward": "format"}, None
-    frame = load_ratings("sim-kadid").query("split == 'train'").reset_index(drop=True)
-    rng = np.random.default_rng(config["grpo"]["seed"])
-    return config, frame.assign(mos=frame.groupby("reference")["mos"].transform(rng.permutation))
+    rows = set_rows(config, "train")
+    if pool:
+        each = pool // len(config["sets"])
+        rows = pd.concat([group.sample(min(len(group), each), random_state=0) for _, group in rows.groupby("dataset")], ignore_index=True)
+    if kind == "permuted":
+        deal = np.random.default_rng(config["grpo"]["seed"]).permutation
+        return rows.assign(mos=rows.groupby("reference")["mos"].transform(deal))
+    if kind == "undecided":
+        return undecided(config["policy"], rows, config["thinking"])
+    return {"realigned": realigned, "across": lambda frame: frame.assign(dataset="all")}.get(kind, lambda frame: frame)(rows)
 
 
-def run(config: dict, output: Path, frames: dict, kind: str | None = None, resume: bool = True) -> tuple[dict, float]:
-    """Train one variant, or go on with it, and return (scored tables by set, estimate and mode; seconds of training)."""
-    frame = None
-    if kind:
-        config, frame = control(config, kind)
-    start = time.time()
-    policy = train(config, output, resume=resume, frame=frame)
-    seconds = time.time() - start
-    return evaluate(policy, frames, modes=(config["thinking"],))[1], seconds
+def _learned(method: str, config: dict, rows: str | None, output: Path, pool: int | None) -> tuple | Callable:
+    """Return what a variant's training leaves: a policy (model, processor), or a function from pictures to scores."""
+    if method == "before":
+        return load_policy(config["policy"])
+    if method in ("brisque", "piqe"):
+        return {"brisque": brisque, "piqe": piqe}[method]
+    frame, seed = training_frame(config, rows, pool), config["grpo"]["seed"]
+    if method == "rl":
+        return load_policy(train(config, output, resume=True, frame=frame))
+    policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
+    if method == "supervised":
+        return supervised(policy, frame, images, steps=120, lr=1e-3, seed=seed, adapter=lora_config(**config["lora"]))
+    kind, how = method.split()
+    if kind == "cnn":
+        model = train_cnn(frame, images, ranker=how == "ranker", steps=120, seed=seed)
+        return lambda pictures: score_cnn(model, pictures)
+    head = train_head(policy, frame, images, ranker=how == "ranker", steps=300, seed=seed)
+    return lambda pictures: score_head(policy, head, pictures)
 
 
-def study(name: str, seeds: list[int], output: Path, csv: Path, config: str = "cpu", limit: int | None = None) -> pd.DataFrame:
-    """Make the rows of a study (demo: the real reward; controls: what must not learn) and append them to `csv`.
+def run(study: str, variant: str, seed: int, output: Path, steps: int | None = None) -> dict[str, pd.DataFrame | list[dict]]:
+    """Make one row of a study: train, score the test rows, and return {"rows", "scores", "log"}.
 
-    Rows that are already there are not made again. Each holds before, after and the paired gain of a set.
+    steps: fewer than the configuration's, for a quick look.
     """
-    variants = [None] if name == "demo" else list(CONTROLS)
-    done = pd.read_csv(csv, comment="#") if csv.is_file() else pd.DataFrame(columns=COLUMNS)
-    todo = [(v, s) for v in variants for s in seeds if not ((done["variant"] == (v or "ranking")) & (done["seed"] == s)).any()]
+    torch.set_num_threads(1)  # there is a process for every core
+    plan = STUDIES[study]
+    line = plan.variants[variant]
+    config = changed(load_config(plan.config), line.change, seed)
+    if steps:
+        config["grpo"] |= {"max_steps": steps}
+    start = time.process_time()
+    learned = _learned(line.method, config, line.change.get("rows"), output, POOL if plan.config == "cpu-study" else None)
+    seconds = time.process_time() - start if line.method not in ("before", "brisque", "piqe") else np.nan
+    frames = _test_frames(tuple(plan.sets.items()))
+    if isinstance(learned, tuple):
+        tables = evaluate(learned, frames, modes=(config["thinking"],))[1]
+    else:
+        tables = {(name, "score", False): frame.assign(score=learned(frame.attrs["images"]), reasoning="") for name, frame in frames.items()}
+    name = {"study": study, "variant": variant, "seed": seed}
+    rows = [name | {"set": key[0], "estimate": key[1], "seconds": seconds} | agreement(table) | _words(table) for key, table in tables.items()]
+    scores = pd.concat([table.assign(set=key[0])[[*ROW, "score"]] for key, table in tables.items()], ignore_index=True)
+    return {"rows": rows, "scores": scores, "log": _log(config, output / "log.csv", name)}
+
+
+def _words(table: pd.DataFrame) -> dict:
+    return naming(table) if table["reasoning"].ne("").any() else {}
+
+
+def _log(config: dict, path: Path, name: dict) -> pd.DataFrame:
+    """Return a run's log with the number of answers sampled so far, or nothing for what is no RL."""
+    if not path.is_file():
+        return pd.DataFrame()
+    args = grpo_config(config, path.parent)
+    per_step = images_per_step(args) * args.num_generations * args.gradient_accumulation_steps // args.steps_per_generation
+    return pd.read_csv(path, comment="#").assign(**name, rollouts=lambda log: log["step"] * per_step)
+
+
+def study(name: str, seeds: list[int] | None = None, output: str | Path = "runs/study", csv: str | Path | None = None,
+          variants: list[str] | None = None, steps: int | None = None, processes: int = 2) -> pd.DataFrame:  # fmt: skip
+    """Make what is missing of a study's rows, `processes` runs at a time, and return all of them.
+
+    seeds, variants: only these, default all of the study's. csv: where the rows are kept, default data/runs/NAME.csv. A row is written as
+    soon as it is made; stopped, the same command goes on. Raises ValueError for an unknown study or variant.
+    """
+    plan, csv = _plan(name), Path(csv or Path("data/runs") / f"{name}.csv")
+    unknown = set(variants or ()) - set(plan.variants)
+    if unknown:
+        raise ValueError(f"study {name} has no variant {sorted(unknown)[0]!r}; it has {', '.join(plan.variants)}")
+    made = read_study(csv)
+    done = set(zip(made["variant"], made["seed"]))
+    todo = [(variant, seed) for seed in range(5) for variant, line in plan.variants.items()
+            if seed < line.seeds and (not variants or variant in variants) and (seeds is None or seed in seeds) and (variant, seed) not in done]  # fmt: skip
+    print(f"{len(todo)} of {sum(line.seeds for line in plan.variants.values())} runs to make, about {len(todo) * plan.minutes / processes / 60:.1f} hours", flush=True)
     if not todo:
-        return done
-    settings = load_config(config)
-    frames = evaluation_rows(SETS, limit=limit)
-    before = evaluate(settings["policy"], frames, modes=(settings["thinking"],))[1]
-    for variant, seed in todo:
-        settings["grpo"]["seed"] = seed
-        after, seconds = run(settings, output / f"{variant or 'ranking'}-{seed}", frames, variant)
-        rows = [
-            {"study": name, "variant": variant or "ranking", "seed": seed, "set": key[0], "estimate": key[1]}
-            | _compared(before[key], after[key]) | {"seconds": round(seconds, 1)}
-            for key in after
-        ]  # fmt: skip
-        done = pd.concat([done, pd.DataFrame(rows)]) if len(done) else pd.DataFrame(rows)
-        done = done.reindex(columns=COLUMNS).convert_dtypes()
-        _write(csv, done)
-    return done
+        return made
+    with ProcessPoolExecutor(min(processes, len(todo)), multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(run, name, variant, seed, _folder(Path(output), name, variant, seed), steps): (variant, seed) for variant, seed in todo}
+        for job in as_completed(jobs):
+            made = _keep(csv, jobs[job], job.result(), made)
+            print(f"{made['variant'].iloc[-1]}, seed {made['seed'].iloc[-1]}: SRCC {made['srcc'].iloc[-1]:.3f}", flush=True)
+    return made
 
 
-def _write(csv: Path, table: pd.DataFrame) -> None:
+def _plan(name: str) -> Study:
+    if name not in STUDIES:
+        raise ValueError(f"study {name!r} is unknown; use one of {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def _folder(output: Path, study: str, variant: str, seed: int) -> Path:
+    return output / study / f"{variant.replace(' ', '_').replace(',', '')}-{seed}"
+
+
+def read_study(csv: str | Path) -> pd.DataFrame:
+    """Return a study's rows, or none."""
+    return pd.read_csv(csv, comment="#") if Path(csv).is_file() else pd.DataFrame(columns=COLUMNS)
+
+
+def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) -> pd.DataFrame:
+    """Add a run to the study's three files; the rows come last, so that what they say is there."""
     csv.parent.mkdir(parents=True, exist_ok=True)
+    scores, column = csv.with_name(f"{csv.stem}-scores.csv"), "{}/{}".format(*which)
+    known = pd.read_csv(scores, comment="#") if scores.is_file() else found["scores"][ROW]
+    _write(scores, known.assign(**{column: found["scores"]["score"].round(3)}), "%.10g", which[1])
+    if len(found["log"]):
+        log = csv.with_name(f"{csv.stem}-log.csv")
+        known = pd.read_csv(log, comment="#") if log.is_file() else pd.DataFrame()
+        _write(log, pd.concat([known, found["log"]], ignore_index=True), "%.5g", which[1])
+    rows = pd.DataFrame(found["rows"])
+    made = (pd.concat([made, rows], ignore_index=True) if len(made) else rows).reindex(columns=COLUMNS)
+    _write(csv, made, "%.4f", ", ".join(map(str, sorted(set(made["seed"])))))
+    return made
+
+
+def _write(csv: Path, table: pd.DataFrame, numbers: str, seeds: int | str) -> None:
     partial = csv.with_suffix(".tmp")
-    seeds = ", ".join(map(str, sorted(set(table["seed"]))))
-    partial.write_text(f"# {machine_line(seeds)}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
+    partial.write_text(f"# {machine_line(seeds)}\n{table.to_csv(index=False, float_format=numbers)}", encoding="utf-8")
     partial.replace(csv)
 
 
-def _compared(before: pd.DataFrame, after: pd.DataFrame) -> dict:
-    old, new = agreement(before), agreement(after)
-    row = {f"{key}_before": old[key] for key in ("srcc", "srcc_within_level", "dominance") if key in old}
-    return row | new | (gain(after, before) if "srcc" in new else {})
+def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str | None, statistic: Statistic = frame_srcc, n: int = 1000) -> pd.DataFrame:
+    """Return for each pair of variants the mean of both over the seeds that both have, and their difference with its 95% interval.
 
-
-def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: int | None = None, limit: int | None = None) -> str:
-    """Evaluate the policy, train it by RL to rank, evaluate again; write everything into `output`, return the report.
-
-    steps, limit: fewer training steps and test rows than the configuration's, for a quick look.
+    Paired over the same photographs and seeds (`seed_difference`, `n` resamples); a variant of one run (before, BRISQUE) is paired with every
+    seed. set_name: None for the rows of all sets, whose statistic must not mix their scales (`metrics.over_sets`).
     """
-    output, settings = Path(output), load_config(config)
-    resume_from(output, resume)  # before minutes of evaluation
-    if steps:
-        settings["grpo"]["max_steps"] = steps
-    start = time.time()
-    print("Rendering the test pictures and scoring them before training.", flush=True)
-    frames = evaluation_rows(SETS, limit=limit)
-    before, old = evaluate(settings["policy"], frames)
-    evaluated = time.time()
-    print(f"Rendered and evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.", flush=True)
-    policy = train(settings, output, resume=resume)
-    trained = time.time()
-    print(f"Trained in {trained - evaluated:.0f} s. Evaluating again.", flush=True)
-    after, new = evaluate(load_policy(policy), frames)
-    save_scores(old, output / "before")
-    save_scores(new, output / "after")
-    figures(output, frames, old, new, settings["thinking"])
-    report = demo_report(before, after, old, new, frames, settings, trained - evaluated)
-    (output / "report.md").write_text(report, encoding="utf-8")
-    return report
-
-
-def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, frames: dict, settings: dict, seconds: float) -> str:
-    """Return the report of a demo in Markdown."""
-    columns = ["set", "thinking", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi", "srcc_within_level", "plcc", "plcc_fit", "dominance"]
-    lines = []
-    for key in old:
-        if "srcc" in agreement(old[key]):
-            lines.append({"set": key[0], "thinking": key[2]} | gain(new[key], old[key]))
-    gold = [{"set": name, "oracle": oracle} | row for name, frame in frames.items() if name != "sim-mixed" for oracle, row in oracles(frame).items()]
-    names = [{"policy": which, "well_formed": table["well_formed"].mean()} | naming(table) for which, table in
-             (("before", old["sim-kadid", "expected", True]), ("after", new["sim-kadid", "expected", True]))]  # fmt: skip
-    parts = [
-        "# From photographs to a trained ranker",
-        "Ratings are simulated (`sim-`): made from published human means of KADID-10k's types and levels, not from people who saw these pictures.",
-        f"{machine_line(settings['grpo']['seed'])}; training {seconds:.0f} s",
-        "## Before", markdown(before.reindex(columns=columns)),
-        "## After", markdown(after.reindex(columns=columns)),
-        "## Gain, paired over the same photographs (95% intervals)", markdown(pd.DataFrame(lines)),
-        "## What knowing the level, or type and level, would give", markdown(pd.DataFrame(gold)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
-        "## What the reasoning names", markdown(pd.DataFrame(names).drop(columns="named_rows")),
-        "![curves](training.png)", "![scores against simulated MOS](scatter.png)", "![six pictures](pictures.png)",
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def figures(output: Path, frames: dict, old: dict, new: dict, thinking: bool) -> None:
-    """Write training.png, scatter.png and pictures.png: six pictures with what was thought of them before and after."""
-    training_figure(pd.read_csv(output / "log.csv", comment="#")).savefig(output / "training.png")
-    key = ("sim-kadid", "expected", thinking)
-    one, two = old[key], new[key]
-    figure = scatter_pair(one, two)
-    figure.savefig(output / "scatter.png")
-    varied = one[one["level"] > 1].sample(frac=1, random_state=0)
-    chosen = varied.drop_duplicates("reference").drop_duplicates("distortion").index[:6]
-    captions = [
-        f"before {one.score[i]:.2f}: {one.reasoning[i]}\nafter {two.score[i]:.2f}: {two.reasoning[i]}" for i in chosen
-    ]
-    titles = [f"{one.distortion[i]}, level {one.level[i]}\nsimulated MOS {one.mos[i]:.2f}" for i in chosen]
-    gallery([frames["sim-kadid"].attrs["images"][i] for i in chosen], titles, captions).savefig(output / "pictures.png")
-
-
-def scatter_pair(one: pd.DataFrame, two: pd.DataFrame):
-    """Return scores against MOS before and after, side by side."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=100)
-    for ax, table, title in zip(figure.subplots(1, 2), (one, two), ("before", "after")):
-        scatter(ax, table["mos"], table["score"], title)
-    return figure
+    table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv"), comment="#")
+    if set_name:
+        table = table[table["set"] == set_name].reset_index(drop=True)
+    rows = []
+    for one, two in pairs:
+        a, b = ({int(name.rsplit("/", 1)[1]): name for name in table if name.rsplit("/", 1)[0] == variant} for variant in (one, two))
+        seeds = sorted(set(a) & set(b)) if len(a) > 1 and len(b) > 1 else sorted(set(a) | set(b))
+        columns = [[side.get(seed, next(iter(side.values()))) for seed in seeds] for side in (a, b)]
+        values = seed_difference(table, *columns, statistic, n=n)
+        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | values)
+    return pd.DataFrame(rows)

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.cards import model_card
 from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
+from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, own_names
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
@@ -32,7 +33,7 @@ KEYS = {
 LOG = {
     "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
     "length": "completions/mean_length", "kl": "kl", "unparseable": "unparseable", "score_std": "score_std",
-    "val_srcc": "val_srcc", "val_plcc": "val_plcc", "seconds": "seconds",
+    "val_srcc": "val_srcc", "val_plcc": "val_plcc", "val_family": "val_family", "seconds": "seconds",
 }  # fmt: skip
 """Column of log.csv -> key in TRL's logs."""
 
@@ -190,9 +191,13 @@ class RunLog(TrainerCallback):
     def _validate(self, state) -> None:
         if not (state.is_world_process_zero or self.sharded):
             return
-        scores, mos = [score.score for score in self.scorer.score(self.images)], self.frame["mos"]
+        found = self.scorer.score(self.images)
         if state.is_world_process_zero:
-            self._write(state.global_step, {"val_srcc": srcc(scores, mos), "val_plcc": plcc(scores, mos)})
+            scores = [score.score for score in found]
+            family = naming(self.frame.assign(reasoning=[score.reasoning for score in found]))["family"] if self.scorer.thinking else None
+            sets = list(self.frame.assign(score=scores).groupby("dataset"))  # each has its own scale: means over sets
+            values = {f"val_{key}": sum(f(rows["score"], rows["mos"]) for _, rows in sets) / len(sets) for key, f in (("srcc", srcc), ("plcc", plcc))}
+            self._write(state.global_step, values | {"val_family": family})
 
     def _write(self, step: int, logs: dict) -> None:
         logs = logs | {"step": step, "seconds": round(time.time() - self.start, 1)}
