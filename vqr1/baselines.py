@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.fft import idct
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from vqr1.data import CROP, TRAINED, data_root, one_set_batches
 from vqr1.policy import base_of
@@ -166,7 +166,10 @@ def load_cnn() -> SmallCNN:
     return model
 
 
-def train_cnn(frame: pd.DataFrame, images: list[Image.Image], *, ranker: bool, steps: int, batch: int = 16, lr: float = 1e-3, seed: int = 0) -> SmallCNN:
+def train_cnn(
+    frame: pd.DataFrame, images: list[Image.Image], *, ranker: bool, steps: int, batch: int = 16, lr: float = 1e-3,
+    seed: int = 0,
+) -> SmallCNN:  # fmt: skip
     """Return the pretrained CNN, all of its weights trained on rated rows; see `rating_losses` for ranker and errors."""
     torch.manual_seed(seed)
     model = load_cnn()
@@ -193,10 +196,14 @@ def tower_features(policy: tuple, images: list[Image.Image]) -> torch.Tensor:
         return torch.cat([looked(base_of(model).model.visual, **one) for one in seen]).cpu()
 
 
-def train_head(policy: tuple, frame: pd.DataFrame, images: list[Image.Image], *, ranker: bool, steps: int, batch: int = 16, lr: float = 1e-3, seed: int = 0) -> nn.Module:
+def train_head(
+    policy: tuple, frame: pd.DataFrame, images: list[Image.Image], *, ranker: bool, steps: int, batch: int = 16, lr: float = 3e-3,
+    seed: int = 0,
+) -> nn.Module:  # fmt: skip
     """Return a linear head trained on rated rows, on top of the policy's frozen vision tower: the same eyes, no words.
 
-    Each picture is looked at once. See `rating_losses` for ranker and errors.
+    Each picture is looked at once. 300 steps do: on 480 rows of sim-kadid, seed 0, SRCC on 190 validation rows was 0.64 (regressor) and 0.66
+    (ranker) after 100 steps, 0.675 (both) after 300, no better by more than 0.005 after 1000 or with lr 1e-3. See `rating_losses` for ranker and errors.
     """
     torch.manual_seed(seed)
     seen = tower_features(policy, images)
@@ -231,7 +238,9 @@ def ranking_loss(scores: torch.Tensor, mos: torch.Tensor) -> torch.Tensor:
     return (1 - fidelity(true_preference(mos), predicted))[pairs].mean()
 
 
-def rating_losses(predict: Callable[[list[int]], torch.Tensor], frame: pd.DataFrame, ranker: bool, steps: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
+def rating_losses(
+    predict: Callable[[list[int]], torch.Tensor], frame: pd.DataFrame, ranker: bool, steps: int, batch: int, seed: int,
+) -> Iterator[torch.Tensor]:  # fmt: skip
     """Yield the losses of `steps` batches of one data set each, of `predict(row positions) -> (B, 1)`.
 
     A ranker's loss is `ranking_loss`, a regressor's the squared error to the MOS.
@@ -280,7 +289,9 @@ def supervised(
             seed=seed, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        Trainer(model, arguments, train_dataset=rows, data_collator=Opinions(processor, seed)).train()
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=Opinions(processor, seed))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return model, processor
 
 
