@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vqr1 import studies, training
+from vqr1 import demo, training
 from vqr1.cli import _parser, main
 from vqr1.data import COLUMNS
 from vqr1.training import last_checkpoint, load_config
@@ -221,9 +221,9 @@ def small_config(folder: Path, **grpo) -> str:
 @pytest.mark.parametrize("command", ["train", "demo"])
 def test_a_run_is_not_overwritten(command, tmp_path, capsys, monkeypatch):
     """The refusal comes before anything is loaded, rendered or evaluated."""
-    for module in (studies, training):
+    for module in (demo, training):
         monkeypatch.setattr(module, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
-    monkeypatch.setattr(studies, "evaluation_rows", lambda *args, **kwargs: pytest.fail("an evaluation began"))
+    monkeypatch.setattr(demo, "evaluation_rows", lambda *args, **kwargs: pytest.fail("an evaluation began"))
     (tmp_path / "checkpoints" / "checkpoint-30").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-30" / "trainer_state.json").touch()
     said = refused([command, "--out", str(tmp_path)], capsys)
@@ -247,7 +247,7 @@ def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path):
     said = process.communicate(timeout=100)[1]
     assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
     whole = last_checkpoint(folder / "checkpoints")
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in whole.iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in whole.iterdir()}
     assert not (folder / "policy").exists()
     steps = pd.read_csv(folder / "log.csv", comment="#")["step"]
     assert list(steps) == list(range(len(steps))) and len(steps) > 1
@@ -273,6 +273,6 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
             assert image.format == "PNG" and image.width > 400
     log = pd.read_csv(folder / "log.csv", comment="#")
     assert list(log["step"]) == [0, 2] and log["val_srcc"].notna().all() and log["reward"].notna().iloc[1]
-    for name in ("policy/model.safetensors", "policy/tokenizer.json", "config.yaml", "before/sim-kadid.expected.thinking.csv"):
+    for name in ("policy/adapter_model.safetensors", "policy/tokenizer.json", "config.yaml", "before/sim-kadid.expected.thinking.csv"):
         assert (folder / name).is_file(), name
     assert len(pd.read_csv(folder / "after" / "sim-unseen.expected.plain.csv")) == 66

@@ -38,8 +38,8 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def tiny(**grpo) -> dict:
-    """The cpu configuration with 4 pictures x 3 completions; Adam's first step moves every weight by the learning rate."""
-    config = load_config("cpu")
+    """The cpu configuration with 4 pictures x 3 completions and all weights trained; Adam's first step moves each by the learning rate."""
+    config = load_config("cpu") | {"lora": None}
     config["validation"] = {"rows": 4, "every": 2}
     small = {"per_device_train_batch_size": 12, "num_generations": 3, "max_steps": 3}
     config["grpo"] |= small | {"warmup_steps": 0, "logging_steps": 1, "save_steps": 2} | grpo

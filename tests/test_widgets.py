@@ -261,7 +261,7 @@ def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
     config = load_config("cpu")
     config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2, "logging_steps": 1}
     config["validation"] = {"rows": 4, "every": 2}
-    assert (train(config, tmp_path / "run", frame=frame) / "config.json").is_file()
+    assert (train(config, tmp_path / "run", frame=frame) / "adapter_config.json").is_file()
     log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
     assert log["ranking"].dropna().between(0.01, 1.01).sum() == 2
 

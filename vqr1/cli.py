@@ -296,6 +296,11 @@ def _study(args) -> int:
     from vqr1.evaluation import markdown
     from vqr1.studies import study
 
+    if args.name == "progress":  # no grid of trainings
+        from vqr1.progress import main
+
+        main()
+        return EXIT_OK
     print(markdown(study(args.name, args.seeds, args.out, args.csv, args.variants, args.steps)))
     return EXIT_OK
 

@@ -1,7 +1,7 @@
 """The runs behind the claims: one row per variant, seed and set, made once, in several processes, and kept in data/runs/.
 
-A study NAME has NAME.csv (the results), NAME-scores.csv (every test row's score, a column per variant and seed: what paired differences are made
-of) and NAME-log.csv (reward and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed.
+A study NAME has NAME.csv (the results), NAME-scores.csv (every test row's score, a column per variant and seed), NAME-differences.csv (of variants,
+paired over photographs and seeds) and NAME-log.csv (reward and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed.
 """
 
 import multiprocessing
@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 
 from vqr1.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
-from vqr1.data import realigned, render_rows
+from vqr1.data import UNRATED, realigned, render_rows
 from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, naming, undecided
-from vqr1.metrics import Statistic, frame_srcc, seed_difference
+from vqr1.metrics import Statistic, frame_srcc, frame_within_level_srcc, over_sets, seed_difference
 from vqr1.policy import load_policy, lora_config
 from vqr1.simulated import MIXTURE
-from vqr1.training import images_per_step, grpo_config, load_config, machine_line, set_rows, train
+from vqr1.training import grpo_config, images_per_step, load_config, machine_line, set_rows, train
 
 COLUMNS = [
     "study", "variant", "seed", "set", "estimate", "photographs", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi",
@@ -46,10 +46,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """config: name of the configuration; sets: what is scored, and at most how many rows of each; minutes: of one run, about, on one core."""
+    """config: name of the configuration; sets: what is scored, and at most how many rows of each; than: the variant that all are compared
+    with; minutes: of one run, about, on one core.
+    """
 
     config: str
     sets: dict[str, int | None]
+    than: str
     variants: dict[str, Variant]
     minutes: float = 1.3
 
@@ -63,13 +66,13 @@ def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1)
 FULL = dict.fromkeys(SETS)
 ALL = {"sets": list(MIXTURE)}
 STUDIES = {
-    "demo": Study("cpu", FULL, {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20),
-    "controls": Study("cpu", FULL, {
+    "demo": Study("cpu", FULL, "before", {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20),
+    "controls": Study("cpu-study", {"sim-kadid": 288}, "before", {
         "before": Variant(1, method="before"),
         "permuted": Variant(3, {"rows": "permuted"}),
         "format": Variant(3, {"reward": "format"}),
-    }, minutes=20),
-    "mixture": Study("cpu-study", dict.fromkeys(MIXTURE, 180), {
+    }),
+    "mixture": Study("cpu-study", dict.fromkeys(MIXTURE, 104), "mixture", {
         "before": Variant(1, method="before"),
         "mixture": Variant(5, ALL),
         **{f"alone-{name}": Variant(3, {"sets": [name]}) for name in MIXTURE},
@@ -77,7 +80,7 @@ STUDIES = {
         "threshold-realigned": Variant(5, ALL | {"reward": "threshold", "rows": "realigned"}),
         "across": Variant(3, ALL | {"rows": "across"}),
     }),
-    "comparison": Study("cpu-study", {"sim-kadid": 288, "sim-unseen": 96}, {
+    "comparison": Study("cpu-study", {"sim-kadid": 288, "sim-unseen": 96}, "ranking", {
         "before": Variant(1, method="before"),
         "before, non-thinking": Variant(1, {"thinking": False}, method="before"),
         "BRISQUE": Variant(1, method="brisque"),
@@ -161,13 +164,12 @@ def _learned(method: str, config: dict, rows: str | None, output: Path, pool: in
     return lambda pictures: score_head(policy, head, pictures)
 
 
-def run(study: str, variant: str, seed: int, output: Path, steps: int | None = None) -> dict[str, pd.DataFrame | list[dict]]:
+def run(plan: Study, variant: str, seed: int, output: Path, steps: int | None = None) -> dict[str, pd.DataFrame]:
     """Make one row of a study: train, score the test rows, and return {"rows", "scores", "log"}.
 
     steps: fewer than the configuration's, for a quick look.
     """
     torch.set_num_threads(1)  # there is a process for every core
-    plan = STUDIES[study]
     line = plan.variants[variant]
     config = changed(load_config(plan.config), line.change, seed)
     if steps:
@@ -180,10 +182,10 @@ def run(study: str, variant: str, seed: int, output: Path, steps: int | None = N
         tables = evaluate(learned, frames, modes=(config["thinking"],))[1]
     else:
         tables = {(name, "score", False): frame.assign(score=learned(frame.attrs["images"]), reasoning="") for name, frame in frames.items()}
-    name = {"study": study, "variant": variant, "seed": seed}
+    name = {"variant": variant, "seed": seed}
     rows = [name | {"set": key[0], "estimate": key[1], "seconds": seconds} | agreement(table) | _words(table) for key, table in tables.items()]
     scores = pd.concat([table.assign(set=key[0])[[*ROW, "score"]] for key, table in tables.items()], ignore_index=True)
-    return {"rows": rows, "scores": scores, "log": _log(config, output / "log.csv", name)}
+    return {"rows": pd.DataFrame(rows), "scores": scores, "log": _log(config, output / "log.csv", name)}
 
 
 def _words(table: pd.DataFrame) -> dict:
@@ -218,10 +220,12 @@ def study(name: str, seeds: list[int] | None = None, output: str | Path = "runs/
     if not todo:
         return made
     with ProcessPoolExecutor(min(processes, len(todo)), multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(run, name, variant, seed, _folder(Path(output), name, variant, seed), steps): (variant, seed) for variant, seed in todo}
+        jobs = {pool.submit(run, plan, variant, seed, _folder(Path(output), name, variant, seed), steps): (variant, seed) for variant, seed in todo}
         for job in as_completed(jobs):
             made = _keep(csv, jobs[job], job.result(), made)
-            print(f"{made['variant'].iloc[-1]}, seed {made['seed'].iloc[-1]}: SRCC {made['srcc'].iloc[-1]:.3f}", flush=True)
+            last = made[(made["variant"] == jobs[job][0]) & (made["seed"] == jobs[job][1])]
+            print(f"{jobs[job][0]}, seed {jobs[job][1]}: " + ", ".join(f"{row.set} {row.srcc:.3f}" for row in last.itertuples()), flush=True)
+    write_differences(csv, plan)
     return made
 
 
@@ -250,7 +254,7 @@ def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) ->
         log = csv.with_name(f"{csv.stem}-log.csv")
         known = pd.read_csv(log, comment="#") if log.is_file() else pd.DataFrame()
         _write(log, pd.concat([known, found["log"]], ignore_index=True), "%.5g", which[1])
-    rows = pd.DataFrame(found["rows"])
+    rows = found["rows"].assign(study=csv.stem)
     made = (pd.concat([made, rows], ignore_index=True) if len(made) else rows).reindex(columns=COLUMNS)
     _write(csv, made, "%.4f", ", ".join(map(str, sorted(set(made["seed"])))))
     return made
@@ -262,20 +266,38 @@ def _write(csv: Path, table: pd.DataFrame, numbers: str, seeds: int | str) -> No
     partial.replace(csv)
 
 
-def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str | None, statistic: Statistic = frame_srcc, n: int = 1000) -> pd.DataFrame:
-    """Return for each pair of variants the mean of both over the seeds that both have, and their difference with its 95% interval.
+def write_differences(csv: Path, plan: Study) -> None:
+    """Write NAME-differences.csv: of every variant and the one that all are compared with, in SRCC and within-level SRCC, for each rated set and their mean SRCC."""
+    variants = [name for name in plan.variants if name in set(read_study(csv)["variant"]) and name != plan.than]
+    wanted = [(name, *kind) for name in plan.sets if name not in UNRATED for kind in (("srcc", frame_srcc), ("srcc_within_level", frame_within_level_srcc))]
+    tables = [
+        compared(csv, [(name, plan.than) for name in variants], name_of_set, statistic).assign(set=name_of_set, statistic=label)
+        for name_of_set, label, statistic in [*wanted, ("mean", "srcc", over_sets)]
+    ]
+    if variants and plan.than in set(read_study(csv)["variant"]):
+        _write(csv.with_name(f"{csv.stem}-differences.csv"), pd.concat(tables), "%.4f", "see the column seeds")
 
-    Paired over the same photographs and seeds (`seed_difference`, `n` resamples); a variant of one run (before, BRISQUE) is paired with every
-    seed. set_name: None for the rows of all sets, whose statistic must not mix their scales (`metrics.over_sets`).
+
+def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str, statistic: Statistic = frame_srcc) -> pd.DataFrame:
+    """Return for each pair of variants the mean of both over their seeds, and their difference with its 95% interval.
+
+    set_name: "mean" for the rows of all sets and a statistic that keeps them apart (`metrics.over_sets`). Columns: variant, than, seeds, and those of `seed_difference`: paired over the same photographs, and over the seeds that both have. A variant of one run
+    (before, BRISQUE) is paired with every seed of the other.
     """
     table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv"), comment="#")
-    if set_name:
-        table = table[table["set"] == set_name].reset_index(drop=True)
+    table = table[(table["set"] == set_name) | (set_name == "mean")].reset_index(drop=True)
     rows = []
     for one, two in pairs:
-        a, b = ({int(name.rsplit("/", 1)[1]): name for name in table if name.rsplit("/", 1)[0] == variant} for variant in (one, two))
-        seeds = sorted(set(a) & set(b)) if len(a) > 1 and len(b) > 1 else sorted(set(a) | set(b))
+        a, b = (_columns(table, variant) for variant in (one, two))
+        seeds = sorted(set(a) & set(b)) if len(a) > 1 and len(b) > 1 else sorted(a if len(a) > 1 else b)
         columns = [[side.get(seed, next(iter(side.values()))) for seed in seeds] for side in (a, b)]
-        values = seed_difference(table, *columns, statistic, n=n)
-        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | values)
+        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | seed_difference(table, *columns, statistic))
     return pd.DataFrame(rows)
+
+
+def _columns(table: pd.DataFrame, variant: str) -> dict[int, str]:
+    """Return the columns of a variant's scores by seed; ValueError where there are none."""
+    found = {int(name.rsplit("/", 1)[1]): name for name in table if name.startswith(f"{variant}/")}
+    if not found:
+        raise ValueError(f"no scores of variant {variant!r}; make them: vqr1 study NAME --variants {variant!r}")
+    return found

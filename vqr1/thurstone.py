@@ -79,7 +79,7 @@ def true_preference(mos) -> torch.Tensor:
             [0.0000, 0.5000, 0.0000],
             [0.5000, 1.0000, 0.5000]])
     """
-    mos = mos if torch.is_tensor(mos) else torch.as_tensor(np.asarray(mos, dtype=float))
+    mos = mos if torch.is_tensor(mos) else torch.from_numpy(np.array(mos, dtype=float))
     if mos.ndim != 1:
         raise ValueError(f"mos must have shape (B,), got {tuple(mos.shape)}")
     bad = (~torch.isfinite(mos)).nonzero().flatten().tolist()

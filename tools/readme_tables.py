@@ -1,0 +1,82 @@
+"""Write the README's result tables again from data/runs/*.csv: `python tools/readme_tables.py`. A test fails while they disagree.
+
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RUNS = ROOT / "README.md", ROOT / "data" / "runs"
+
+
+def read(name: str) -> pd.DataFrame:
+    return pd.read_csv(RUNS / f"{name}.csv", comment="#")
+
+
+def interval(row: pd.Series) -> str:
+    """Return a difference and its 95% interval as text."""
+    return f"{row['difference']:+.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def demo() -> str:
+    """The three sets before and after; gains over seeds and photographs, and each seed's SRCC."""
+    rows, gains = read("demo"), read("demo-differences").set_index(["set", "statistic"])
+    lines = []
+    for name in ("sim-kadid", "sim-unseen"):
+        total, within = gains.loc[name, "srcc"], gains.loc[name, "srcc_within_level"]
+        each = rows[(rows["variant"] == "ranking") & (rows["set"] == name)].sort_values("seed")["srcc"]
+        lines.append([f"`{name}`", f"{total['mean_than']:.3f}", f"**{total['mean']:.3f}** ({', '.join(f'{value:.3f}' for value in each)})", interval(total),
+                      f"{within['mean_than']:.3f} → {within['mean']:.3f}", interval(within)])  # fmt: skip
+    return markdown(["set", "SRCC before", "SRCC after (each seed)", "gain", "within-level SRCC", "gain"], lines)
+
+
+def comparison() -> str:
+    """Every variant of the comparison, by its SRCC."""
+    rows, differences = read("comparison"), read("comparison-differences").set_index(["variant", "set", "statistic"])
+    by = rows.groupby(["variant", "set"]).agg({"seed": "count", "srcc": "mean", "srcc_within_level": "mean", "family": "mean", "seconds": "mean"})
+    lines = []
+    for name, row in by.xs("sim-kadid", level="set").sort_values("srcc", ascending=False, kind="stable").iterrows():
+        than = interval(differences.loc[name, "sim-kadid", "srcc"]) if name != "ranking" else ""
+        numbers = [f"{row['srcc']:.3f}", f"{row['srcc_within_level']:.3f}", than, f"{by.loc[(name, 'sim-unseen'), 'srcc']:.3f}"]
+        more = [f"{row['family']:.0%}" if row["family"] == row["family"] else "", f"{row['seconds']:.0f}" if row["seconds"] == row["seconds"] else ""]
+        lines.append([name if name != "ranking" else "**ranking** (the paper's reward)", f"{row['seed']:.0f}", *numbers, *more])
+    return markdown(["variant", "seeds", "SRCC", "within-level", "minus ranking", "SRCC `sim-unseen`", "family named", "CPU s"], lines)
+
+
+def mixture() -> str:
+    """What training on three sets gives on each."""
+    rows, differences = read("mixture"), read("mixture-differences").set_index(["variant", "set", "statistic"])
+    sets = list(dict.fromkeys(rows["set"]))
+    lines = []
+    for name in dict.fromkeys(rows["variant"]):
+        own = rows[rows["variant"] == name]
+        mean = own.groupby("set")["srcc"].mean()
+        than = [interval(differences.loc[name, which, "srcc"]) if name != "mixture" else "" for which in sets]
+        cells = [f"{mean[which]:.3f}" + (f" ({text})" if text else "") for which, text in zip(sets, than)]
+        lines.append([name, str(own["seed"].nunique()), *cells, f"{mean.mean():.3f}"])
+    return markdown(["trained on", "seeds", *(f"`{name}` (minus mixture)" for name in sets), "mean"], lines)
+
+
+TABLES = {"demo": demo, "comparison": comparison, "mixture": mixture}
+
+
+def renewed(text: str) -> str:
+    """Return the README with every table made again."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            sys.exit(f"README.md has no place for table {name}: put <!-- table {name} --> and <!-- end {name} --> there")
+        text = pattern.sub(lambda found, made=table(): f"{found[1]}{made}\n{found[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
