@@ -16,6 +16,7 @@ import trl
 import yaml
 from peft import PeftModel, get_peft_model
 from PIL import Image
+from test_sharing import learned
 from torch.testing import assert_close
 from transformers import GenerationConfig, PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -26,7 +27,7 @@ from vqr1.data import COLUMNS, load_ratings
 from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor, load_policy, lora_config, memory_by_part, qwen_config
 from vqr1.prompts import messages
 from vqr1.scoring import Scorer
-from vqr1.sharing import look_once
+from vqr1.sharing import look_once, prompt_once
 from vqr1.training import CONFIGS, build_trainer, config_for_device, grpo_config, load_config, set_rows, train
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -423,6 +424,29 @@ def test_a_card_names_a_base_of_the_hub_and_only_simulated_sets_simulated():
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["base_model"] == "Qwen/Qwen2.5-VL-7B-Instruct" and header["library_name"] == "transformers"
     assert "No validation gave an SRCC" in card and "simulated" not in card
+
+
+@pytest.mark.parametrize("share", [look_once, prompt_once])
+def test_sharing_keeps_log_probabilities_and_gradients(folder, share):
+    """Of both classes: see tests/test_sharing.py for the embedded policy."""
+    found = []
+    for shared in (False, True):
+        model, processor = load_policy(folder)
+        trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora_config())
+        training.freeze(model, ["visual"])
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        if shared:
+            share(model)
+        batch = asked(processor, [picture for picture in pictures() for _ in range(2)])
+        found.append(learned(model, batch, torch.arange(20, 44).view(6, 4), torch.ones(6, 4, dtype=torch.long), torch.tensor([3, 0, 5, 1, 4, 2])))
+    (stock, _, gradient), (shared, _, same) = found
+    assert_close(shared, stock, rtol=0, atol=1e-5)
+    assert gradient.keys() == same.keys() and len(same) > 0
+    assert all(torch.cosine_similarity(same[name].flatten(), gradient[name].flatten(), 0) > 0.9999 for name in same if gradient[name].abs().max() > 0)
 
 
 # --- the benchmark ------------------------------------------------------------------------------

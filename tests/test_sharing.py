@@ -10,12 +10,12 @@ import trl
 from peft import get_peft_model
 from PIL import Image
 from torch.testing import assert_close
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
 from vqr1.data import load_ratings
-from vqr1.policy import base_of, load_policy, lora_config
+from vqr1.policy import base_of, load_policy, load_processor, lora_config
 from vqr1.prompts import messages
-from vqr1.sharing import look_once, prefill_once, prompt_once
+from vqr1.sharing import look_once, prefill_once, process_once, prompt_once
 from vqr1.training import build_trainer, load_config
 
 
@@ -23,9 +23,61 @@ def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+A, B, C, D = noise(64, 64, 1), noise(96, 64, 2), noise(96, 64, 3), noise(64, 128, 4)
+PATCHES = {"A": 16, "B": 24, "C": 24, "D": 32}
+
+
 def asked(processor, *pictures):
     text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
     return processor(text=[text] * len(pictures), images=list(pictures), padding=True, return_tensors="pt")
+
+
+# One processing per picture
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """(processor of the embedded policy that processes once, sizes of the batches that its image processor itself was given)."""
+    processor, batches = load_policy("tiny-policy")[1], []
+    stock = type(processor)._process_images
+
+    def counted(self, images, **kwargs):
+        batches.append(len(images))
+        return stock(self, images, **kwargs)
+
+    monkeypatch.setattr(type(processor), "_process_images", counted)
+    process_once(processor)
+    return processor, batches
+
+
+def test_repeated_pictures_are_processed_once_to_the_same_inputs(worked):
+    processor, batches = worked
+    asked_for = [B, A, B, C, A, B.copy()]
+    expected = asked(load_policy("tiny-policy")[1], *asked_for)
+    batches.clear()
+    for _ in range(2):  # the second time, all are remembered
+        found = asked(processor, *asked_for)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert batches == [4]  # B's copy is a picture of its own
+    asked(processor, A, D)
+    asked(processor, A, D.copy())
+    asked(processor, A, D)
+    assert batches == [4, 2, 2, 2]  # of batches, the last one is remembered
+
+
+def test_other_settings_are_processed_anew(worked):
+    processor, batches = worked
+    limits = ({"shortest_edge": 4096, "longest_edge": most} for most in (4096, 8192))
+    few, all_ = (processor(text=["<|image_pad|>"], images=[D], size=limit, return_tensors="pt")["pixel_values"] for limit in limits)
+    assert batches == [1, 1] and len(few) < len(all_)
+
+
+def test_a_processor_that_processes_once_can_be_saved(worked, tmp_path):
+    processor, _ = worked
+    expected = asked(processor, A, A)
+    processor.save_pretrained(tmp_path)
+    found = asked(load_processor(str(tmp_path), "qwen2_5_vl"), A, A)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # One look per picture
@@ -53,10 +105,6 @@ class Looks:
 @pytest.fixture
 def looks(untrained):
     return Looks(untrained)
-
-
-A, B, C, D = noise(64, 64, 1), noise(96, 64, 2), noise(96, 64, 3), noise(64, 128, 4)
-PATCHES = {"A": 16, "B": 24, "C": 24, "D": 32}
 
 
 def test_repeated_pictures_are_seen_once_with_the_same_features(looks):
@@ -249,24 +297,36 @@ def test_other_calls_of_forward_are_left_alone(photo):
 # A whole step of the trainer
 
 
-def one_step(tmp_path, share, beta=0.0):
+def one_step(tmp_path, share, policy=None, **grpo):
+    """Two steps on pictures of three sizes, so that prompts are padded."""
     config = load_config("cpu")
     config |= {"lora": {"r": 4, "alpha": 8}, "share": share}
-    config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 12, "num_generations": 3, "beta": beta, "learning_rate": 1e-3,
-                       "max_completion_length": 12, "save_strategy": "no", "warmup_steps": 0}  # fmt: skip
+    config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 12, "num_generations": 3, "learning_rate": 1e-3,
+                       "max_completion_length": 12, "save_strategy": "no", "warmup_steps": 0, "logging_steps": 1} | grpo  # fmt: skip
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::150]
-    trainer = build_trainer(config, tmp_path, frame=rows)
+    crops = ["0,0,96,64", "8,0,64,128", "100,60,112,112"]
+    trainer = build_trainer(config, tmp_path, policy, rows.assign(crop=[crops[i % 3] for i in range(len(rows))]))
     trainer.train()
     weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     return weights, [entry for entry in trainer.state.log_history if "reward" in entry], trainer
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_a_run_that_shares_is_the_stock_run(tmp_path, beta):
+def patched(trainer) -> list[bool]:
+    """Which of the seams are not TRL's and transformers' own."""
+    owners = {"generate": trainer.model, "forward": base_of(trainer.model).model.visual, "_process_images": trainer.processing_class}
+    return [name in vars(owner) for name, owner in owners.items()]
+
+
+MICRO = {"per_device_train_batch_size": 6, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("grpo", [{}, {"beta": 0.1}, MICRO | {"num_iterations": 2}], ids=["plain", "KL", "micro-batches, each learned from twice"])
+def test_a_run_that_shares_is_the_stock_run(tmp_path, grpo):
     """Same seed, same samples, same rewards, same weights after two steps."""
-    stock, stock_log, trainer = one_step(tmp_path / "stock", share=False, beta=beta)
-    shared, shared_log, _ = one_step(tmp_path / "shared", share=True, beta=beta)
-    assert "generate" not in vars(trainer.model)  # the switch is off
+    stock, stock_log, before = one_step(tmp_path / "stock", share=False, **grpo)
+    shared, shared_log, after = one_step(tmp_path / "shared", share=True, **grpo)
+    assert not any(patched(before)) and all(patched(after))  # the switch
+    assert len(stock_log) == len(shared_log) == 2
     for key in ("reward", "completions/mean_length", "entropy"):
         assert [entry[key] for entry in shared_log] == pytest.approx([entry[key] for entry in stock_log], abs=1e-5)
     start, end = ({name: weights[name] for name in weights if "lora_B" in name} for weights in (stock, shared))
@@ -275,9 +335,23 @@ def test_a_run_that_shares_is_the_stock_run(tmp_path, beta):
         assert torch.cosine_similarity(start[name].flatten(), end[name].flatten(), 0) > 0.999, name
 
 
+def test_a_step_processes_each_picture_once(worked, tmp_path):
+    model, _ = load_policy("tiny-policy")
+    one_step(tmp_path, True, (model, worked[0]), max_steps=1)
+    assert worked[1] == [4]  # of 12 answers, for rollouts and log-probabilities
+
+
+def test_model_classes_that_it_was_not_shown_for_go_the_stock_way(tmp_path):
+    model, processor = load_policy("tiny-policy")
+    model.config.model_type = "another"
+    _, log, trainer = one_step(tmp_path, True, (model, processor), max_steps=1)
+    assert not any(patched(trainer)) and len(log) == 1
+
+
 def test_trl_still_has_the_seams():
     """An update of TRL that moves them must not go unseen: nothing would be shared, and nothing would fail."""
     source = inspect.getsource(trl.GRPOTrainer._get_per_token_logps_and_entropies)
     assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
     assert 'model_inputs["image_grid_thw"]' in source and "labels[:, :-logits_to_keep] = -100" in source
     assert ".generate(" in inspect.getsource(trl.GRPOTrainer._generate_single_turn)
+    assert "self._process_images(images, **" in inspect.getsource(ProcessorMixin.__call__)

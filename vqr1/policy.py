@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    BatchFeature,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,7 +26,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
 )
-from transformers.image_utils import make_flat_list_of_images
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import is_torchvision_available
@@ -67,17 +65,6 @@ class PictureProcessor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-    def _process_images(self, images, **kwargs):
-        """Work once on a picture that is given many times: TRL repeats each one for its K answers."""
-        images = make_flat_list_of_images(images)
-        once = list({id(image): image for image in images}.values())
-        done = self.image_processor(once, **kwargs | {"return_tensors": "pt"})
-        grid, places = done["image_grid_thw"], {id(image): i for i, image in enumerate(once)}
-        order = [places[id(image)] for image in images]
-        patches = done["pixel_values"].split(grid.prod(1).tolist())
-        done = BatchFeature({"pixel_values": torch.cat([patches[i] for i in order]), "image_grid_thw": grid[order]})
-        return done, [self.replace_image_token(done, image_idx=i) for i in range(len(images))]
 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:

@@ -7,10 +7,15 @@ pass of the log-probabilities. The numbers are the same when each distinct pictu
 from functools import wraps
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import BatchFeature, Cache, PreTrainedModel, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from vqr1.policy import base_of
+
+
+SHARED = ("qwen2_5_vl", "qwen3_vl")
+"""Model types that this holds for; all others go the stock way."""
 
 
 def share(model: PreTrainedModel) -> None:
@@ -18,6 +23,25 @@ def share(model: PreTrainedModel) -> None:
     look_once(model)
     prefill_once(model)
     prompt_once(model)
+
+
+def process_once(processor: ProcessorMixin) -> None:
+    """Let the image processor work once on a picture that is given many times, and remember the last batch: TRL asks for it again for the log-probabilities."""
+    process, last = processor._process_images, [None, None]  # the last call, and what came of it
+
+    def shared(images, **kwargs):
+        images, kwargs = make_flat_list_of_images(images), kwargs | {"return_tensors": "pt"}
+        once = list({id(image): image for image in images}.values())
+        places = {id(image): i for i, image in enumerate(once)}
+        order = [places[id(image)] for image in images]
+        if last[0] is None or last[0][1:] != (order, kwargs) or any(a is not b for a, b in zip(last[0][0], once)):
+            done, texts = process(once, **kwargs)
+            grid, patches = done["image_grid_thw"], done["pixel_values"].split(done["image_grid_thw"].prod(1).tolist())
+            repeated = BatchFeature({"pixel_values": torch.cat([patches[i] for i in order]), "image_grid_thw": grid[order]})
+            last[:] = (once, order, kwargs), (repeated, [texts[i] for i in order])
+        return last[1]
+
+    processor._process_images = shared
 
 
 def look_once(model: PreTrainedModel) -> None:

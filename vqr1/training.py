@@ -23,7 +23,7 @@ from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, own_names
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
-from vqr1.sharing import share
+from vqr1.sharing import SHARED, process_once, share
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 KEYS = {
@@ -282,7 +282,8 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     own_names(trainer.model)
     if sharded(trainer):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
         return trainer
-    if config["share"]:
+    if config["share"] and base_of(trainer.model).config.model_type in SHARED:
+        process_once(processor)
         for model in filter(None, (trainer.model, trainer.ref_model)):
             share(model)
         if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from functools import wraps
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,23 +100,33 @@ def random_processor(config) -> PictureProcessor:
 
 
 class Clock(TrainerCallback):
-    """Seconds spent in functions in the current step, by name; the GPU is waited for."""
+    """Seconds spent in functions in the current step, by name: in `seconds` without, in `total` with those of watched functions inside; the GPU is waited for."""
 
     def __init__(self):
-        self.seconds = {}
+        self.seconds, self.total, self.open = Counter(), Counter(), []  # open: [name, seconds of what is inside] of the calls that are running
 
     def on_step_begin(self, *args, **kwargs):
-        self.seconds = {}
+        self.seconds, self.total = Counter(), Counter()
 
-    def around(self, name: str, function):
+    def around(self, name, function):
+        """Return the function with a clock. name: of what it does, or a function that tells it from a call's arguments, None for no clock."""
+
+        @wraps(function)
         def timed(*args, **kwargs):
+            part = name if isinstance(name, str) else name(*args, **kwargs)
+            if part is None:
+                return function(*args, **kwargs)
             start = self.now()
+            self.open.append([part, 0.0])
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0) + self.now() - start
+                took, (_, inside) = self.now() - start, self.open.pop()
+                self.seconds[part] += took - inside
+                self.total[part] += took
+                if self.open:
+                    self.open[-1][1] += took
 
-        timed.__name__ = getattr(function, "__name__", name)
         return timed
 
     @staticmethod
@@ -148,27 +160,33 @@ def photographs(count: int, tiny: bool) -> pd.DataFrame:
     return rows if tiny else rows.assign(crop="")  # whole: 512x384
 
 
-def grpo_step(model, processor, tiny: bool, out: Path) -> dict:
-    """Return the seconds of the second of two steps, by part, and the tokens sampled per second of rollout."""
+def configuration(tiny: bool, steps: int) -> dict:
+    """Return kadid-7b-qlora with one generation per step, for this GPU, or in small for a CPU."""
     config = load_config("kadid-7b-qlora")
-    config["grpo"] |= {"max_steps": 2, "gradient_accumulation_steps": config["grpo"]["steps_per_generation"], "save_strategy": "no"}
+    config["grpo"] |= {"max_steps": steps, "gradient_accumulation_steps": config["grpo"]["steps_per_generation"], "save_strategy": "no"}
     if tiny:
         small = {"per_device_train_batch_size": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
         config["grpo"] |= small | {"num_generations": 2, "max_completion_length": 4, "use_cpu": True, "bf16": False}
     elif default_dtype() == torch.float16:
         config["grpo"] |= {"bf16": False, "fp16": True}
+    return config
+
+
+def grpo_step(model, processor, tiny: bool, out: Path) -> dict:
+    """Return the seconds of the second of two steps, by part, and the tokens sampled per second of rollout."""
+    config = configuration(tiny, 2)
     trainer, clock = build_trainer(config, out, (model, processor), photographs(8, tiny)), Clock()
     trainer.model.generate = clock.around("rollout", trainer.model.generate)
     trainer.reward_funcs = [clock.around("reward", function) for function in trainer.reward_funcs]
     trainer.training_step = clock.around("step", trainer.training_step)
     trainer.add_callback(clock)
     trainer.train()
-    last, args = clock.seconds, trainer.args
+    last, args = clock.total, trainer.args
     tokens = args.per_device_train_batch_size * args.steps_per_generation * args.max_completion_length
     assert all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)
     return {
         "step_s": last["step"], "rollout_s": last["rollout"], "reward_s": last["reward"],
-        "update_s": last["step"] - last["rollout"] - last["reward"], "tokens_per_s": tokens / last["rollout"],
+        "update_s": clock.seconds["step"], "tokens_per_s": tokens / last["rollout"],
     }  # fmt: skip
 
 

@@ -242,6 +242,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts (%(default)s)")
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000], help="numbers of small files (%(default)s)")
     parser.add_argument("--full", action="store_true", help="10,000 small files, too")
+    parser.add_argument("--small", action="store_true", help="step.py in a minute, to see that it runs")
     parser.add_argument("--csv", type=Path, help="write the table into this folder")
     return parser.parse_known_args()[0]
 
