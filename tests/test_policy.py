@@ -233,16 +233,3 @@ def test_the_first_block_starts_with_squares(untrained):
     assert torch.linalg.matrix_rank(mix) == 192
     deviation = embedded.std(0)
     assert deviation[:-1].min() > 0.8 and deviation[:-1].max() < 1.001 and not embedded[:, -1].any()
-
-
-def test_the_processor_works_once_on_a_picture_given_many_times(photo):
-    _, processor = load_policy("tiny-policy")
-    a, b = photo.crop((0, 0, 96, 64)), photo.crop((100, 60, 228, 156))
-    text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
-    work = processor.image_processor.preprocess
-    given = []
-    processor.image_processor.preprocess = lambda images, **kwargs: given.append(len(images)) or work(images, **kwargs)
-    shared = processor(text=[text] * 4, images=[[a], [b], [a], [a]], padding=True, return_tensors="pt")
-    apart = processor(text=[text] * 4, images=[[a], [b], [a.copy()], [a.copy()]], padding=True, return_tensors="pt")
-    assert given == [2, 4] and shared.keys() == apart.keys()
-    assert all(torch.equal(shared[key], apart[key]) for key in shared)

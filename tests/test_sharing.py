@@ -308,7 +308,7 @@ def one_step(tmp_path, share, policy=None, **grpo):
     trainer = build_trainer(config, tmp_path, policy, rows.assign(crop=[crops[i % 3] for i in range(len(rows))]))
     trainer.train()
     weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    return weights, [entry for entry in trainer.state.log_history if "reward" in entry], trainer
+    return weights, [entry for entry in trainer.state.log_history if "entropy" in entry], trainer
 
 
 def patched(trainer) -> list[bool]:
@@ -327,8 +327,9 @@ def test_a_run_that_shares_is_the_stock_run(tmp_path, grpo):
     shared, shared_log, after = one_step(tmp_path / "shared", share=True, **grpo)
     assert not any(patched(before)) and all(patched(after))  # the switch
     assert len(stock_log) == len(shared_log) == 2
-    for key in ("reward", "completions/mean_length", "entropy"):
-        assert [entry[key] for entry in shared_log] == pytest.approx([entry[key] for entry in stock_log], abs=1e-5)
+    for key in ("reward", "completions/mean_length", "entropy"):  # a step that learns from old samples logs the last alone
+        expected, found = ([entry[key] for entry in log if key in entry] for log in (stock_log, shared_log))
+        assert len(expected) > 0 and found == pytest.approx(expected, abs=1e-5)
     start, end = ({name: weights[name] for name in weights if "lora_B" in name} for weights in (stock, shared))
     assert len(start) == 28 and all(weight.abs().max() > 0 for weight in start.values())
     for name in start:  # adapters' B starts at zero: it is what was learned
