@@ -266,13 +266,17 @@ class Opinions(Answers):
 
 
 def supervised(
-    policy: tuple, frame: pd.DataFrame, images: list[Image.Image], *, steps: int, batch: int = 16, lr: float = 1e-4, seed: int = 0,
+    policy: tuple, frame: pd.DataFrame, images: list[Image.Image], *, steps: int, batch: int = 16, lr: float = 3e-4, seed: int = 0,
     adapter: LoraConfig | None = None,
 ) -> tuple:  # fmt: skip
     """Return the policy (model, processor) fine-tuned to answer the MOS (1..5) after its own greedy reasoning.
 
     The reasoning is written once, before training, and is context without loss. The vision tower is frozen; all other weights, or an
     adapter's, are trained in place, as by the configuration cpu. Rows whose reasoning does not come to an answer are left out.
+
+    No loss holds the reasoning in place, and too much training spills digits into it: of 480 rows of sim-kadid, seed 0, an adapter of rank
+    16 came to SRCC 0.53, 0.60 on 100 validation rows (0.50 before) after 60, 150 steps at lr 3e-4, with 0, 1 of them unparseable; at lr 1e-3
+    to 0.63, 0.67 of the parseable ones, with 7, 16 unparseable.
     """
     torch.manual_seed(seed)
     model, processor = policy
