@@ -226,7 +226,7 @@ def test_run_folder_says_how_it_was_made(run):
 class Fake:
     """A scorer that gives rising scores."""
 
-    seed = 0
+    seed, thinking = 0, False
 
     def score(self, images):
         return [Score(score=float(n)) for n in range(len(images))]
@@ -249,6 +249,15 @@ def test_a_validation_between_two_logs_keeps_its_own_step(tmp_path, rows):
     assert list(table.index[table["val_srcc"].notna()]) == [0, 3, 6, 7]
     assert table["reward"].dropna().to_dict() == {2: 0.2, 4: 0.4, 6: 0.6}
     assert table["format"].dropna().to_dict() == {2: 0.5, 4: 0.5, 6: 0.5}
+
+
+def test_validation_never_compares_across_data_sets(tmp_path, rows):
+    """Two sets, each in the scorer's order; pooled, the second's small numbers would spoil it."""
+    frame = rows[:6].assign(dataset=list("aaabbb"), mos=[500.0, 600, 700, 1, 2, 3])
+    log = RunLog(tmp_path / "log.csv", Fake(), frame, every=1, resumed_at=0)
+    log.on_train_begin(None, at(0), None)
+    table = read_log(tmp_path)
+    assert table["val_srcc"].tolist() == [1.0] and table["val_plcc"].tolist() == [1.0]
 
 
 def test_only_the_first_of_several_processes_validates_and_writes(tmp_path, rows):
