@@ -135,7 +135,7 @@ def test_naming_counts_family_and_type_where_they_are_easy_to_see():
         ("contrast_change", 2, "no visible distortion"),
     ]
     table = pd.DataFrame(rows, columns=["distortion", "level", "reasoning"])
-    assert naming(table) == {"named_rows": 8, "family": 5 / 8, "exact": 4 / 8}
+    assert naming(table) == {"named_rows": 8, "family": 5 / 8, "exact": 4 / 8, "severity": 6 / 8, "texts": 10}
 
 
 def test_naming_without_rows_is_nan():

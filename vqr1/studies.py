@@ -155,7 +155,7 @@ def _learned(method: str, config: dict, rows: str | None, output: Path, pool: in
         return load_policy(train(config, output, resume=True, frame=frame))
     policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
     if method == "supervised":
-        return supervised(policy, frame, images, steps=120, lr=1e-3, seed=seed, adapter=lora_config(**config["lora"]))
+        return supervised(policy, frame, images, steps=150, seed=seed, adapter=lora_config(**config["lora"]))
     kind, how = method.split()
     if kind == "cnn":
         model = train_cnn(frame, images, ranker=how == "ranker", steps=120, seed=seed)
@@ -268,21 +268,24 @@ def _write(csv: Path, table: pd.DataFrame, numbers: str, seeds: int | str) -> No
 
 def write_differences(csv: Path, plan: Study) -> None:
     """Write NAME-differences.csv: of every variant and the one that all are compared with, in SRCC and within-level SRCC, for each rated set and their mean SRCC."""
-    variants = [name for name in plan.variants if name in set(read_study(csv)["variant"]) and name != plan.than]
+    made = set(read_study(csv)["variant"])
+    variants = [name for name in plan.variants if name in made and name != plan.than]
+    if not variants or plan.than not in made:
+        return
     wanted = [(name, *kind) for name in plan.sets if name not in UNRATED for kind in (("srcc", frame_srcc), ("srcc_within_level", frame_within_level_srcc))]
     tables = [
         compared(csv, [(name, plan.than) for name in variants], name_of_set, statistic).assign(set=name_of_set, statistic=label)
         for name_of_set, label, statistic in [*wanted, ("mean", "srcc", over_sets)]
     ]
-    if variants and plan.than in set(read_study(csv)["variant"]):
-        _write(csv.with_name(f"{csv.stem}-differences.csv"), pd.concat(tables), "%.4f", "see the column seeds")
+    _write(csv.with_name(f"{csv.stem}-differences.csv"), pd.concat(tables), "%.4f", "see the column seeds")
 
 
 def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str, statistic: Statistic = frame_srcc) -> pd.DataFrame:
     """Return for each pair of variants the mean of both over their seeds, and their difference with its 95% interval.
 
-    set_name: "mean" for the rows of all sets and a statistic that keeps them apart (`metrics.over_sets`). Columns: variant, than, seeds, and those of `seed_difference`: paired over the same photographs, and over the seeds that both have. A variant of one run
-    (before, BRISQUE) is paired with every seed of the other.
+    set_name: "mean" for the rows of all sets and a statistic that keeps them apart (`metrics.over_sets`). Columns: variant, than, seeds, and those of
+    `seed_difference`: paired over the same photographs, and over the seeds that both have. A variant of one run (before, BRISQUE) is paired with
+    every seed of the other.
     """
     table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv"), comment="#")
     table = table[(table["set"] == set_name) | (set_name == "mean")].reset_index(drop=True)
