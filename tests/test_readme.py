@@ -1,5 +1,6 @@
 """The README's commands, code, links and files are real."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -104,6 +105,13 @@ def test_numbers_say_where_they_come_from():
     """The tables of results name at least one CSV of data/runs/."""
     named = re.findall(r"data/runs/[\w.-]+\.csv", TEXT)
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_result_tables_are_those_of_the_csvs():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools" / "readme_tables.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.renewed(TEXT) == TEXT, "run: python tools/readme_tables.py"
 
 
 def test_settings_are_those_of_the_configurations():

@@ -247,7 +247,8 @@ def seed_difference(
 
     def values(names: list[str], rows) -> np.ndarray:
         picked = {name: column[rows] for name, column in columns.items()}
-        return np.array([statistic(picked | {"score": picked[name]}) for name in names])
+        once = {name: statistic(picked | {"score": picked[name]}) for name in set(names)}
+        return np.array([once[name] for name in names])
 
     means = [float(values(names, slice(None)).mean()) for names in (a, b)]
     clusters, rng = _clusters(frame, by), np.random.default_rng(seed)

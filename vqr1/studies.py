@@ -31,6 +31,8 @@ COLUMNS = [
 """Of a study's CSV. seconds: of training, CPU time of the process; family, exact, severity, texts: see `evaluation.naming`."""
 ROW = ["set", "image", "reference", "distortion", "level", "seed", "crop", "mos"]
 """What names a test row in NAME-scores.csv."""
+RESAMPLES = 300
+"""Of photographs and seeds, for the interval of a difference: there are many differences."""
 POOL = 480
 """Training rows of a short run: a fixed sample, the same for all variants and seeds."""
 
@@ -294,7 +296,7 @@ def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str, stati
         a, b = (_columns(table, variant) for variant in (one, two))
         seeds = sorted(set(a) & set(b)) if len(a) > 1 and len(b) > 1 else sorted(a if len(a) > 1 else b)
         columns = [[side.get(seed, next(iter(side.values()))) for seed in seeds] for side in (a, b)]
-        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | seed_difference(table, *columns, statistic))
+        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | seed_difference(table, *columns, statistic, n=RESAMPLES))
     return pd.DataFrame(rows)
 
 
