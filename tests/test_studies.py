@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from vqr1 import studies
+from vqr1.data import data_root
 from vqr1.evaluation import undecided
 from vqr1.metrics import frame_srcc, paired_difference, seed_difference, srcc
 from vqr1.studies import COLUMNS, POOL, ROW, STUDIES, Study, Variant, changed, compared, read_study, study, training_frame
@@ -188,3 +189,16 @@ def test_seeds_that_disagree_widen_the_interval():
     agree = seed_difference(frame, ["a/0", "a/0"], ["b/0", "b/1"], frame_srcc, n=200)
     differ = seed_difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], frame_srcc, n=200)
     assert differ["hi"] - differ["lo"] > 3 * (agree["hi"] - agree["lo"])
+
+
+# --- the claim's controls -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["permuted", "format"])
+def test_what_must_not_learn_quality_did_not(variant):
+    """Rows of `vqr1 study controls`: MOS dealt anew, or the format reward alone, do not raise within-level SRCC; the demo's reward does."""
+    runs = data_root() / "runs"
+    rows = pd.read_csv(runs / "controls-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
+    assert rows.loc[variant, "sim-kadid", "srcc_within_level"]["lo"] <= 0
+    demo = pd.read_csv(runs / "demo-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
+    assert demo.loc["ranking", "sim-kadid", "srcc_within_level"]["lo"] > 0
