@@ -129,8 +129,9 @@ def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
 
 
 def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> Figure:
-    """Return pictures in one row, each with a title; width in inches."""
-    figure = Figure(figsize=(width, width / len(pictures) + 0.3), layout="constrained", dpi=72)
+    """Return pictures in one row, each with a title of any lines; width in inches."""
+    lines = 1 + max(title.count("\n") for title in titles)
+    figure = Figure(figsize=(width, width / len(pictures) + 0.1 + 0.2 * lines), layout="constrained", dpi=72)
     for ax, picture, title in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, titles):
         ax.imshow(np.asarray(picture))
         ax.set_title(title, fontsize=9)

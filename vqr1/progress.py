@@ -257,8 +257,10 @@ def study_rows(pictures: pd.DataFrame) -> pd.DataFrame:
     """Return a row for every order and yardstick: the policies, and PSNR and SSIM where there is an original."""
     test = dict(list(pictures[pictures["split"] != "val"].groupby("policy", sort=False)))
     yardsticks = [(policy, "score", own) for policy, own in test.items()] + [(name, name, next(iter(test.values()))) for name in ("psnr", "ssim")]
-    rows = [_row(variant, order, own, column) for variant, column, own in yardsticks for order in ORDERS]
-    return pd.DataFrame(rows).dropna(subset="means")  # what is generated has no PSNR
+    return pd.DataFrame([
+        _row(variant, order, own, column) for variant, column, own in yardsticks for order in ORDERS
+        if in_order(own, order)[column].notna().any()  # what is generated has no PSNR
+    ])  # fmt: skip
 
 
 def _row(variant: str, order: str, pictures: pd.DataFrame, yardstick: str) -> dict:
