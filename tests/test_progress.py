@@ -127,7 +127,7 @@ def test_retouch_does_nothing_at_zero_and_each_way_its_own(photos):
     assert all(value > np.abs(np.diff(np.asarray(photo, float), axis=1)).mean() for value in detail.values())
     flat = Image.new("RGB", (64, 64), (100, 100, 100))
     assert imaging.retouch(flat, sharpen=3).tobytes() == flat.tobytes()
-    assert np.unique(imaging.retouch(flat, contrast=0.2)).tolist() == [94]  # 127.5 - 1.2 * 27.5 = 94.5
+    assert np.unique(imaging.retouch(flat, contrast=0.1)).tolist() == [97]  # 127.5 - 1.1 * 27.5 = 97.25
     assert 5.5 < np.asarray(imaging.retouch(flat, grain=6), float).std() < 6.5
 
 

@@ -225,10 +225,10 @@ def score_head(policy: tuple, head: nn.Module, images: list[Image.Image]) -> np.
 def ranking_loss(scores: torch.Tensor, mos: torch.Tensor) -> torch.Tensor:
     """Return 1 - fidelity, averaged over all pairs of a batch of one data set: Thurstone's law with variance 1.
 
-    scores, mos: (B,). Source: UNIQUE (Zhang et al., 2021) and LIQE (Zhang et al., 2023), whose loss it is.
+    scores, mos: (B,). A little below 0 at best, for the fidelity's eps. Source: UNIQUE (Zhang et al., 2021) and LIQE (Zhang et al., 2023), whose loss it is.
 
     >>> ranking_loss(torch.tensor([9.0, 5.0, 1.0]), torch.tensor([3.0, 2.0, 1.0]))
-    tensor(0.0002)
+    tensor(-0.0002)
     >>> ranking_loss(torch.zeros(3), torch.tensor([3.0, 2.0, 1.0]))
     tensor(0.2919)
     """
