@@ -267,7 +267,7 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     for name in ("sim-kadid", "sim-unseen", "sim-mixed", "average"):
         assert f"| {name} |" in tables[0] and f"| {name} |" in tables[1]
     assert "simulated" in report and "oracle: level" in report
-    for name in ("training.png", "scatter.png", "pictures.png"):
+    for name in ("training.png", "scatter.png", "pictures.jpg"):
         assert f"]({name})" in report
         with Image.open(folder / name) as image:
             assert image.format == "PNG" and image.width > 400

@@ -6,7 +6,6 @@ import pytest
 
 from vqr1 import studies
 from vqr1.data import data_root
-from vqr1.evaluation import undecided
 from vqr1.metrics import frame_srcc, paired_difference, seed_difference, srcc
 from vqr1.studies import COLUMNS, POOL, ROW, STUDIES, Study, Variant, changed, compared, read_study, study, training_frame
 from vqr1.training import KEYS, grpo_config, images_per_step, load_config, rewards
@@ -39,7 +38,7 @@ def test_trl_takes_every_variant(name, variant, tmp_path):
 
 @pytest.mark.parametrize("variant", [
     "threshold", "binary", "average", "variance one", "B = 4, 4 a step", "B = 8, 2 a step", "KL 0.04", "not scaled",
-    "B = 32, half the steps", "B = 32, K = 3", "B = 8, K = 12", "remembered", "undecided", "learning rate x 2",
+    "B = 32, half the steps", "B = 32, K = 3", "B = 8, K = 12", "learning rate x 2",
 ])  # fmt: skip
 def test_what_is_compared_at_equal_cost_samples_equally_many_answers(variant, tmp_path):
     assert rollouts(config_of("comparison", variant), tmp_path) == rollouts(config_of("comparison", "ranking"), tmp_path) == 20 * 96
@@ -80,18 +79,6 @@ def test_across_compares_raw_mos_of_all_sets_and_realigned_stretches_each():
     raw, across, stretched = (training_frame(config_of("mixture", "mixture"), kind) for kind in (None, "across", "realigned"))
     assert raw["dataset"].nunique() == 3 and set(across["dataset"]) == {"all"} and list(across["mos"]) == list(raw["mos"])
     assert stretched.groupby("dataset")["mos"].agg(["min", "max"]).to_numpy() == pytest.approx(np.array([[1, 5]] * 3))
-
-
-def test_undecided_rows_are_those_that_the_policy_orders_worst():
-    rows = training_frame(config_of("comparison", "ranking")).iloc[::40]
-    kept = undecided("tiny-policy", rows, thinking=False)
-    assert len(kept) == len(rows) // 2 and kept.index.isin(rows.index).all()
-    from vqr1.data import render_rows
-    from vqr1.scoring import Scorer
-
-    score = np.array([s.score for s in Scorer().score(render_rows(rows, workers=1))])
-    wrong = (np.sign(score[:, None] - score) != np.sign(rows["mos"].to_numpy()[:, None] - rows["mos"].to_numpy())).mean(1)
-    assert wrong[rows.index.isin(kept.index)].mean() > wrong[~rows.index.isin(kept.index)].mean()
 
 
 # --- runs ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqr1.thurstone import comparative_probability, fidelity, ranking_reward, thurstone_scale, true_preference
+from vqr1.training import load_config, rewards
 
 NAN = float("nan")
 VARIANTS = [
@@ -352,3 +353,35 @@ def test_scale_does_not_depend_on_the_order_of_items(n, random):
 def test_votes_that_allow_no_scale_are_named(wins, message):
     with pytest.raises(ValueError, match=message):
         thurstone_scale(wins)
+
+
+# --- the paper's setting ------------------------------------------------------------------------
+
+
+def test_the_papers_run_is_one_configuration_away():
+    """Its section 4.1 and the official code: AdamW, lr 1e-6, linear, K = 6, beta = 0.04, 8 images a GPU, 10 epochs of 6,125 images."""
+    config = load_config("paper-7b-full")
+    grpo = config["grpo"]
+    exact = {
+        "learning_rate": 1e-6, "lr_scheduler_type": "linear", "num_generations": 6, "beta": 0.04, "temperature": 1.0, "top_k": 50, "epsilon": 0.2,
+        "loss_type": "grpo", "scale_rewards": "group", "max_completion_length": 256, "use_bias_correction_kl": False, "optim": "adamw_torch",
+    }  # fmt: skip
+    assert {key: grpo[key] for key in exact} == exact
+    assert (config["policy"], config["lora"], config["frozen"], config["sets"]) == ("Qwen/Qwen2.5-VL-7B-Instruct", None, [], ["kadid10k"])
+    sampled = grpo["per_device_train_batch_size"] * grpo["steps_per_generation"]  # by one GPU at a time
+    assert sampled == 8 * 6
+    a_step = 8 * grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"] // 6  # images, on 8 GPUs
+    assert a_step == 16 * 8 and grpo["max_steps"] == round(10 * 6125 / a_step, -1)
+
+
+def test_the_papers_reward_is_its_equations_to_the_digit():
+    """Answers as text through the configuration's own reward, against plain loops; one answer in ten cannot be parsed, MOS have ties."""
+    ranking, form = rewards(load_config("paper-7b-full"))
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(1, 5, (8, 6)).round(2)
+    scores[rng.random(scores.shape) < 0.1] = NAN
+    mos = rng.integers(1, 6, 8).astype(float).tolist()
+    texts = [f"<think>x</think><answer>{score:.2f}</answer>" for score in scores.flatten()]
+    got = ranking(completions=texts, mos=np.repeat(mos, 6).tolist())
+    assert got == pytest.approx(np.ravel(loop_reward(scores.tolist(), mos)).tolist(), abs=1e-9)
+    assert np.isnan(scores).any() and form(texts) == [1.0] * 48

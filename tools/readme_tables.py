@@ -5,6 +5,7 @@ A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`.
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,9 +27,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def demo() -> str:
-    """The three sets before and after; gains over seeds and photographs, and each seed's SRCC."""
-    rows, gains = read("demo"), read("demo-differences").set_index(["set", "statistic"])
+def gains(study: str) -> str:
+    """The rated sets before and after RL to rank; gains over seeds and photographs, and each seed's SRCC."""
+    rows, gains = read(study), read(f"{study}-differences").set_index(["set", "statistic"])
     lines = []
     for name in ("sim-kadid", "sim-unseen"):
         total, within = gains.loc[name, "srcc"], gains.loc[name, "srcc_within_level"]
@@ -65,7 +66,31 @@ def mixture() -> str:
     return markdown(["trained on", "seeds", *(f"`{name}` (minus mixture)" for name in sets), "mean"], lines)
 
 
-TABLES = {"demo": demo, "comparison": comparison, "mixture": mixture}
+def step() -> str:
+    """Seconds of one GRPO step by part, in TRL's stock way and with what K answers share computed once."""
+    rows = read("step")
+    settings = [name for name in dict.fromkeys(rows["setting"]) if name.startswith("embedded")]
+    by, lines = rows.set_index(["setting", "part"]), []
+    for part in dict.fromkeys(rows["part"]):
+        cells = [part]
+        for setting in settings:
+            row = by.loc[setting, part]
+            cells += [f"{row['stock']:.2f}", f"{row['shared']:.2f}", f"{row['stock_over_shared']:.1f}x" if row["unit"] == "s" else ""]
+        lines.append(cells)
+    return markdown(["", *(text for setting in settings for text in (f"{setting.removeprefix('embedded, ')}: stock", "shared", "ratio"))], lines)
+
+
+def growth() -> str:
+    """How time and memory of a step that shares grow with each quantity."""
+    rows, lines = read("growth"), []
+    for axis, own in rows.groupby("axis", sort=False):
+        first, last = own.iloc[0], own.iloc[-1]
+        cells = [f"{first[key]:.3g} → {last[key]:.3g}" for key in ("seconds", "peak_mb")]
+        lines.append([axis, f"{first['value']:.0f} → {last['value']:.0f}", cells[0], f"{first['time_exponent']:.2f}", cells[1], f"{first['memory_exponent']:.2f}"])
+    return markdown(["quantity", "from → to", "seconds", "exponent", "MB at the peak", "exponent"], lines)
+
+
+TABLES = {"demo": partial(gains, "demo"), "pretraining": partial(gains, "pretraining"), "comparison": comparison, "mixture": mixture, "step": step, "growth": growth}
 
 
 def renewed(text: str) -> str:

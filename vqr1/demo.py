@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
-from vqr1.plots import gallery, scatter, training_figure
+from vqr1.plots import gallery, jpeg, scatter, training_figure
 from vqr1.policy import load_policy
 from vqr1.training import load_config, machine_line, resume_from, train
 
@@ -58,13 +58,13 @@ def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict,
         "## Gain, paired over the same photographs (95% intervals)", markdown(pd.DataFrame(lines)),
         "## What knowing the level, or type and level, would give", markdown(pd.DataFrame(gold)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
         "## What the reasoning names", markdown(pd.DataFrame(names).drop(columns="named_rows")),
-        "![curves](training.png)", "![scores against simulated MOS](scatter.png)", "![six pictures](pictures.png)",
+        "![curves](training.png)", "![scores against simulated MOS](scatter.png)", "![six pictures](pictures.jpg)",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
 def figures(output: Path, frames: dict, old: dict, new: dict, thinking: bool) -> None:
-    """Write training.png, scatter.png and pictures.png: six pictures with what was thought of them before and after."""
+    """Write training.png, scatter.png and pictures.jpg: six pictures with what was thought of them before and after."""
     training_figure(pd.read_csv(output / "log.csv", comment="#")).savefig(output / "training.png")
     key = ("sim-kadid", "expected", thinking)
     one, two = old[key], new[key]
@@ -76,7 +76,7 @@ def figures(output: Path, frames: dict, old: dict, new: dict, thinking: bool) ->
         f"before {one.score[i]:.2f}: {one.reasoning[i]}\nafter {two.score[i]:.2f}: {two.reasoning[i]}" for i in chosen
     ]
     titles = [f"{one.distortion[i]}, level {one.level[i]}\nsimulated MOS {one.mos[i]:.2f}" for i in chosen]
-    gallery([frames["sim-kadid"].attrs["images"][i] for i in chosen], titles, captions).savefig(output / "pictures.png")
+    (output / "pictures.jpg").write_bytes(jpeg(gallery([frames["sim-kadid"].attrs["images"][i] for i in chosen], titles, captions), quality=92))
 
 
 def scatter_pair(one: pd.DataFrame, two: pd.DataFrame):

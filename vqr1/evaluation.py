@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from vqr1.data import UNRATED, dominance_pairs, load_ratings, render_rows
 from vqr1.distortions import FAMILIES
@@ -16,7 +15,6 @@ from vqr1.pretraining import true_strength
 from vqr1.prompts import format_ok, named_distortions, named_severity
 from vqr1.readers import PER_CONTENT
 from vqr1.scoring import Score, Scorer
-from vqr1.thurstone import comparative_probability, fidelity, true_preference
 
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
@@ -120,15 +118,6 @@ def naming(table: pd.DataFrame) -> dict[str, float]:
         "named_rows": len(rows), "family": _mean(family), "exact": _mean(exact), "severity": _mean(severity),
         "texts": table["reasoning"].nunique(),
     }  # fmt: skip
-
-
-def undecided(policy, rows: pd.DataFrame, thinking: bool = True) -> pd.DataFrame:
-    """Return the half of rated rows that a policy ranks worst among the others of their data set, by the ranking reward of its scores."""
-    scores = Scorer(policy, thinking).score(render_rows(rows, workers=1))
-    mean, variance = torch.tensor([[s.score for s in scores], [s.std**2 for s in scores]]).nan_to_num(3.0)
-    reward = fidelity(true_preference(rows["mos"]), comparative_probability(mean[:, None], variance, mean, variance)[..., 0])
-    alike = rows["dataset"].to_numpy()[:, None] == rows["dataset"].to_numpy()
-    return rows.assign(reward=(reward.numpy() * alike).sum(1) / alike.sum(1)).nsmallest(len(rows) // 2, "reward").drop(columns="reward").sort_index()
 
 
 def _mean(values) -> float:

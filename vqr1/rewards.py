@@ -5,7 +5,6 @@ by side. A completion is ``[{"role": "assistant", "content": text}]`` or the tex
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -56,8 +55,7 @@ class RankingReward:
     ``num_generations`` is K, TRL's own. ``scope="local"`` compares the images of this process: with gradient
     accumulation the whole generation batch, as TRL passes it, not one micro-batch. ``scope="global"`` compares the
     images of all processes, which exchange (score, mos, dataset) rows in one collective per call: every process
-    has to call it. ``memory``: compare with the answers of so many earlier images as well, the most recent ones; older
-    ones are stale, for the policy has moved on. A completion without a score gets 0.0. The official code compares within one GPU
+    has to call it. A completion without a score gets 0.0. The official code compares within one GPU
     (``grpo_trainer.py`` line 775).
 
     Raises ValueError for K < 2 and an unknown scope, and when called without a ``mos`` column, with a number of
@@ -71,14 +69,13 @@ class RankingReward:
 
     __name__ = "ranking"  # TRL logs a reward under this name
 
-    def __init__(self, num_generations: int, scope: str = "local", memory: int = 0, **variants):
+    def __init__(self, num_generations: int, scope: str = "local", **variants):
         if num_generations < 2:
             raise ValueError(f"num_generations = {num_generations}: ranking needs at least 2 completions per image")
         if scope not in ("local", "global"):
             raise ValueError(f"scope must be 'local' or 'global', got {scope!r}")
         ranking_reward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 2], **variants)  # a bad variant fails now
         self.num_generations, self.scope, self.variants = num_generations, scope, variants
-        self.past = deque(maxlen=memory)  # of (scores (K,), mos, dataset)
 
     def __call__(
         self, prompts=None, completions=(), mos=None, dataset=None, log_metric=None, log_extra=None, **kwargs
@@ -100,10 +97,7 @@ class RankingReward:
             _check_columns(k, len(scores), mos, dataset, f" (process {rank} of {len(everyone)})")
         scores, mos, dataset = (sum(column, []) for column in zip(*everyone))
         table = torch.tensor(scores, dtype=torch.float64).reshape(-1, k)  # (B, K)
-        now = list(zip(table, mos[::k], dataset[::k]))
-        table, mos, dataset = zip(*self.past, *now)
-        self.past.extend(now)
-        return ranking_reward(torch.stack(table), mos, dataset, **self.variants)[-len(now) :]
+        return ranking_reward(table, mos[::k], dataset[::k], **self.variants)
 
     def _log(self, scores, log_metric, log_extra) -> None:
         if log_extra:

@@ -18,7 +18,7 @@ import torch
 
 from vqr1.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
 from vqr1.data import UNRATED, realigned, render_rows
-from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, naming, undecided
+from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, naming
 from vqr1.metrics import Statistic, frame_srcc, frame_within_level_srcc, over_sets, seed_difference
 from vqr1.policy import load_policy, lora_config
 from vqr1.simulated import MIXTURE
@@ -29,7 +29,7 @@ COLUMNS = [
     "srcc_within_level", "plcc", "plcc_fit", "dominance", "seconds", "family", "exact", "severity", "texts",
 ]  # fmt: skip
 """Of a study's CSV. seconds: of training, CPU time of the process; family, exact, severity, texts: see `evaluation.naming`."""
-ROW = ["set", "image", "reference", "distortion", "level", "seed", "crop", "mos"]
+ROW = ["set", "reference", "distortion", "level", "mos"]
 """What names a test row in NAME-scores.csv."""
 RESAMPLES = 300
 """Of photographs and seeds, for the interval of a difference: there are many differences."""
@@ -39,7 +39,9 @@ POOL = 480
 
 @dataclass(frozen=True)
 class Variant:
-    """A line of a study: its number of seeds, what differs from the study's configuration (`changed`), and how it comes to scores."""
+    """A line of a study: its number of seeds (0: rows that are kept and not made again), what differs from the study's configuration
+    (`changed`), and how it comes to scores.
+    """
 
     seeds: int = 3
     change: dict = field(default_factory=dict)
@@ -67,6 +69,8 @@ def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1)
 
 FULL = dict.fromkeys(SETS)
 ALL = {"sets": list(MIXTURE)}
+AGAIN = {"policy": "runs/pretrain-1/policy"}
+"""A second pretraining seed, of half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
 STUDIES = {
     "demo": Study("cpu", FULL, "before", {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20),
     "controls": Study("cpu-study", {"sim-kadid": 288}, "before", {
@@ -108,9 +112,13 @@ STUDIES = {
         "B = 32, half the steps": Variant(5, _batch(32, steps=10) | {"validation": {"rows": 57, "every": 2}}),
         "B = 32, K = 3": Variant(5, _batch(32, 3)),
         "B = 8, K = 12": Variant(5, _batch(8, 12)),
-        "remembered": Variant(5, {"variant": {"memory": 64}}),
-        "undecided": Variant(5, {"rows": "undecided"}),
+        "remembered": Variant(0),  # compared with the last 64 images as well: did not win, and was removed; its rows stay
+        "undecided": Variant(0),  # the half of the rows that the untrained policy orders worst: likewise
         "learning rate x 2": Variant(5, {"grpo": {"learning_rate": 2e-3}}),
+    }),
+    "pretraining": Study("cpu-study", {"sim-kadid": 288, "sim-unseen": 96}, "before", {
+        "before": Variant(1, AGAIN, method="before"),
+        "ranking": Variant(3, AGAIN),
     }),
 }  # fmt: skip
 
@@ -131,8 +139,7 @@ def training_frame(config: dict, kind: str | None = None, pool: int | None = POO
     """Return the rows that a variant is trained on: at most `pool` of each set, a fixed sample; None: all.
 
     kind: "permuted" deals each photograph's MOS anew to its pairs of distortion and level, which leaves nothing to learn; "realigned" stretches
-    each set to 1..5; "across" gives all sets one name, so that their raw MOS are compared; "undecided" keeps the half whose pairs
-    the untrained policy orders worst.
+    each set to 1..5; "across" gives all sets one name, so that their raw MOS are compared.
     """
     rows = set_rows(config, "train")
     if pool:
@@ -141,8 +148,6 @@ def training_frame(config: dict, kind: str | None = None, pool: int | None = POO
     if kind == "permuted":
         deal = np.random.default_rng(config["grpo"]["seed"]).permutation
         return rows.assign(mos=rows.groupby("reference")["mos"].transform(deal))
-    if kind == "undecided":
-        return undecided(config["policy"], rows, config["thinking"])
     return {"realigned": realigned, "across": lambda frame: frame.assign(dataset="all")}.get(kind, lambda frame: frame)(rows)
 
 
