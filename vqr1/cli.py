@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
 
     study = command("study", "Make the rows of a study, one per variant, seed and set; rows that are there are kept.")
-    study.add_argument("name", choices=("demo", "controls", "comparison", "mixture", "pretraining", "progress"), help="which; data/runs/NAME.csv has its rows")
+    study.add_argument("name", choices=("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress"), help="which; data/runs/NAME.csv has its rows")
     study.add_argument("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
     study.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these (default: all of the study's)")
     study.add_argument("--steps", type=int, help="train fewer steps than the study says, for a look; give another --csv")

@@ -120,6 +120,10 @@ STUDIES = {
         "before": Variant(1, AGAIN, method="before"),
         "ranking": Variant(3, AGAIN),
     }),
+    "pretraining-long": Study("cpu", dict.fromkeys(("sim-kadid", "sim-unseen")), "before", {
+        "before": Variant(1, AGAIN, method="before"),
+        "ranking": Variant(2, AGAIN),
+    }, minutes=9),
 }  # fmt: skip
 
 
