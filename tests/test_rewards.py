@@ -90,6 +90,21 @@ def test_reward_takes_the_other_keywords_of_trl_and_has_a_name():
     assert names == ["ranking", "threshold", "format_reward"]
 
 
+def test_a_bounded_reward_takes_a_score_out_of_range_for_none():
+    columns, scores, mos, dataset = batch()
+    inside = scores.where((scores >= 1) & (scores <= 5), NAN)
+    assert not torch.equal(inside.isnan(), scores.isnan())
+    reward = RankingReward(K, bounded=True)(**columns)
+    assert reward == ranking_reward(inside, mos, dataset).flatten().tolist() != RankingReward(K)(**columns)
+
+
+def test_out_of_range_pays_unless_bounded():
+    """An answer of 300 to the better of two pictures widens its group so much that the sound answers beside it lose; bounded, it earns nothing."""
+    completions = [answer(score) for score in (300, 4.5, 4.4, 1.4, 1.5, 1.6)]
+    free, held = (RankingReward(K, bounded=bounded)(completions=completions, mos=[2] * K + [1] * K) for bounded in (False, True))
+    assert free[0] > free[1] + 0.2 and held[0] == 0.0 and held[1] > 0.99
+
+
 def test_unparseable_and_out_of_range_answers_are_counted():
     metrics, extra = {}, {}
     completions = [answer(score) for score in (4.0, 5.5, NAN, NAN, 0.2, 1.2)]

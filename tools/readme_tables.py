@@ -90,7 +90,7 @@ def growth() -> str:
     return markdown(["quantity", "from → to", "seconds", "exponent", "MB at the peak", "exponent"], lines)
 
 
-TABLES = {"demo": partial(gains, "demo"), "pretraining": partial(gains, "pretraining"), "comparison": comparison, "mixture": mixture, "step": step, "growth": growth}
+TABLES = {"demo": partial(gains, "demo"), **{name: partial(gains, name) for name in ("pretraining-long", "pretraining")}, "comparison": comparison, "mixture": mixture, "step": step, "growth": growth}
 
 
 def renewed(text: str) -> str:

@@ -55,7 +55,8 @@ class RankingReward:
     ``num_generations`` is K, TRL's own. ``scope="local"`` compares the images of this process: with gradient
     accumulation the whole generation batch, as TRL passes it, not one micro-batch. ``scope="global"`` compares the
     images of all processes, which exchange (score, mos, dataset) rows in one collective per call: every process
-    has to call it. A completion without a score gets 0.0. The official code compares within one GPU
+    has to call it. ``bounded``: a score outside 1..5 counts as none; without it nothing holds the scale, for in a comparison
+    300 beats 5 as well (notebook 02, section 5). A completion without a score gets 0.0. The official code compares within one GPU
     (``grpo_trainer.py`` line 775).
 
     Raises ValueError for K < 2 and an unknown scope, and when called without a ``mos`` column, with a number of
@@ -69,18 +70,20 @@ class RankingReward:
 
     __name__ = "ranking"  # TRL logs a reward under this name
 
-    def __init__(self, num_generations: int, scope: str = "local", **variants):
+    def __init__(self, num_generations: int, scope: str = "local", bounded: bool = False, **variants):
         if num_generations < 2:
             raise ValueError(f"num_generations = {num_generations}: ranking needs at least 2 completions per image")
         if scope not in ("local", "global"):
             raise ValueError(f"scope must be 'local' or 'global', got {scope!r}")
         ranking_reward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 2], **variants)  # a bad variant fails now
-        self.num_generations, self.scope, self.variants = num_generations, scope, variants
+        self.num_generations, self.scope, self.bounded, self.variants = num_generations, scope, bounded, variants
 
     def __call__(
         self, prompts=None, completions=(), mos=None, dataset=None, log_metric=None, log_extra=None, **kwargs
     ) -> list[float]:
         scores = scores_of(completions, log_metric)
+        if self.bounded:
+            scores = [score if SCORE_MIN <= score <= SCORE_MAX else math.nan for score in scores]
         columns = [scores, _or_none(mos, scores), _or_none(dataset, scores)]
         # One list of rows per process, in the order of ranks. Every check comes after this collective and looks at
         # the rows of all processes, so that all raise together and none is left waiting.

@@ -1,7 +1,7 @@
 """The runs behind the claims: one row per variant, seed and set, made once, in several processes, and kept in data/runs/.
 
 A study NAME has NAME.csv (the results), NAME-scores.csv (every test row's score, a column per variant and seed), NAME-differences.csv (of variants,
-paired over photographs and seeds) and NAME-log.csv (reward and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed.
+paired over photographs and seeds) and NAME-log.csv (reward and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed, another is in the studies `pretraining…`.
 """
 
 import multiprocessing
@@ -123,6 +123,7 @@ STUDIES = {
     "pretraining-long": Study("cpu", dict.fromkeys(("sim-kadid", "sim-unseen")), "before", {
         "before": Variant(1, AGAIN, method="before"),
         "ranking": Variant(2, AGAIN),
+        "bounded": Variant(2, AGAIN | {"variant": {"bounded": True}}),
     }, minutes=9),
 }  # fmt: skip
 
