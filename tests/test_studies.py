@@ -178,6 +178,13 @@ def test_seeds_that_disagree_widen_the_interval():
     assert differ["hi"] - differ["lo"] > 3 * (agree["hi"] - agree["lo"])
 
 
+def test_a_run_without_scores_leaves_no_interval():
+    frame = scored(seeds=2)
+    frame["a/1"] = np.nan
+    found = seed_difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], frame_srcc, n=50)
+    assert all(np.isnan(found[key]) for key in ("mean", "difference", "lo", "hi")) and found["mean_than"] > 0
+
+
 # --- the claim's controls -----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ counts the scores among them as unparseable. What is not defined (a constant sid
 without a warning. Scores and MOS have the same direction: higher is better.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -235,7 +236,8 @@ def seed_difference(
 ) -> dict[str, float]:
     """Return the mean of a statistic over runs a and over runs b (columns of scores, one per seed), and their difference with a 95% interval.
 
-    Each resample takes the same photographs and the same seeds from both, so the interval covers both. Keys: mean, mean_than, difference, lo, hi.
+    Each resample takes the same photographs and the same seeds from both, so the interval covers both. Keys: mean, mean_than, difference, lo, hi;
+    NaN where a run has no value, the interval too.
 
     >>> frame = pd.DataFrame({"reference": list("aabbcc"), "mos": [1, 2, 3, 4, 5, 6], "x/0": [1, 2, 3, 4, 5, 6], "y/0": [2, 1, 4, 3, 6, 5]})
     >>> found = seed_difference(frame, ["x/0"], ["y/0"], frame_srcc, n=100)
@@ -257,7 +259,7 @@ def seed_difference(
         rows = np.concatenate([clusters[i] for i in rng.integers(len(clusters), size=len(clusters))])
         chosen = rng.integers(len(a), size=len(a))
         drawn.append(values([a[i] for i in chosen], rows).mean() - values([b[i] for i in chosen], rows).mean())
-    low, high = _interval(drawn)
+    low, high = (math.nan, math.nan) if math.isnan(means[0] - means[1]) else _interval(drawn)  # the resamples without that run would hide it
     return {"mean": means[0], "mean_than": means[1], "difference": means[0] - means[1], "lo": low, "hi": high}
 
 
