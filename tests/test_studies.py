@@ -108,7 +108,7 @@ def test_a_study_keeps_a_row_for_every_run_and_set(made):
 
 
 def test_the_scores_are_those_that_the_rows_are_made_of(made):
-    rows, scores = read_study(made / "small.csv"), pd.read_csv(made / "small-scores.csv", comment="#")
+    rows, scores = read_study(made / "small.csv"), pd.read_csv(made / "small-scores.csv.gz", comment="#")
     assert list(scores)[: len(ROW)] == ROW and len(scores) == 24
     for row in rows.itertuples():
         assert srcc(scores[f"{row.variant}/{row.seed}"], scores["mos"]) == pytest.approx(row.srcc, abs=0.02), row.variant

@@ -1,9 +1,10 @@
 """The runs behind the claims: one row per variant, seed and set, made once, in several processes, and kept in data/runs/.
 
-A study NAME has NAME.csv (the results), NAME-scores.csv (every test row's score, a column per variant and seed), NAME-differences.csv (of variants,
+A study NAME has NAME.csv (the results), NAME-scores.csv.gz (every test row's score, a column per variant and seed), NAME-differences.csv (of variants,
 paired over photographs and seeds) and NAME-log.csv (reward and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed, another is in the studies `pretraining…`.
 """
 
+import gzip
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ COLUMNS = [
 ]  # fmt: skip
 """Of a study's CSV. seconds: of training, CPU time of the process; family, exact, severity, texts: see `evaluation.naming`."""
 ROW = ["set", "reference", "distortion", "level", "mos"]
-"""What names a test row in NAME-scores.csv."""
+"""What names a test row in NAME-scores.csv.gz."""
 RESAMPLES = 300
 """Of photographs and seeds, for the interval of a difference: there are many differences."""
 POOL = 480
@@ -259,7 +260,7 @@ def read_study(csv: str | Path) -> pd.DataFrame:
 def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) -> pd.DataFrame:
     """Add a run to the study's three files; the rows come last, so that what they say is there."""
     csv.parent.mkdir(parents=True, exist_ok=True)
-    scores, column = csv.with_name(f"{csv.stem}-scores.csv"), "{}/{}".format(*which)
+    scores, column = csv.with_name(f"{csv.stem}-scores.csv.gz"), "{}/{}".format(*which)
     known = pd.read_csv(scores, comment="#") if scores.is_file() else found["scores"][ROW]
     _write(scores, known.assign(**{column: found["scores"]["score"].round(3)}), "%.10g", which[1])
     if len(found["log"]):
@@ -274,7 +275,8 @@ def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) ->
 
 def _write(csv: Path, table: pd.DataFrame, numbers: str, seeds: int | str) -> None:
     partial = csv.with_suffix(".tmp")
-    partial.write_text(f"# {machine_line(seeds)}\n{table.to_csv(index=False, float_format=numbers)}", encoding="utf-8")
+    content = f"# {machine_line(seeds)}\n{table.to_csv(index=False, float_format=numbers)}".encode()
+    partial.write_bytes(gzip.compress(content, mtime=0) if csv.suffix == ".gz" else content)
     partial.replace(csv)
 
 
@@ -299,7 +301,7 @@ def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str, stati
     `seed_difference`: paired over the same photographs, and over the seeds that both have. A variant of one run (before, BRISQUE) is paired with
     every seed of the other.
     """
-    table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv"), comment="#")
+    table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv.gz"), comment="#")
     table = table[(table["set"] == set_name) | (set_name == "mean")].reset_index(drop=True)
     rows = []
     for one, two in pairs:
