@@ -270,7 +270,7 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     for name in ("training.png", "scatter.png", "pictures.jpg"):
         assert f"]({name})" in report
         with Image.open(folder / name) as image:
-            assert image.format == "PNG" and image.width > 400
+            assert image.format == {"png": "PNG", "jpg": "JPEG"}[name[-3:]] and image.width > 400
     log = pd.read_csv(folder / "log.csv", comment="#")
     assert list(log["step"]) == [0, 2] and log["val_srcc"].notna().all() and log["reward"].notna().iloc[1]
     for name in ("policy/adapter_model.safetensors", "policy/tokenizer.json", "config.yaml", "before/sim-kadid.expected.thinking.csv"):
