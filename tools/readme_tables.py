@@ -29,10 +29,10 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def gains(study: str) -> str:
     """The rated sets before and after RL to rank; gains over seeds and photographs, and each seed's SRCC."""
-    rows, gains = read(study), read(f"{study}-differences").set_index(["set", "statistic"])
+    rows, differences = read(study), read(f"{study}-differences").set_index(["set", "statistic"])
     lines = []
     for name in ("sim-kadid", "sim-unseen"):
-        total, within = gains.loc[name, "srcc"], gains.loc[name, "srcc_within_level"]
+        total, within = differences.loc[name, "srcc"], differences.loc[name, "srcc_within_level"]
         each = rows[(rows["variant"] == "ranking") & (rows["set"] == name)].sort_values("seed")["srcc"]
         lines.append([f"`{name}`", f"{total['mean_than']:.3f}", f"**{total['mean']:.3f}** ({', '.join(f'{value:.3f}' for value in each)})", interval(total),
                       f"{within['mean_than']:.3f} → {within['mean']:.3f}", interval(within)])  # fmt: skip
@@ -41,11 +41,10 @@ def gains(study: str) -> str:
 
 def pretraining() -> str:
     """The demo's training from a second pretraining, by the paper's reward and bounded; each seed's SRCC."""
-    rows = read("pretraining-long").sort_values("seed").set_index(["variant", "set"]).sort_index(kind="stable")["srcc"]
-    lines = []
-    for name in ("sim-kadid", "sim-unseen"):
-        cells = [", ".join(f"{value:.3f}" if value == value else "left the scale" for value in rows.loc[[(way, name)]]) for way in ("before", "ranking", "bounded")]
-        lines.append([f"`{name}`", *cells])
+    rows = read("pretraining-long").sort_values("seed")
+    rows["cell"] = rows["srcc"].map("{:.3f}".format).where(rows["srcc"].notna(), "left the scale")
+    cells = rows.groupby(["set", "variant"])["cell"].agg(", ".join).unstack()
+    lines = [[f"`{name}`", *cells.loc[name, ["before", "ranking", "bounded"]]] for name in cells.index]
     return markdown(["set", "SRCC before", "SRCC after, each seed", "with `bounded: true`"], lines)
 
 
