@@ -32,6 +32,15 @@ def photo() -> Image.Image:
 
 
 @pytest.fixture(scope="session")
+def real_sets() -> Path:
+    """The folder of real sets, or of a part of them: VQR1_REAL, else shared/real beside the repository."""
+    folder = Path(os.environ.get("VQR1_REAL") or ROOT.parent / "shared" / "real")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is no folder: clone real sets (vqr1 data --list), name theirs in VQR1_REAL")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def untrained():
     """(model, processor) of the embedded policy before any training. Shared: copy the model to change it."""
     from vqr1.policy import build_policy

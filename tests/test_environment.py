@@ -38,7 +38,8 @@ ROOMS = {
     "distortions": "nothing",
     "observers": "thurstone",
     "pictures": "nothing",
-    "readers": "distortions",  # below data, whose load_ratings is the one door to all sets
+    "people": "nothing",
+    "readers": "distortions people",  # below data, whose load_ratings is the one door to all sets
     "data": "distortions pictures prompts readers",
     "simulated": "data distortions observers pictures",
     "rewards": "thurstone prompts",

@@ -42,6 +42,13 @@ def test_agreement_with_ratings_is_correlation():
     assert "dominance" not in row
 
 
+def test_a_set_with_subsets_has_the_correlation_within_each():
+    """Over all rows the subset decides; within ss02 the order is reversed."""
+    row = agreement(rated([1.0, 2.0, 3.0, 6.0, 5.0, 4.0]).assign(subset=["ss01"] * 3 + ["ss02"] * 3))
+    assert (row["srcc_ss01"], row["srcc_ss02"]) == (1.0, -1.0) and row["srcc"] > 0.7
+    assert not any(name.startswith("srcc_ss") for name in agreement(rated([1.0, 2.0, 3.0])))
+
+
 def test_an_unparseable_answer_is_counted_and_not_replaced():
     row = agreement(rated([1.0, 2.0, NAN, 4.0, NAN, 6.0]))
     assert (row["unparseable"], row["rows"], row["srcc"]) == (2, 6, 1.0)

@@ -1,7 +1,7 @@
 """Every public set is read from small files in the official layout, and what is wrong in them is named.
 
-No real set is at hand: the builders below write the annotation as published (names, columns, header, separators, cells)
-with a few rows and pictures of 8x6 pixels.
+The builders below write the annotation as published (names, columns, header, separators, cells) with a few
+rows and pictures of 8x6 pixels; `test_real_sets.py` reads real sets where they are there.
 """
 
 import re
@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 from openpyxl import Workbook, load_workbook
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from vqr1.cli import main
-from vqr1.data import COLUMNS, load_ratings
+from vqr1.data import COLUMNS, load_comparisons, load_ratings
 from vqr1.distortions import DISTORTIONS
 from vqr1.observers import human_cells
-from vqr1.readers import PER_CONTENT, SETS, read_public, seeded_split
+from vqr1.people import TWINS, near_twins, screened_scores
+from vqr1.readers import PCUID_PAIRS, PER_CONTENT, SETS, read_public, seeded_split
 
 NAN = float("nan")
 
@@ -196,11 +197,81 @@ def agiqa(root: Path) -> dict:
     return {name: row[1:] for name, row in rows.items()}
 
 
+BIQ = {  # no picture here has a near twin in the set
+    "Train": {"ss01 (5).jpg": 0.29, "ss02 (1014).jpg": 0.3562, "ss03 (3753).jpg": 0.85,
+              "ss03 (961).jpg": 0.65},
+    "Test": {"ss01 (10).jpg": 0.0, "ss03 (10).jpg": 1.0},
+}
+
+
+def biq_lists(root: Path, parts: dict) -> None:
+    """The header has two columns without a name."""
+    for part, rows in parts.items():
+        lines = [f"{name},{mos},," for name, mos in rows.items()]
+        text(root / f"{part} (Images and MOS).csv", ["Image Name,MOS,,", *lines])
+
+
+def biq2021(root: Path) -> dict:
+    """One file on disk is called .JPG."""
+    biq_lists(root, BIQ)
+    rated = BIQ["Train"] | BIQ["Test"]
+    on_disk = {name: name.replace("(1014).jpg", "(1014).JPG") for name in rated}
+    for name in on_disk.values():
+        picture(root / "Images" / name)
+    return {f"Images/{on_disk[name]}": (mos, NAN) for name, mos in rated.items()}
+
+
+CROPS = ("coffee1", "dolls1", "dolls2", "globe-fast1", "globe1", "loader3", "tea-bottles2")
+
+
+def srij(root: Path) -> dict:
+    """Names (1, N), originals in the middle; scores (n, 1) of the others; votes in a file per observer."""
+    names = [f"{kind}-{crop}.tif" for kind in ("Yang10-2", "HD-1", "SRCNN-4") for crop in CROPS]
+    originals = np.array([name.startswith("HD-1-") for name in names])
+    truth = np.repeat([55.0, 80.0, 20.0], len(CROPS)) + np.tile(np.arange(len(CROPS)), 3)
+    rng = np.random.default_rng(0)
+    votes = truth + rng.normal(0, 3, (5, len(names)))
+    z = pd.DataFrame(votes.T).apply(lambda votes: (votes - votes.mean()) / votes.std())  # per observer
+    score = 100 * (z + 3) / 6
+    published = score.mean(axis=1).to_numpy()[~originals]
+    cells = np.empty((1, len(names)), dtype=object)
+    cells[0] = names
+    for folder in ("Datasets/SRIJ/Images/GroundTruth", "HumanStudy/HumanScores"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    savemat(root / "Datasets/SRIJ/addressesSRIJ.mat", {"addressesSRIJ": cells})
+    savemat(root / "Datasets/SRIJ/hScoresSRIJ.mat", {"hScoresSRIJ": published[:, None]})
+    for observer, row in zip((2, 3, 10, 11, 45), votes):
+        order = rng.permutation(len(names))
+        light = np.full(len(names), 271.0)  # further columns tell of the room
+        quality = np.column_stack([order + 1, row[order], light])
+        savemat(root / f"HumanStudy/HumanScores/{observer}.mat", {"quality": quality})
+    paths = [f"Datasets/SRIJ/Images/{name}" for name in names]
+    paths = [path.replace("HD-1-", "GroundTruth/HD-1-") for path in paths]
+    for path in paths:
+        picture(root / path)
+    return dict(zip(paths, zip(score.mean(axis=1), score.std(axis=1))))
+
+
+PAIRS = [(1, 3, 1), (1, 2, -1), (2, 3, 0), (4, 1, -1), (4, 2, -1)]
+PAIRS += [(3, 4, 1), (5, 1, 1), (2, 5, 1), (3, 5, 1), (5, 4, 1)]
+SHARES = {1: 50.0, 2: 87.5, 3: 62.5, 4: 0.0, 5: 50.0}
+"""Of 4 comparisons each: 2; 3 and a tie; 2 and a tie; none; 2 won."""
+
+
+def pcuid(root: Path) -> dict:
+    sheet(root / "MOS.xlsx", [["image_id", "MOS"], *SHARES.items()])
+    sheet(root / "pair_label.xlsx", [list(PCUID_PAIRS.values()), *map(list, PAIRS)])
+    paths = [f"300-{1 + number // 3}/图片{number}.jpg" for number in SHARES]
+    for path in paths:
+        picture(root / path)
+    return {path: (share, NAN) for path, share in zip(paths, SHARES.values())}
+
+
 BUILD = {
     "kadid-10k": kadid, "tid2013": tid, "koniq-10k": koniq, "spaq": spaq, "clive": clive, "bid": bid, "pipal": pipal, "csiq": csiq,
     "liu13": listed("Deblur_test_all.txt", ["a_1.png", "a_2.png", "b_1.png", "b_2.png"]),
     "min19": listed("Dehaze_test_all.txt", ["01_1.bmp", "01_2.bmp", "02_1.bmp", "02_2.bmp"]),
-    "sriqa-bench": sriqa, "agiqa-3k": agiqa,
+    "sriqa-bench": sriqa, "agiqa-3k": agiqa, "biq2021": biq2021, "srij": srij, "pcuid": pcuid,
 }  # fmt: skip
 
 
@@ -222,7 +293,8 @@ def refused(name, root, message, error=ValueError):
 def test_a_set_in_the_official_layout_is_read(name, made):
     folder, expected = made(name)
     frame = load_ratings(name, folder)
-    assert tuple(frame.columns) == COLUMNS and frame["dataset"].eq(name).all() and frame.attrs["root"] == str(folder)
+    assert tuple(frame.columns) == COLUMNS + ("subset",) * (name == "biq2021")
+    assert frame["dataset"].eq(name).all() and frame.attrs["root"] == str(folder)
     read = {row.image: (row.mos, row.std) for row in frame.itertuples()}
     assert set(read) == set(expected)
     for image, numbers in expected.items():
@@ -275,7 +347,7 @@ def test_missing_pictures_are_counted_and_named(name, made):
 
 def test_every_entry_says_where_what_and_how():
     for name, entry in SETS.items():
-        assert entry.rows > 500 and entry.source and entry.size and entry.licence and entry.note, name
+        assert entry.rows >= 300 and entry.source and entry.size and entry.licence and entry.note, name
         assert entry.split in ("seeded", "official", "test") and entry.scale[0] < entry.scale[1]
     assert {name for name, entry in SETS.items() if entry.flip is not None} == {"csiq"} and PER_CONTENT == ("sriqa-bench",)
     assert {name for name, entry in SETS.items() if "unknown" in entry.source} == {"bid", "liu13", "min19"}  # not guessed
@@ -400,6 +472,115 @@ def test_a_list_may_name_pictures_by_their_path(made):
     assert load_ratings("min19", folder)["image"][0] == "part0/01_1.bmp"
 
 
+@pytest.mark.parametrize("name", ["biq2021", "pcuid"])
+def test_what_is_there_of_a_set_can_be_read_when_asked_for(name, made):
+    folder, expected = made(name)
+    gone, *kept = expected
+    (folder / gone).unlink()
+    frame = load_ratings(name, folder, strict=False)
+    assert frame["image"].tolist() == kept and frame.attrs["root"] == str(folder)
+    refused(name, folder, f"1 of {len(expected)} pictures of {name} are missing", FileNotFoundError)
+
+
+# People's sets: twins, subsets, votes, comparisons
+
+
+def twins(folder: Path, test: dict, train: dict) -> pd.DataFrame:
+    biq_lists(folder, {"Test": test, "Train": train})
+    for name in test | train:
+        picture(folder / "Images" / name)
+    return load_ratings("biq2021", folder).set_index("image")
+
+
+def test_biq2021s_near_twins_are_never_in_two_parts(tmp_path):
+    """ss01 (1373) has a twin that is not its nearest: it stays in the test part; its twin leaves training."""
+    test = {"SS03 (6873).jpg": 0.78, "ss01 (1373).jpg": 0.5, "ss01 (10).jpg": 0.4}
+    frame = twins(tmp_path, test, {"ss03 (5557).jpg": 0.75, "ss01 (1372).jpg": 0.5, "ss01 (5).jpg": 0.3})
+    assert frame["split"].to_dict() == {
+        "Images/ss03 (5557).jpg": "train", "Images/ss01 (1372).jpg": "", "Images/ss01 (5).jpg": "train",
+        "Images/SS03 (6873).jpg": "", "Images/ss01 (1373).jpg": "test", "Images/ss01 (10).jpg": "test",
+    }  # fmt: skip
+    reference = frame["reference"]
+    assert reference["Images/SS03 (6873).jpg"] == reference["Images/ss03 (5557).jpg"]
+    assert reference["Images/ss01 (1373).jpg"] == reference["Images/ss01 (1372).jpg"]
+    assert reference["Images/ss01 (5).jpg"] == "ss01 (5).jpg"
+    assert frame["subset"].tolist() == ["ss03", "ss01", "ss01", "ss03", "ss01", "ss01"]
+
+
+def test_the_list_of_twins_has_208_test_pictures_that_leave():
+    table = pd.read_csv(TWINS, comment="#", keep_default_na=False)
+    assert (table["nearest"] != "").sum() == 208 and table["image"].is_unique
+    groups = table.groupby("group")["image"]
+    assert (groups.transform("min") == table["group"]).all() and (groups.transform("size") > 1).all()
+    assert set(table["nearest"]) - {""} <= set(table["image"])
+
+
+def test_near_twins_are_found_by_how_they_look(tmp_path, photo):
+    """A copy coded again and one a little smaller are twins; a mirrored one and flat ones are not."""
+    mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    small = photo.resize((photo.width * 9 // 10, photo.height * 9 // 10))
+    flat = Image.new("RGB", photo.size)
+    pictures = {"a.jpg": photo, "b.jpg": mirrored, "c.jpg": photo, "d.jpg": small}
+    pictures |= {"e.jpg": flat, "f.jpg": flat}
+    for name, image in pictures.items():
+        image.save(tmp_path / name, quality=95 if name == "a.jpg" else 60)
+    trained = [name in ("b.jpg", "c.jpg") for name in pictures]
+    table = near_twins([tmp_path / name for name in pictures], list(pictures), trained)
+    assert table["image"].tolist() == ["a.jpg", "c.jpg", "d.jpg"] and table["group"].eq("a.jpg").all()
+    assert table["nearest"].tolist() == ["c.jpg", "", "c.jpg"]
+
+
+def test_vqr1_data_twins_needs_the_whole_set_and_prints_its_list(made, capsys):
+    folder, expected = made("biq2021")
+    assert main(["data", "biq2021", "--twins", "--root", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["image,group,nearest"]  # one shade is nobody's twin
+    (folder / list(expected)[0]).unlink()
+    assert main(["data", "biq2021", "--twins", "--root", str(folder)]) == 2
+    assert "1 of 6 pictures" in capsys.readouterr().err
+    assert main(["data", "pcuid", "--twins", "--root", str(folder)]) == 2
+    assert "for biq2021 alone" in capsys.readouterr().err
+
+
+def test_srijs_algorithms_scales_and_scenes(made):
+    frame = load_ratings("srij", made("srij")[0])
+    original = frame["image"].str.contains("HD-1-")
+    assert frame[original][["distortion", "level"]].eq("").all(axis=None)
+    made_by = frame.loc[~original, ["distortion", "level"]].drop_duplicates()
+    assert made_by.to_numpy().tolist() == [["Yang10", "2"], ["SRCNN", "4"]]
+    assert set(frame["reference"]) == set(CROPS)
+    part = frame.drop_duplicates("reference").set_index("reference")["split"]
+    assert part["dolls1"] == part["dolls2"] and part["globe1"] == part["globe-fast1"]
+    assert set(part) == {"train", "val", "test"}
+
+
+def test_an_observer_who_votes_against_all_others_is_left_out():
+    rng = np.random.default_rng(0)
+    votes = np.linspace(10, 90, 60) + rng.normal(0, 1, (30, 60))
+    z = (votes - votes.mean(1, keepdims=True)) / votes.std(1, ddof=1, keepdims=True)
+    mean, std = screened_scores(np.vstack([votes, 100 - votes[0]]), 60)
+    np.testing.assert_allclose(mean, 100 * (z.mean(0) + 3) / 6, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(std, 100 * z.std(0, ddof=1) / 6, rtol=0, atol=1e-9)
+
+
+def test_pcuids_comparisons_name_its_pictures(made):
+    folder, expected = made("pcuid")
+    frame = load_comparisons("PCUID", folder)
+    image = dict(zip(SHARES, expected))
+    assert frame.to_numpy().tolist() == [[image[a], image[b], (label + 1) / 2] for a, b, label in PAIRS]
+    assert set(frame["first"]) | set(frame["second"]) <= set(load_ratings("pcuid", folder)["image"])
+    (folder / image[4]).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 5 pictures of pcuid are missing, first 图片4.jpg"):
+        load_comparisons("pcuid", folder)
+    assert len(load_comparisons("pcuid", folder, strict=False)) == 6
+
+
+def test_a_set_without_comparisons_says_so(made):
+    with pytest.raises(ValueError, match="kadid-10k has no comparisons; sets that have: pcuid"):
+        load_comparisons("kadid-10k", made("kadid-10k")[0])
+    with pytest.raises(ValueError, match="unknown set 'sim-kadid'; public sets: kadid-10k, "):
+        load_comparisons("sim-kadid")
+
+
 # Splits
 
 
@@ -506,6 +687,26 @@ def without(path: str):
     return lambda folder: (folder / path).unlink()
 
 
+def votes(columns: list):
+    quality = np.array(columns, dtype=float).T
+    return lambda folder: savemat(folder / "HumanStudy/HumanScores/10.mat", {"quality": quality})
+
+
+def rolled_scores(folder):
+    """The fault that is easily made: the scores of the 608 are given to the first 608 names."""
+    path = folder / "Datasets/SRIJ/hScoresSRIJ.mat"
+    savemat(path, {"hScoresSRIJ": np.roll(loadmat(path)["hScoresSRIJ"], 3)})
+
+
+def scores_of_all(folder):
+    savemat(folder / "Datasets/SRIJ/hScoresSRIJ.mat", {"hScoresSRIJ": np.ones((21, 1))})
+
+
+def a_pair_again(folder):
+    cell("pair_label.xlsx", 3, 1, 3)(folder)
+    cell("pair_label.xlsx", 3, 2, 1)(folder)
+
+
 SPAQ_FILE = "Annotations/MOS and Image attribute scores.xlsx"
 FAULTS = {
     "kadid: the header of a std that is a variance": ("kadid-10k", change("dmos.csv", "dmos,var", "dmos,std"), r"dmos\.csv, line 1: column 'var' is missing from the header dist_img, ref_img, dmos, std"),
@@ -545,6 +746,47 @@ FAULTS = {
     "csiq: another sheet": ("csiq", lambda folder: sheet(folder / "csiq.DMOS.xlsx", [[1]], "all_by_distortion"), r"not an \.xlsx workbook with sheet 'all_by_image'"),
     "liu13: name and mos alone": ("liu13", change("Deblur_test_all.txt", "a.png a_1.png", "a_1.png"), r"Deblur_test_all\.txt, line 1: 2 fields; expected 3: reference name mos"),
     "sriqa: a header": ("sriqa-bench", change("MOS/online50.txt", "online50", "name,score\nonline50"), r"online50\.txt, line 1: mos 'score' is not a number from 0 to 100"),
+    "biq: the training part is missing": ("biq2021", without("Train (Images and MOS).csv"),
+      r"Train \(Images and MOS\)\.csv is missing; it belongs to the annotation"),
+    "biq: another header": ("biq2021", change("Test (Images and MOS).csv", "Image Name", "Name"),
+      r"Test .*\.csv, line 1: column 'Image Name' is missing"),
+    "biq: a MOS of 0..100": ("biq2021", change("Train (Images and MOS).csv", "0.3562", "35.62"),
+      r"Train .*\.csv, line 3: mos '35\.62' is not a number from 0 to 1"),
+    "biq: a name of the workbook": (
+        "biq2021", change("Train (Images and MOS).csv", "ss01 (5).jpg", "Images (5).jpg"),
+      r"Train .*\.csv, line 2: name 'Images \(5\)\.jpg' is not like ss01 \(1\)\.jpg"),
+    "biq: a picture in both parts": (
+        "biq2021", change("Test (Images and MOS).csv", "ss03 (10).jpg", "ss03 (961).jpg"),
+      r"Test .*\.csv, line 3: name 'ss03 \(961\)\.jpg' is there twice"),
+    "srij: scores of other pictures": ("srij", rolled_scores,
+      r"addressesSRIJ\.mat, entry 1: mos .* is not what the votes in HumanStudy/HumanScores give"),
+    "srij: scores of the originals too": ("srij", scores_of_all,
+      r"hScoresSRIJ\.mat: 21 scores for 14 pictures"),
+    "srij: names are missing": ("srij", without("Datasets/SRIJ/addressesSRIJ.mat"),
+      r"addressesSRIJ\.mat is missing"),
+    "srij: one vote too few": ("srij", votes([range(1, 21), range(20)]),
+      r"10\.mat: column 1 of quality is not 1 to 21, once each"),
+    "srij: a picture is voted on twice": ("srij", votes([[1, *range(1, 21)], range(21)]),
+      r"10\.mat: column 1 of quality is not 1 to 21"),
+    "srij: a vote that is no number": ("srij", votes([range(1, 22), [NAN, *range(20)]]),
+      r"10\.mat: a vote is not a number from 0 to 100"),
+    "srij: an observer who does not care": ("srij", votes([range(1, 22), [50] * 21]),
+      r"10\.mat: all votes are 50\.0"),
+    "pcuid: comparisons are missing": ("pcuid", without("pair_label.xlsx"), r"pair_label\.xlsx is missing"),
+    "pcuid: another header": ("pcuid", cell("pair_label.xlsx", 1, 3, "label"),
+      r"pair_label\.xlsx, line 1: column '标签.* is missing"),
+    "pcuid: a label that there is not": ("pcuid", cell("pair_label.xlsx", 3, 3, 2),
+      r"pair_label\.xlsx, line 3: label '2' is not -1, 0 or 1"),
+    "pcuid: a picture with itself": ("pcuid", cell("pair_label.xlsx", 2, 2, 1),
+      r"pair_label\.xlsx, line 2: second '1' is compared with itself"),
+    "pcuid: a pair twice": ("pcuid", a_pair_again,
+      r"pair_label\.xlsx, line 3: second '1' was compared with the first on an earlier line"),
+    "pcuid: a name for a number": ("pcuid", cell("pair_label.xlsx", 4, 1, "two"),
+      r"pair_label\.xlsx, line 4: first 'two' is not a picture's number"),
+    "pcuid: a pair is missing": ("pcuid", cell("pair_label.xlsx", 11, 2, 6),
+      r"MOS\.xlsx, line 5: name '图片4\.jpg' is not compared once with every other picture"),
+    "pcuid: a MOS that the labels do not give": ("pcuid", cell("MOS.xlsx", 3, 2, 78.5),
+      r"MOS\.xlsx, line 3: mos '78\.5' is not the share of wins"),
     "agiqa: the alignment alone": ("agiqa-3k", change("data.csv", "mos_quality", "mos"), r"data\.csv, line 1: column 'mos_quality' is missing"),
 }  # fmt: skip
 

@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
     data = command("data", "Check a data set: rows, range, splits, missing pictures; or list the public sets.")
     data.add_argument("name", nargs="?", metavar="NAME", help="a public or embedded set, or the path of a manifest")
+    twins = "find biq2021's near twins again: prints data/biq2021_twins.csv"
+    data.add_argument("--twins", action="store_true", help=twins)
     data.add_argument("--list", action="store_true", help="say where each public set can be had, its size and licence")
     _root(data)
 
@@ -226,7 +228,7 @@ def _describe(args) -> int:
 def _evaluate(args) -> int:
     import pandas as pd
 
-    from vqr1.evaluation import evaluate, evaluation_rows, markdown, oracles, save_scores, unread
+    from vqr1.evaluation import FAMILY, evaluate, evaluation_rows, markdown, oracles, save_scores, unread
 
     if args.suite:
         from vqr1.table2 import table2
@@ -235,7 +237,8 @@ def _evaluate(args) -> int:
         return EXIT_OK
     frames = evaluation_rows(args.sets, args.split, args.limit, args.root)
     result, tables = evaluate(args.policy, frames, args.estimates or ["expected", "greedy", "sample"])
-    rated = {name: frame for name, frame in frames.items() if frame["mos"].notna().all() and frame["distortion"].ne("").all()}
+    known = {name: frame for name, frame in frames.items() if frame["distortion"].isin(FAMILY).all()}
+    rated = {name: frame for name, frame in known.items() if frame["mos"].notna().all()}
     gold = pd.DataFrame([{"set": name, "estimate": oracle} | row for name, frame in rated.items() for oracle, row in oracles(frame).items()])
     print(markdown(pd.concat([result, gold], ignore_index=True)))
     if args.out:
@@ -257,6 +260,8 @@ def _data(args) -> int:
         return EXIT_OK
     known = public_name(args.name)
     public = SETS.get(known)
+    if args.twins:
+        return _twins(known, args.root or data_root())
     frame = read_public(known, args.root or data_root(), strict=False) if public else load_ratings(args.name, args.root)
     missing = frame.attrs.get("missing", [])
     splits = frame["split"].replace("", "none").value_counts()
@@ -266,6 +271,9 @@ def _data(args) -> int:
     print(f"std         {frame['std'].min():.4g} to {frame['std'].max():.4g}" if frame["std"].notna().any() else "std         none")
     print(f"references  {frame['reference'].nunique()}")
     print("splits      " + ", ".join(f"{split} {count}" for split, count in splits.items()))
+    if "subset" in frame:
+        counts = frame["subset"].value_counts().sort_index().items()
+        print("subsets     " + ", ".join(f"{name} {count}" for name, count in counts))
     if public:
         print(f"note        {public.note}")
     for name in missing[:10]:
@@ -273,6 +281,21 @@ def _data(args) -> int:
     if missing:
         print(f"expected: {public.layout}", file=sys.stderr)
     return EXIT_FAILED if missing else EXIT_OK
+
+
+def _twins(name: str | None, root: str | Path) -> int:
+    from vqr1.people import TWIN_BITS, TWIN_CORRELATION, near_twins
+    from vqr1.readers import read_public
+
+    if name != "biq2021":
+        raise ValueError("--twins is for biq2021 alone: its official split is known to have them")
+    frame = read_public(name, root)
+    paths = [Path(frame.attrs["root"], image) for image in frame["image"]]
+    twins = near_twins(paths, frame["name"], frame["part"] == "train")
+    rule = f"dHash <= {TWIN_BITS} of 256 bits, thumbnails' correlation > {TWIN_CORRELATION}"
+    print(f"# near twins of BIQ2021: {rule}; nearest: training picture; made by vqr1 data biq2021 --twins")
+    print(twins.to_csv(index=False, lineterminator="\n"), end="")
+    return EXIT_OK
 
 
 def _sheet(args) -> int:

@@ -29,12 +29,14 @@ from PIL import Image
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.pictures import open_picture, upright_size
 from vqr1.prompts import messages
-from vqr1.readers import SETS, public_name, read_public
+from vqr1.readers import SETS, public_name, read_comparisons, read_public
 
 if TYPE_CHECKING:
     import datasets
 
 COLUMNS = ("image", "dataset", "mos", "std", "reference", "distortion", "level", "seed", "crop", "split")
+EXTRA = ("subset",)
+"""Columns that only some sets have: groups whose pictures are also compared among themselves alone."""
 HELD_OUT = ("motion_blur", "color_saturation_2", "jpeg2000", "multiplicative_noise", "darken", "pixelate")
 """No row that is trained, validated or pretrained on has one of these types."""
 TRAINED = tuple(name for name in DISTORTIONS if name not in HELD_OUT)
@@ -66,11 +68,12 @@ def data_root() -> Path:
     return root
 
 
-def load_ratings(name: str | Path, root: str | Path | None = None) -> pd.DataFrame:
+def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
     """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or by a manifest's path.
 
     ``root`` is where its images are: by default `data_root` for a name, the manifest's folder for a path. A public set
     (`vqr1.readers.SETS`, in any spelling: KADID10k) is looked for in ``root`` and in a folder of its name below it.
+    A missing picture of a public set is an error; with ``strict=False`` its row is left out.
     ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever
     `read_manifest` and `read_public` raise.
     """
@@ -78,7 +81,8 @@ def load_ratings(name: str | Path, root: str | Path | None = None) -> pd.DataFra
         return read_manifest(name, root)
     folder = Path(root) if root else data_root()
     if public := public_name(name):
-        return read_public(public, folder)[list(COLUMNS)]
+        frame = read_public(public, folder, strict)
+        return _kept_columns(frame[frame["image"] != ""].reset_index(drop=True))
     known = sorted(path.stem for path in folder.glob("sim-*.csv"))
     if name not in known:
         raise ValueError(
@@ -88,11 +92,30 @@ def load_ratings(name: str | Path, root: str | Path | None = None) -> pd.DataFra
     return read_manifest(folder / f"{name}.csv", folder)
 
 
+def load_comparisons(name: str, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
+    """Return the pairs of pictures that people compared in a public set.
+
+    name: "pcuid" is the one set that has them.
+    root: as for `load_ratings`.
+    strict: whether a missing picture is an error; else its pairs are left out.
+
+    Columns: first, second (paths as in `load_ratings`) and preference: 1 where the first looks better, 0.5
+    for a tie, 0. Raises ValueError for a set without comparisons, and what `load_ratings` raises.
+    """
+    if not (public := public_name(name)):
+        raise ValueError(f"unknown set {str(name)!r}; public sets: {', '.join(SETS)}")
+    return read_comparisons(public, root or data_root(), strict)
+
+
+def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[[*COLUMNS, *(name for name in EXTRA if name in frame)]]
+
+
 # Reading a manifest
 
 
 def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFrame:
-    """Return a manifest's rows after checking every one of them; other columns are dropped.
+    """Return a manifest's rows after checking every one of them; columns that are not ours are dropped.
 
     mos and std are floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column,
     or strings ("3+4", "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
@@ -129,7 +152,7 @@ def _read_text(path: Path) -> pd.DataFrame:
             f"{path}, line 1: column {missing[0]!r} is missing; the header must name {','.join(COLUMNS)}"
         )
     text.index += 2
-    text = text[list(COLUMNS)].fillna("").apply(lambda column: column.str.strip())
+    text = _kept_columns(text).fillna("").apply(lambda column: column.str.strip())
     text = text[(text != "").any(axis=1)]  # blank lines
     if text.empty:
         raise ValueError(f"{path}: no rows after the header; add at least one")
@@ -158,7 +181,7 @@ def _check_labels(path: Path, text: pd.DataFrame) -> None:
 
 def _check_renders(path: Path, text: pd.DataFrame) -> None:
     types, levels = text["distortion"].str.split("+"), text["level"].str.split("+")
-    known = types.map(lambda parts: parts == [""] or set(parts) <= set(DISTORTIONS))
+    known = types.map(lambda parts: parts == [""] or set(parts) <= set(DISTORTIONS)) | (text["seed"] == "")
     wanted = f"is not known; use one of {', '.join(DISTORTIONS)}, several joined by +, or leave it empty"
     _require(path, known, text["distortion"], wanted)
     valid = levels.map(lambda parts: parts == [""] or set(parts) <= set("12345"))

@@ -82,7 +82,8 @@ def agreement(table: pd.DataFrame) -> dict[str, float]:
     """Return one result row of scored rows: `summarize`, or for unrated sets the share of dominance pairs ordered right.
 
     Ties count half. A pair with an unparseable answer counts as wrong. Of sets rated per content, srcc and plcc are means
-    over contents, their pooled values have columns of their own, and there is no fit.
+    over contents, their pooled values have columns of their own, and there is no fit. A set with subsets
+    has the SRCC within each of them, srcc_SUBSET.
     """
     if table["dataset"].isin(UNRATED).all():
         pairs = dominance_pairs(table)
@@ -92,7 +93,8 @@ def agreement(table: pd.DataFrame) -> dict[str, float]:
         return {"rows": len(table), "unparseable": int(table["score"].isna().sum()), "photographs": table["reference"].nunique(), "dominance": _mean(right)}
     if table["dataset"].isin(PER_CONTENT).all():
         return summarize(table) | content_agreement(table) | {"plcc_fit": math.nan}
-    return summarize(table)
+    subsets = table.groupby("subset") if "subset" in table else ()
+    return summarize(table) | {f"srcc_{name}": frame_srcc(part) for name, part in subsets}
 
 
 def oracles(frame: pd.DataFrame) -> dict[str, dict]:

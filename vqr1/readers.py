@@ -3,7 +3,8 @@
 One entry of `SETS` says where a set can be had, what its files look like and what its numbers mean; one short function
 reads its table. What is checked afterwards is the same for all: every mos is a number on the published scale, every picture
 is there once, higher is better where the file itself shows it. Sizes are those of the archives of the Hub's
-chaofengc/IQA-PyTorch-Datasets. No real set was read when this was written: the tests make small ones in the official layout.
+chaofengc/IQA-PyTorch-Datasets. Three sets are a git clone away, and were read whole: biq2021, srij, pcuid. No
+other real set was read when this was written: the tests make small ones in the official layout.
 """
 
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from vqr1.distortions import DISTORTIONS
+from vqr1.people import screened_scores, win_share, without_twins
 
 SPLITS = ("train", "val", "test")
 SPLIT_SEED = 0
@@ -41,8 +43,9 @@ class PublicSet:
     flip: float | None = None
     std_factor: float = 1.0
     variance: bool = False
-    split: str = "seeded"  # by reference; "official": the file's own; "test": nothing to train on
+    split: str = "seeded"  # by scene or reference; "official": the file's own; "test": nothing to train on
     per_content: bool = False
+    compare: Callable[[Path], pd.DataFrame] | None = None  # folder -> where, first, second, preference
 
     @property
     def layout(self) -> str:
@@ -54,10 +57,14 @@ class PublicSet:
 # Tables: every reader returns strings in columns where (file and line), name, mos, reference and perhaps std, split, level, …
 
 
-def _lines(path: Path, fields: tuple[str, ...], separator: str | None = None) -> pd.DataFrame:
-    """Return a text file without a header: one row per line, split at ``separator`` (None: white space)."""
+def _present(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it belongs to the annotation")
+
+
+def _lines(path: Path, fields: tuple[str, ...], separator: str | None = None) -> pd.DataFrame:
+    """Return a text file without a header: one row per line, split at ``separator`` (None: white space)."""
+    _present(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -70,6 +77,7 @@ def _lines(path: Path, fields: tuple[str, ...], separator: str | None = None) ->
 
 
 def _csv(path: Path, **columns: str) -> pd.DataFrame:
+    _present(path)
     try:
         table = pd.read_csv(path, dtype=object, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -79,6 +87,7 @@ def _csv(path: Path, **columns: str) -> pd.DataFrame:
 
 def _excel(path: Path, sheet: str | int, header: int, **columns: str) -> pd.DataFrame:
     """Return columns of a sheet whose header is on line ``header``, counted from 1."""
+    _present(path)
     try:
         table = pd.read_excel(path, sheet_name=sheet, header=header - 1, dtype=object)
     except (BadZipFile, ValueError, KeyError) as error:  # no workbook; no such sheet; a workbook without its parts
@@ -102,8 +111,7 @@ def _matlab(path: Path, name: str) -> np.ndarray:
     from scipy.io import loadmat  # slow to import
     from scipy.io.matlab import MatReadError
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; it belongs to the annotation")
+    _present(path)
     try:
         return loadmat(path)[name].ravel()
     except (ValueError, TypeError, NotImplementedError, MatReadError) as error:
@@ -190,6 +198,92 @@ def _agiqa(files: list[Path]) -> pd.DataFrame:
     return _csv(files[0], name="name", reference="prompt", mos="mos_quality", std="std_quality")
 
 
+def _biq2021(files: list[Path]) -> pd.DataFrame:
+    parts = {"train": files[0].with_name("Train (Images and MOS).csv"), "test": files[0]}
+    rows = [_csv(path, name="Image Name", mos="MOS").assign(part=part) for part, path in parts.items()]
+    table = pd.concat(rows, ignore_index=True)
+    subset = _parts(table, r"^(?P<subset>ss0[123]) \(\d+\)\.jpg$", "ss01 (1).jpg")["subset"]
+    return without_twins(table.assign(subset=subset.str.lower()))
+
+
+def _srij(files: list[Path]) -> pd.DataFrame:
+    """The published scores follow the order of the addresses, which has the originals, HD-1-…, too."""
+    path, scores = files[0].with_name("addressesSRIJ.mat"), _matlab(files[0], "hScoresSRIJ")
+    names = [str(np.ravel(name)[0]) for name in _matlab(path, "addressesSRIJ")]
+    where = [f"{path}, entry {n}" for n in range(1, len(names) + 1)]
+    table = pd.DataFrame({"where": where, "name": names}, dtype=object)
+    parts = _parts(table, r"^(?P<by>\w+)-(?P<scale>[1-4])-(?P<crop>.+)\.tif$", "SRCNN-2-dolls1.tif")
+    original = parts["by"] == "HD"
+    if len(scores) != (~original).sum():
+        others = f"{(~original).sum()} pictures of {path.name} that are not HD-1-…"
+        raise ValueError(f"{files[0]}: {len(scores)} scores for {others}; get the set again")
+    votes = _srij_votes(files[0].parents[2] / "HumanStudy" / "HumanScores", len(names))
+    voted, std = screened_scores(votes, len(scores))
+    table["mos"] = voted
+    table.loc[~original, "mos"] = scores
+    agrees = (table["mos"] - voted).abs() < 0.01
+    _require(agrees, table, "mos", "is not what the votes in HumanStudy/HumanScores give; get the set again")
+    scene = parts["crop"].str.replace(r"(-fast)?\d+$", "", regex=True)  # several crops of one photograph
+    described = {"distortion": parts["by"].mask(original, ""), "level": parts["scale"].mask(original, "")}
+    return table.assign(std=std, severity=parts["scale"], reference=parts["crop"], scene=scene, **described)
+
+
+def _srij_votes(folder: Path, pictures: int) -> np.ndarray:
+    """Return (observers, pictures). In a file, column 1 counts pictures from 1, column 2 has the votes."""
+    files = sorted(folder.glob("*.mat"))
+    if len(files) < 2:
+        raise FileNotFoundError(f"{folder}: {len(files)} files of votes; they belong to the annotation")
+    votes = np.empty((len(files), pictures))
+    for row, path in zip(votes, files):
+        values = _matlab(path, "quality")
+        table = values.reshape(pictures, -1) if len(values) % pictures == 0 else np.empty((0, 0))
+        if table.shape[1] < 2 or sorted(table[:, 0]) != list(range(1, pictures + 1)):
+            raise ValueError(f"{path}: column 1 of quality is not 1 to {pictures}, once each; get it again")
+        row[table[:, 0].astype(int) - 1] = table[:, 1]
+        if not ((row >= 0) & (row <= 100)).all():
+            raise ValueError(f"{path}: a vote is not a number from 0 to 100; get it again")
+        if row.min() == row.max():
+            raise ValueError(f"{path}: all votes are {row[0]}, which orders nothing; take the file away")
+    return votes
+
+
+PCUID_PAIRS = {
+    "first": "图像1", "second": "图像2",
+    "label": "标签（-1为图像2质量优于图像1；0为图像1和图像2质量差不多；1为图像1质量优于图像2）",
+}  # fmt: skip
+"""The header of pair_label.xlsx: picture 1, picture 2, label (-1: 2 is better, 0: alike, 1: 1 is better)."""
+
+
+def _pcuid(files: list[Path]) -> pd.DataFrame:
+    """Every two pictures are compared, and mos = 100 (wins + ties / 2) / (pictures - 1)."""
+    table = _excel(files[0], 0, 1, name="image_id", mos="MOS")
+    table["name"] = _pcuid_names(table, "name")
+    pairs = _pcuid_pairs(files[0].parent)
+    met = table["name"].map(pd.concat([pairs["first"], pairs["second"]]).value_counts())
+    whole = "is not compared once with every other picture in pair_label.xlsx; get the set again"
+    _require(met == len(table) - 1, table, "name", whole)
+    off = pd.to_numeric(table["mos"], errors="coerce") - table["name"].map(win_share(pairs))
+    _require(off.abs() < 1e-6, table, "mos", "is not the share of wins in pair_label.xlsx; get the set again")
+    return table
+
+
+def _pcuid_pairs(folder: Path) -> pd.DataFrame:
+    table = _excel(folder / "pair_label.xlsx", 0, 1, **PCUID_PAIRS)
+    preference = table["label"].str.removesuffix(".0").map({"1": 1.0, "0": 0.5, "-1": 0.0})
+    _require(preference.notna(), table, "label", "is not -1, 0 or 1")
+    first, second = (_pcuid_names(table, column) for column in ("first", "second"))
+    _require(first != second, table, "second", "is compared with itself")
+    again = pd.DataFrame({"a": np.minimum(first, second), "b": np.maximum(first, second)}).duplicated()
+    _require(~again, table, "second", "was compared with the first on an earlier line")
+    return table.assign(first=first, second=second, preference=preference)
+
+
+def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
+    number = table[column].str.removesuffix(".0")  # a cell of Excel may be a whole number or not
+    _require(number.str.fullmatch(r"\d+"), table, column, "is not a picture's number")
+    return "图片" + number + ".jpg"
+
+
 SETS = {
     "kadid-10k": PublicSet(
         "KADID-10k (Lin, Hosu and Saupe 2019)", 10125, "database.mmsp-kn.de/kadid-10k-database.html", "3.07 GB", "unknown",
@@ -252,6 +346,32 @@ SETS = {
         "AGIQA-3K, generated pictures (Li et al. 2023)", 2982, "github.com/lcysyzxdxc/AGIQA-3k-Database", "98 MB", "MIT (its repository)",
         ("data.csv",), ("", "images", "Images", "image"), (0, 5), read=_agiqa, note="mos_quality, not mos_align; split by prompt",
     ),
+    "biq2021": PublicSet(
+        "BIQ2021, authentic photographs (Ahmed and Asif 2022)", 12000,
+        "git clone --depth 1 https://github.com/nisarahmedrana/BIQ2021", "420 MB",
+        'none stated; "freely available for use and benchmarking" (the paper), redistribution not granted',
+        ("Test (Images and MOS).csv",), ("Images",), (0, 1), read=_biq2021, split="official",
+        note="official split without 208 test pictures that have a near twin in training "
+             "(data/biq2021_twins.csv); a validation part comes from training, twins together; no std",
+    ),
+    "srij": PublicSet(
+        "SRIJ, super-resolution (Beron et al. 2020)", 640,
+        "git clone --depth 1 https://github.com/juanpaberon/IQA_SR SRIJ", "161 MB",
+        "none stated; its README asks to contact the author; redistribution not granted",
+        ("Datasets/SRIJ/hScoresSRIJ.mat",), ("Datasets/SRIJ/Images", "Datasets/SRIJ/Images/GroundTruth"),
+        (0, 100), read=_srij,
+        note="grey; 608 published scores, checked against 43 observers' votes, which also score the 32 "
+             "originals (level empty) and give std; distortion is the algorithm, level its scale; split by "
+             "scene",
+    ),
+    "pcuid": PublicSet(
+        "PCUID, underwater photographs compared in pairs", 300,
+        "git clone --depth 1 https://github.com/JOU-UIP/PCUID", "75 MB",
+        "none stated; use it locally, do not redistribute",
+        ("MOS.xlsx",), ("300-*",), (0, 100), read=_pcuid, compare=_pcuid_pairs,
+        note="mos is the share of wins over all others, checked against pair_label.xlsx; load_comparisons "
+             "returns the 44,850 pairs; no std",
+    ),
 }  # fmt: skip
 """The public sets by their names, as `vqr1 data --list` prints them."""
 PER_CONTENT = tuple(name for name, entry in SETS.items() if entry.per_content)
@@ -277,16 +397,47 @@ def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFram
         raise ValueError(f"{files[0]}: no rows; expected {entry.layout}")
     table = _checked(entry, table)
     images = _located(entry, folder, table["name"])
-    missing = table["name"][images == ""].tolist()
-    if missing and strict:
-        shown = ", ".join(missing[:3])
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(table)} pictures of {name} are missing, first {shown}; expected {entry.layout}")
+    missing = _missing(name, folder, table["name"], images, strict)
     frame = table.assign(dataset=name, image=images, split=_split(entry, folder, table), seed=pd.Series(pd.NA, table.index, "Int64"), crop="")
     frame = frame.assign(**{column: "" for column in ("distortion", "level") if column not in frame})
     if (frame["level"] != "").all():
         frame["level"] = frame["level"].astype(int)
     frame.attrs |= {"root": str(folder), "missing": missing}
     return frame
+
+
+def read_comparisons(name: str, root: str | Path, strict: bool = True) -> pd.DataFrame:
+    """Return the pairs of pictures that people compared in a public set.
+
+    name: of `SETS`.
+    root: as for `read_public`.
+    strict: whether a missing picture is an error; else its pairs are left out.
+
+    Columns: first, second (paths below ``attrs["root"]``) and preference: 1 where the first looks better, 0.5
+    for a tie, 0. Raises ValueError for a set without comparisons, and what `read_public` raises.
+    """
+    entry, folder = SETS[name], home(name, root)
+    if entry.compare is None:
+        having = ", ".join(known for known, one in SETS.items() if one.compare)
+        raise ValueError(f"{name} has no comparisons; sets that have: {having}")
+    table = entry.compare(folder)
+    names = pd.Series(pd.unique(pd.concat([table["first"], table["second"]])))
+    images = _located(entry, folder, names)
+    missing = _missing(name, folder, names, images, strict)
+    sides = table[["first", "second"]].apply(lambda side: side.map(dict(zip(names, images))))
+    frame = sides.assign(preference=table["preference"])[(sides != "").all(axis=1)].reset_index(drop=True)
+    frame.attrs |= {"root": str(folder), "missing": missing}
+    return frame
+
+
+def _missing(name: str, folder: Path, names: pd.Series, images: pd.Series, strict: bool) -> list[str]:
+    """Return the names of pictures that are not there; FileNotFoundError if there are any and ``strict``."""
+    missing = names[images == ""].tolist()
+    if missing and strict:
+        count, shown = f"{len(missing)} of {len(names)}", ", ".join(missing[:3])
+        what = f"{count} pictures of {name} are missing, first {shown}; expected {SETS[name].layout}"
+        raise FileNotFoundError(f"{folder}: {what}")
+    return missing
 
 
 def public_name(name: str | Path) -> str | None:
@@ -365,7 +516,7 @@ def _split(entry: PublicSet, folder: Path, table: pd.DataFrame) -> pd.Series:
     if any(path.is_file() for path in lists):
         return _listed_split(lists, table)
     if entry.split == "seeded":
-        return seeded_split(table["reference"])
+        return seeded_split(table.get("scene", table["reference"]))
     split = table.get("split", pd.Series("test" if entry.split == "test" else "", table.index))
     _require(split.isin([*SPLITS, ""]), table, "split", "is not training, validation or test")
     return split
