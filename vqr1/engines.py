@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, ProcessorMixin
 
+from vqr1.answers import BEGINNINGS, COLUMNS, OPENINGS, RARE, closed, columns, likeliest, probabilities
 from vqr1.policy import TINY, load_processor
 
 INSTALL = (
@@ -27,14 +28,8 @@ MAX_TOKENS = 20_480
 RANKS = (8, 16, 32, 64, 128, 256)
 """The LoRA ranks that vLLM can be set to."""
 
-CHARACTERS = "0123456789.<"
-"""What may follow inside an answer; "<" stands for the token that begins ``</answer>``."""
-BEGINNINGS = ("", *"12345", *(f"{d}." for d in "12345"), *(f"{d}.{n}" for d in "12345" for n in "0123456789"))
-"""The 61 beginnings of an answer after which the next token is asked for, shortest first."""
-ANSWERS = (*(f"{text}{n}" for text in BEGINNINGS[11:] for n in "0123456789"), *(f"{text}<" for text in BEGINNINGS[11:] + BEGINNINGS[1:6]))
-"""The 555 answers d.dd, d.d and d, in the order of the Scorer's values."""
 FLOOR = 1e-8
-"""Beginnings less likely than this are not asked for; 61 of them change a mean by 3e-6 at most."""
+"""Beginnings less likely than this are not asked for; 133 of them change a mean by 2e-5 at most."""
 
 Tree = dict[str, dict[str, float]]
 """What follows each beginning: {beginning: {character: probability}}."""
@@ -52,15 +47,25 @@ def chance(tree: Tree, text: str) -> float:
 def unasked(tree: Tree) -> list[str]:
     """Return the beginnings to ask for next: likely enough by what is known; none when the tree is complete.
 
-    >>> unasked({}), unasked({"": {"3": 0.5, "4": 0.5, "7": 1e-3}})
+    >>> unasked({}), unasked({"": {"3": 0.5, "4": 0.5, "7": 1e-9}})
     ([''], ['3', '4'])
     """
-    return [text for text in BEGINNINGS if text not in tree and chance(tree, text) >= FLOOR]
+    openings = [opening for opening in OPENINGS if not opening or chance(tree, opening) >= RARE]
+    asked = [opening + text for opening in openings for text in BEGINNINGS]
+    return [text for text in asked if text not in tree and chance(tree, text) >= FLOOR]
 
 
 def following(logprobs: Mapping[int, object], tokens: Mapping[str, int]) -> dict[str, float]:
-    """Return the probability of each character from vLLM's {token: Logprob} of one position."""
-    return {character: math.exp(logprobs[token].logprob) for character, token in tokens.items()}
+    """Return the probability of each of `COLUMNS` from vLLM's {token: Logprob} of one position."""
+    listed = torch.tensor([logprobs[token].logprob for token in tokens.values()], dtype=torch.float64).exp()
+    return dict(zip(COLUMNS, columns(listed).tolist()))
+
+
+def distribution(tree: Tree) -> torch.Tensor:
+    """Return the probability of each of `ANSWERS` after each of `OPENINGS`, (3, 1231)."""
+    nothing = dict.fromkeys(COLUMNS, 0.0)
+    following = [[list(tree.get(opening + text, nothing).values()) for text in BEGINNINGS] for opening in OPENINGS]
+    return probabilities(torch.tensor(following, dtype=torch.float64))
 
 
 def request(prompt: list[int], picture: Image.Image, name: str, more: Sequence[int] = ()) -> dict:
@@ -127,26 +132,35 @@ class Vllm:
         return [answer.text for output in outputs for answer in output.outputs]
 
     def distributions(
-        self, prompt: list[int], pictures: list[Image.Image], tokens: Mapping[str, int], stop: str = "", max_tokens: int = 0
-    ) -> tuple[list[str], torch.Tensor]:
-        """Return the text before each picture's answer, and the probability of each of `ANSWERS` after it, (B, 555).
+        self, prompt: list[int], pictures: list[Image.Image], tokens: Mapping[str, int], stop: str = "", tag: int = -1,
+        max_tokens: int = 0, ahead: int = 12,
+    ) -> tuple[list[str], torch.Tensor, list[str]]:  # fmt: skip
+        """Return the text before each picture's answer, the probability of each answer after it, (B, 3, 1231), and the likeliest one.
 
-        tokens: the id of each of `CHARACTERS`. With `stop`, text is generated greedily up to it first; where it does not come
-        within `max_tokens`, the probabilities are 0. All pictures go down the tree together, in at most four calls.
+        tokens: those of `answers.tokens_of`. With `stop`, whose last token is `tag`, text is generated greedily up to it first; where it
+        does not come within `max_tokens`, the probabilities are 0. All pictures go down the tree together, in at most six calls, the last
+        one of which follows the likeliest number for `ahead` tokens.
         """
         names = [uuid.uuid4().hex for _ in pictures]
         texts, more = [""] * len(pictures), [[]] * len(pictures)
         if stop:
             first = [request(prompt, picture, name) for picture, name in zip(pictures, names)]
             outputs = self._run(first, temperature=0.0, max_tokens=max_tokens, stop=[stop], include_stop_str_in_output=True)
-            texts, more = [output.outputs[0].text for output in outputs], [list(output.outputs[0].token_ids) for output in outputs]
+            texts, more = [output.outputs[0].text for output in outputs], [[*output.outputs[0].token_ids[:-1], tag] for output in outputs]
         trees: list[Tree] = [{} for _ in pictures]
         ready = [i for i, text in enumerate(texts) if text.endswith(stop)]
         while asked := [(i, text) for i in ready for text in unasked(trees[i])]:
             rows = [request(prompt, pictures[i], names[i], more[i] + [tokens[c] for c in text]) for i, text in asked]
             for (i, text), output in zip(asked, self._run(rows, **reading(tokens))):
                 trees[i][text] = following(output.outputs[0].logprobs[0], tokens)
-        return texts, torch.tensor([[chance(tree, answer) for answer in ANSWERS] for tree in trees], dtype=torch.float64)
+        probability = torch.stack([distribution(tree) for tree in trees])
+        starts, written = [likeliest(p) for p in probability], [""] * len(pictures)
+        rows = [request(prompt, pictures[i], names[i], more[i] + [tokens[c] for c in starts[i]]) for i in ready]
+        how = {"temperature": 0.0, "max_tokens": ahead, "stop": ["</"], "include_stop_str_in_output": True}
+        for i, output in zip(ready, self._run(rows, **how) if rows else []):
+            answer = output.outputs[0]
+            written[i] = closed(starts[i] + answer.text, answer.finish_reason == "length")
+        return texts, probability, written
 
     def _run(self, requests: list[dict], **settings) -> list:
         return self.llm.generate(requests, self.sampling_params(**settings), use_tqdm=False, lora_request=self.lora)

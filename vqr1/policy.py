@@ -227,7 +227,8 @@ def load_policy(
     """Return (model, processor) of the embedded policy, a local folder, an adapter's folder or a hub name.
 
     Hub names: Qwen/Qwen2.5-VL-3B-Instruct, …-7B-Instruct, TianheWu/VisualQuality-R1-7B, Qwen/Qwen3-VL-2B-Instruct, …-4B…,
-    …-8B…. `quantize` loads the language model in 4-bit NF4. dtype: of all other weights, default `default_dtype`.
+    …-8B…. `quantize` loads the language model in 4-bit NF4. dtype: of all other weights, default `default_dtype`; in place of fp16
+    it is fp32 for the vision tower, and with `quantize` for all of them: activations there can leave fp16's range, and give NaN.
     pixels: (smallest, largest) number of pixels a picture is scaled to, default the processor's own. A folder with an
     adapter loads its base first, and the adapter can be trained on. Processors pad on the left. Weights are read from safetensors
     alone, and no code that comes with them is run. Raises FileNotFoundError for a folder without a model, and for a name
@@ -251,7 +252,7 @@ def load_policy(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor = load_processor(source, config.model_type, pixels)
         model = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype, device_map=_device_map(), use_safetensors=True, trust_remote_code=False, **more
+            source, config=config, dtype=_wide(dtype, quantize), device_map=_device_map(), use_safetensors=True, trust_remote_code=False, **more
         )
     except OSError as error:
         if path.is_dir():
@@ -259,6 +260,13 @@ def load_policy(
         raise FileNotFoundError(f"{name}: no such folder, and the hub gave no such model ({error})") from error
     keep_gradients(model)
     return model, processor
+
+
+def _wide(dtype: torch.dtype, quantize: bool) -> torch.dtype | dict[str, torch.dtype]:
+    """Return what `from_pretrained` takes as dtype: where it would be fp16, the parts that can leave fp16's range are fp32."""
+    if dtype != torch.float16:
+        return dtype
+    return torch.float32 if quantize else {"": torch.float16, "text_config": torch.float16, "vision_config": torch.float32}
 
 
 def _device_map() -> dict[str, int] | None:

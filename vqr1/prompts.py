@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 
 QUESTION = (
     "You are doing the image quality assessment task. Here is the question: "
@@ -22,8 +23,16 @@ NON_THINKING = (
 
 SCORE_MIN, SCORE_MAX = 1.0, 5.0
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_ONE_NUMBER = re.compile(
+    r"""[^0-9]*
+    (?<![^\s*_`"'“‘(\[{:=~])                              # the start, a space, or a mark that is no part of a number
+    ([+-]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++))
+    (?:\s*(?:/|\(?(?:out\s+)?of)\s*5(?:\.0+)?(?![0-9]))?  # its scale, if stated: /5, of 5, out of 5, (out of 5)
+    (?=[\s.,;:!?)\]}*_`"'”’]|\Z)(?!\s*(?:%|percent))
+    [^0-9]*""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _FORMATS = {
     True: re.compile(r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>", re.DOTALL),
@@ -81,19 +90,28 @@ def messages(thinking: bool = True, numbered: bool = False) -> list[dict]:
 
 
 def parse_score(text: str) -> float:
-    """Return the first number in the last ``<answer>…</answer>``, or NaN.
+    """Return the one number in the last ``<answer>…</answer>``, or NaN where a person could doubt it.
 
-    A score outside 1..5 is returned as it stands. The official code takes the first number anywhere
-    when the tag is missing, and a random score when there is no number; neither happens here.
+    A number is written in the digits 0-9 with at most one point (3.50, 3., .85), maybe a sign, and stands alone: around it are the
+    ends of the answer, spaces, or punctuation (``**3.50**``, ``{"rating": 3.50}``). Its scale may follow: 3.50/5, 3.50 out of 5. Any
+    other digit in the answer makes it doubtful: 4,5 and 3-4 and "3 or 4" and 5/10, a power of ten (1e-1), 100%, 3½, 1.2.3 are NaN, and
+    so is a number too large for a float. One outside 1..5 is returned as it stands. The official code takes the first number in the
+    last answer, so that 4,5 is 4, .85 is 85 and 1e-1 is 1; the first anywhere when the tag is missing; and a random score when
+    there is no number.
 
-    >>> parse_score("<think>4 blocks</think><answer>The score is 3.7</answer>")
+    >>> parse_score("<think>4 blocks</think><answer>The score is 3.7 out of 5.</answer>")
     3.7
-    >>> parse_score("3.7"), parse_score("<answer>good</answer>")
-    (nan, nan)
+    >>> [parse_score(f"<answer>{answer}</answer>") for answer in (".85", "4,5", "3 or 4", "good")]
+    [0.85, nan, nan, nan]
+    >>> parse_score("3.7")
+    nan
     """
-    answers = _ANSWER.findall(text)
-    number = _NUMBER.search(answers[-1]) if answers else None
-    return float(number.group()) if number else math.nan
+    found = _ANSWER.findall(text)
+    number = _ONE_NUMBER.fullmatch(found[-1]) if found else None
+    if not number or any(unicodedata.category(c).startswith("N") for c in found[-1] if not c.isascii()):
+        return math.nan
+    score = float(number.group(1))
+    return score if math.isfinite(score) else math.nan
 
 
 def parse_reasoning(text: str) -> str:
@@ -118,21 +136,23 @@ def format_ok(text: str, thinking: bool = True) -> bool:
 
 
 def named_distortions(text: str) -> list[str]:
-    """Return the KADID-10k names whose phrase stands in the text, in order of appearance.
+    """Return the KADID-10k names whose phrase stands in the text, whatever its capitals, in order of appearance.
 
     >>> named_distortions("strong jpeg blocking in the flat areas, with slight color fringes")
     ['jpeg', 'color_shift']
     """
+    text = text.lower()
     found = [(text.find(phrase), name) for name, phrase in PHRASES.items() if phrase in text]
     return [name for _, name in sorted(found)]
 
 
 def named_severity(text: str) -> int | None:
-    """Return the strength 1..5 of the first severity word, 0 for a clean picture, None if unsaid.
+    """Return the strength 1..5 of the first severity word, whatever its capitals, 0 for a clean picture, None if unsaid.
 
     >>> named_severity("strong lens blur"), named_severity("no visible distortion"), named_severity("?")
     (4, 0, None)
     """
+    text = text.lower()
     if CLEAN in text:
         return 0
     found = [(text.find(word), strength) for strength, word in enumerate(SEVERITY, 1) if word in text]

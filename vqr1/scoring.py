@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from transformers import Cache, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
-from vqr1.engines import CHARACTERS, Vllm, load_vllm
+from vqr1 import answers
+from vqr1.answers import OPENINGS, RARE, VALUES
+from vqr1.engines import Vllm, load_vllm
 from vqr1.pictures import as_rgb, open_picture
 from vqr1.policy import base_of, load_policy
-from vqr1.prompts import messages, named_distortions, parse_reasoning, parse_score
+from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.sharing import prefill
 from vqr1.thurstone import comparative_probability
 
@@ -33,32 +35,17 @@ THREADS = 4
 DRAWS = 10_000
 """Of all scores, for the intervals of ranks."""
 
-# The scores d.dd as one tree of 61 tokens after the prefix: its last token, 5 first digits, 5 points, 50 second digits.
-_DEPTH = torch.tensor([0] + [1] * 5 + [2] * 5 + [3] * 50)
-_PARENT = torch.tensor([0] + [0] * 5 + [1 + d for d in range(5)] + [6 + d for d in range(5) for _ in range(10)])
-_DIGITS = torch.arange(10, dtype=torch.float64)
-_FIRST, _SECOND = _DIGITS[1:6], _DIGITS[1:6, None] + _DIGITS / 10  # (5,), (5, 10)
-_VALUES = torch.cat([(_SECOND[..., None] + _DIGITS / 100).flatten(), _SECOND.flatten(), _FIRST])  # (555,)
-
-
-def _ancestors() -> torch.Tensor:
-    """Return which token of the tree sees which: itself and its ancestors, (61, 61) bool."""
-    sees = torch.eye(61, dtype=torch.bool)
-    for node in range(1, 61):
-        sees[node] |= sees[_PARENT[node]]
-    return sees
-
-
-_SEES = _ancestors()
-
+NOT_NUMBERS = "the model's output holds NaN or infinity; in fp16, load the policy with dtype=torch.float32"
+AHEAD = 12
+"""Tokens that an answer is followed for, to see what it is."""
 
 @dataclass
 class Score:
     """A picture's score (1..5, higher is better) and its standard deviation.
 
-    answers: the completions it was read from (up to the number for an expected score); mass: the probability of answers
-    between 1 and 5.99, of which the expected score is the mean (NaN for other estimates); note: what was done to the picture
-    to read it, as "frame 1 of several"; error: why there is no score.
+    answers: the completions it was read from (up to the number for an expected score); mass: the probability of the answers
+    that the expected score is the mean of (NaN for other estimates); note: what was done to the picture to read it, as
+    "frame 1 of several", and whether answers were off the scale; error: why there is no score.
     """
 
     score: float = math.nan
@@ -93,11 +80,15 @@ class Description:
 class Scorer:
     """Score pictures with a policy.
 
-    estimate="expected": the mean and deviation of the model's own distribution over the answers d.dd, d.d and d with
-    a first digit of 1..5, exact, from token probabilities. With thinking, the reasoning is generated greedily first, and mean and
-    deviation are given that reasoning: another reasoning would have another mean, which ``std`` does not show. "greedy": the parsed
-    greedy answer. "sample": mean and deviation (ddof 1) of the parseable ones among k answers sampled at temperature 1, the
-    paper's; `seed` makes them repeatable in the same batch. A picture that cannot be read or whose answer cannot be parsed has a NaN
+    estimate="expected": the mean and deviation of the model's own distribution over the answers that `parse_score` reads and that
+    begin with their number: 0 to 10 with up to two decimals (`vqr1.answers`), exact, from token probabilities. A number counts
+    where no digit, point or sign of doubt follows it; what comes later is not looked at, so `mass` is too large by the
+    probability of answers as `3.5 or 4`, and the likeliest answer alone is followed to its end: if `parse_score` does not read it,
+    the row is an error. With thinking, the reasoning is generated greedily first, and mean and deviation are given that reasoning:
+    another reasoning would have another mean, which ``std`` does not show. "greedy": the parsed greedy answer; ``note`` says when it is
+    off the scale. "sample": mean and deviation (ddof 1) of the answers between 1 and 5 among k sampled at temperature 1; the paper takes
+    the mean of all, but one answer of 9000 would be the score. ``note`` says how many were off the scale. `seed` makes them
+    repeatable in the same batch. A picture that cannot be read, whose answer cannot be parsed, or for which the model gives NaN has a NaN
     score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
     numbered: "Picture 1: " before the picture (`prompts.messages`).
 
@@ -125,7 +116,8 @@ class Scorer:
         self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
         self.batch_size, self.max_new_tokens, self.numbered = batch_size, max_new_tokens, numbered
         if estimate == "expected":
-            self.digits, self.point, self.end = _answer_tokens(self.processor.tokenizer)
+            self.tokens = answers.tokens_of(self.processor.tokenizer)
+            self.tag = self.processor.tokenizer.encode(OPEN, add_special_tokens=False)[-1]  # what ends `OPEN`
         prompt = self.processor.apply_chat_template(messages(thinking, numbered), add_generation_prompt=True, tokenize=False)
         texts = prompt.split(self.processor.image_token)  # before and after the picture
         self.answered = estimate == "expected" and not thinking  # the answer's tag can be put in the model's mouth
@@ -234,9 +226,9 @@ class Scorer:
             k = self.k if self.estimate == "sample" else 1
             self._read_texts(scores, self.model.texts(prompt, pictures, k, self.max_new_tokens, self.seed))
             return
-        tokens = dict(zip(CHARACTERS, [*self.digits.tolist(), self.point, self.end]))
-        texts, probability = self.model.distributions(prompt, pictures, tokens, "" if self.answered else OPEN, self.max_new_tokens)
-        self._read_distributions(scores, [OPEN] * len(scores) if self.answered else texts, probability)
+        stop = ("", -1) if self.answered else (OPEN, self.tag)
+        texts, probability, written = self.model.distributions(prompt, pictures, self.tokens, *stop, self.max_new_tokens, AHEAD)
+        self._read_distributions(scores, [OPEN] * len(scores) if self.answered else texts, probability, written)
 
     def _batch(self, pictures: list[dict], scores: list[Score], prefix: Cache) -> None:
         try:
@@ -275,9 +267,9 @@ class Scorer:
         cache.batch_repeat_interleave(len(ids))
         return ids, mask, prefill(self.model, ids, mask, pixels, grid, cache)
 
-    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options):
-        """Return what `generate` makes of k copies of every prefilled row."""
-        own, inner = self.model.generation_config, base_of(self.model).model
+    def _generate(self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options):
+        """Return what `generate` makes of k copies of every prefilled row; a row of which the model makes NaN gets an error."""
+        own, inner, numbers = self.model.generation_config, base_of(self.model).model, OnlyNumbers(self.processor.tokenizer.eos_token_id)
         if k > 1:
             cache.batch_repeat_interleave(k)
             ids, mask, inner.rope_deltas = (tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas))
@@ -285,9 +277,13 @@ class Scorer:
             max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, return_dict_in_generate=True,
             eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, **options,
         )  # fmt: skip
-        return self.model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, tokenizer=self.processor.tokenizer
-        )
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+            tokenizer=self.processor.tokenizer, logits_processor=LogitsProcessorList([numbers]),
+        )  # fmt: skip
+        for score, copies in zip(scores, _chunks(numbers.failed, k)):
+            score.error = NOT_NUMBERS if any(copies) else ""
+        return out
 
     def _parsed(self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> None:
         k, options = 1, {"do_sample": False}
@@ -295,83 +291,140 @@ class Scorer:
             k, options = self.k, {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            out = self._generate(ids, mask, cache, k, **options).sequences[:, ids.shape[1] :]
+            out = self._generate(scores, ids, mask, cache, k, **options).sequences[:, ids.shape[1] :]
         texts = self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)
         self._read_texts(scores, texts)
 
     def _read_texts(self, scores: list[Score], texts: list[str]) -> None:
-        """Fill in the scores of completions, equally many for each."""
-        for score, answers in zip(scores, _chunks(texts, len(texts) // len(scores))):
-            values = torch.tensor([parse_score(text) for text in answers], dtype=torch.float64)
+        """Fill in the scores of completions, equally many for each; one that is off the scale counts only if it is the only one."""
+        for score, found in zip(scores, _chunks(texts, len(texts) // len(scores))):
+            score.answers, score.reasoning = found, parse_reasoning(found[0])
+            values = torch.tensor([parse_score(text) for text in found], dtype=torch.float64)
             values = values[~values.isnan()]
-            score.answers, score.reasoning = answers, parse_reasoning(answers[0])
-            if not len(values):
-                score.error = f"no score in the answer {answers[0][:200]!r}"
-            else:
-                score.score = float(values.mean())
-                score.std = float(values.std()) if len(values) > 1 else math.nan
+            inside = values[(values >= SCORE_MIN) & (values <= SCORE_MAX)]
+            off = f"{len(values) - len(inside)} of {len(found)} answers off the scale {SCORE_MIN:.0f} to {SCORE_MAX:.0f}"
+            if len(inside) < len(values):
+                score.note = "; ".join(filter(None, [score.note, off]))
+            kept = inside if self.estimate == "sample" else values
+            if score.error:
+                continue
+            if not len(kept):
+                score.error = f"no score in the answer {found[0][:200]!r}" + f", and {off}" * bool(len(values))
+                continue
+            score.score = float(kept.mean())
+            score.std = float(kept.std()) if len(kept) > 1 else math.nan
 
     def _expected(self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> None:
         length = ids.shape[1]
         if self.answered:
             texts, last = [OPEN] * len(scores), torch.full((len(ids),), length - 1, device=ids.device)
         else:
-            out = self._generate(ids, mask, cache, do_sample=False, stop_strings=[OPEN])
+            out = self._generate(scores, ids, mask, cache, do_sample=False, stop_strings=[OPEN])
             ids, cache = out.sequences, out.past_key_values
             pad = self.model.generation_config.pad_token_id
             lengths = (ids[:, length:] != pad).long().cumsum(1).argmax(1) + 1  # up to the last token that is no padding
-            texts = [self.processor.tokenizer.decode(row[length : length + n], skip_special_tokens=True) for row, n in zip(ids, lengths)]
             kept = torch.arange(ids.shape[1] - length, device=ids.device) < lengths[:, None]
             mask, last = torch.cat([mask, kept.long()], 1), length + lengths - 1
-        probability = self._answers(ids, mask, last, cache)  # (B, 555)
-        self._read_distributions(scores, texts, probability.double().cpu())
+            texts = [self._thoughts(row[length : n + 1]) for row, n in zip(ids, last.tolist())]
+        probability = self._answers(ids, mask, last, cache).cpu()  # (B, 3, 1231)
+        starts = [answers.likeliest(p) if text.endswith(OPEN) else None for text, p in zip(texts, probability)]
+        self._read_distributions(scores, texts, probability, self._written(ids, mask, last, cache, starts))
 
-    def _read_distributions(self, scores: list[Score], texts: list[str], probability: torch.Tensor) -> None:
-        """Fill in the scores of the texts up to the answer and the probabilities of `_VALUES` after them, (B, 555)."""
-        for score, text, p in zip(scores, texts, probability):
+    def _thoughts(self, ids: torch.Tensor) -> str:
+        """Return the text of generated ids, whose last token is made the tag's own where white space clings to it."""
+        decode = self.processor.tokenizer.decode
+        if decode(ids, skip_special_tokens=True).rstrip().endswith(OPEN):
+            ids[-1] = self.tag  # it is fed again
+        return decode(ids, skip_special_tokens=True)
+
+    def _read_distributions(self, scores: list[Score], texts: list[str], probability: torch.Tensor, written: list[str]) -> None:
+        """Fill in the scores of the texts up to the answer, the probabilities of the answers after them, (B, 3, 1231), and what follows."""
+        for score, text, p, answer in zip(scores, texts, probability.sum(1), written):
             score.answers, score.reasoning = [text], parse_reasoning(text)
             score.mass = float(p.sum())
+            if score.error:
+                continue
             if not text.endswith(OPEN):
                 score.error = f"no {OPEN} in {self.max_new_tokens} tokens: {text[:200]!r}"
-            elif score.mass < 0.5:
-                score.error = f"only {score.mass:.2f} of the probability is on scores between 1 and 5.99 after {text[-200:]!r}"
+            elif math.isnan(score.mass):
+                score.error = NOT_NUMBERS
+            elif not score.mass >= 0.5:
+                score.error = f"only {score.mass:.2f} of the probability is on numbers after {text[-200:]!r}; the likeliest answer is {answer!r}"
+            elif math.isnan(parse_score(OPEN + answer)):
+                score.error = f"the likeliest answer is not one number: {answer!r}"
             else:
-                mean = float((p * _VALUES).sum()) / score.mass
-                score.score, score.std = mean, math.sqrt(max(0.0, float((p * (_VALUES - mean) ** 2).sum()) / score.mass))
+                mean = float((p * VALUES).sum()) / score.mass
+                score.score, score.std = mean, math.sqrt(max(0.0, float((p * (VALUES - mean) ** 2).sum()) / score.mass))
 
-    def _answers(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache) -> torch.Tensor:
-        """Return the probability of each of `_VALUES` after each row's `last` token, (B, 555), in one forward.
+    def _answers(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Return the probability of each of `ANSWERS` after each of `OPENINGS` after each row's `last` token, (B, 3, 1231).
 
-        All 5 x 10 beginnings are one tree under a 4-D mask: every token sees the prefix and its ancestors.
+        All beginnings of a number are one tree, and one forward; another one where a space or newline before it is not `RARE`.
         ids, mask: (B, T) prefix tokens and which are real; last: (B,) position of the last real one.
         """
-        rows, size, device = len(ids), cache.get_seq_length(), ids.device
-        digits, point = self.digits.to(device), self.point
-        tail = torch.cat([digits[1:6], torch.full((5,), point, device=device), digits.repeat(5)])
-        tree = torch.cat([ids.gather(1, last[:, None]), tail.expand(rows, -1)], 1)  # (B, 61)
+        listed = torch.tensor(list(self.tokens.values()), device=ids.device)
+        following = torch.zeros(len(ids), len(OPENINGS), len(answers.BEGINNINGS), len(answers.COLUMNS), dtype=torch.float64)
+        tail = [self.tokens[text[-1]] for text in answers.BEGINNINGS[1:]]
+        for i, opening in enumerate(OPENINGS):
+            if opening and (following[:, 0, 0, answers.COLUMNS.index(opening)] < RARE).all():
+                continue
+            chain = [self.tokens[character] for character in opening] + tail
+            logits = self._branch(ids, mask, last, cache, torch.tensor([chain] * len(ids)), *answers.tree(len(opening)))[:, len(opening) :]
+            p = torch.stack([row.float().softmax(-1)[:, listed] for row in logits])  # (B, 133, tokens); a row at a time, for memory
+            following[:, i] = answers.columns(p.double()).cpu()
+        return answers.probabilities(following)
+
+    def _written(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache, starts: list[str | None]) -> list[str]:
+        """Return how each answer goes on greedily to its end, or for `AHEAD` tokens; "" where there is no start."""
+        tokenizer, chains = self.processor.tokenizer, [[self.tokens[character] for character in start or ""] for start in starts]
+        going = [i for i, start in enumerate(starts) if start is not None]
+        for _ in range(AHEAD):
+            if not going:
+                break
+            width = max(map(len, chains))
+            fed = torch.tensor([chain + [0] * (width - len(chain)) for chain in chains], dtype=torch.long).reshape(len(chains), width)
+            logits = self._branch(ids, mask, last, cache, fed, torch.arange(width + 1), torch.ones(width + 1, width + 1).tril().bool())
+            for i in going:
+                chains[i].append(int(logits[i, len(chains[i])].argmax()))
+            going = [i for i in going if chains[i][-1] != tokenizer.eos_token_id and "</" not in tokenizer.decode(chains[i])]
+        return [answers.closed(tokenizer.decode(chain), i in going) for i, chain in enumerate(chains)]
+
+    def _branch(
+        self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache, tail: torch.Tensor, depth: torch.Tensor, sees: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits (B, 1 + N, V) of each row's `last` token and the N of `tail`, (B, N), after it; the cache stays as it was.
+
+        A 4-D mask makes them a tree: a token sees the prefix, and those of which `sees`, (1 + N, 1 + N), says so. depth: (1 + N,).
+        """
+        size, device = cache.get_seq_length(), ids.device
+        tree = torch.cat([ids.gather(1, last[:, None]), tail.to(device)], 1)
         before = torch.arange(mask.shape[1], device=device) < last[:, None]  # the last token is fed again
         before = (mask.bool() & before)[:, :size]
-        sees = torch.cat([before[:, None].expand(-1, 61, -1), _SEES.to(device).expand(rows, -1, -1)], 2)
-        bias = torch.zeros(sees.shape, dtype=self.model.dtype, device=device).masked_fill(~sees, torch.finfo(self.model.dtype).min)
-        position = before.sum(1, keepdim=True) + base_of(self.model).model.rope_deltas + _DEPTH.to(device)  # (B, 61)
+        seen = torch.cat([before[:, None].expand(-1, len(depth), -1), sees.to(device).expand(len(ids), -1, -1)], 2)
+        bias = torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill(~seen, torch.finfo(self.model.dtype).min)
+        position = before.sum(1, keepdim=True) + base_of(self.model).model.rope_deltas + depth.to(device)
         logits = self.model(
             input_ids=tree, attention_mask=bias[:, None], position_ids=position.expand(3, -1, -1), past_key_values=cache, use_cache=True
-        ).logits  # (B, 61, V)
-        p = logits.float().softmax(-1)
-        first, dot = p[:, 0, digits[1:6]], p[:, 1:6, point]  # (B, 5)
-        second = p[:, 6:11][..., digits]  # (B, 5, 10)
-        third = p[:, 11:61][..., digits].reshape(rows, 5, 10, 10)
-        one, two = first * p[:, 1:6, self.end], (first * dot)[..., None] * second  # "d</", "d.d"
-        short = two * p[:, 11:61, self.end].reshape(rows, 5, 10)  # "d.d</"
-        return torch.cat([(two[..., None] * third).flatten(1), short.flatten(1), one], 1)
+        ).logits
+        cache.crop(-len(depth))
+        return logits
 
 
-def _answer_tokens(tokenizer) -> tuple[torch.Tensor, int, int]:
-    """Return the ids of the ten digits, of the point, and of what ends a number; each digit must be one token."""
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in "0123456789."]
-    if any(len(i) != 1 for i in ids):
-        raise ValueError("this tokenizer has no token of its own for every digit: use estimate='greedy' or 'sample'")
-    return torch.tensor([i[0] for i in ids[:10]]), ids[10][0], tokenizer.encode("</answer>", add_special_tokens=False)[0]
+class OnlyNumbers(LogitsProcessor):
+    """Ends a completion where the logits are no numbers, and remembers which: sampling from them would stop the whole batch.
+
+    failed: of each row, whether it happened.
+    """
+
+    def __init__(self, end: int):
+        self.end, self.failed = end, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        bad = ~scores.logsumexp(-1).isfinite()
+        self.failed = [before or now for before, now in zip(self.failed or [False] * len(bad), bad.tolist())]
+        scores = scores.masked_fill(bad[:, None], -math.inf)
+        scores[bad, self.end] = 0
+        return scores
 
 
 def _chunks(items: list, size: int) -> list[list]:

@@ -1,5 +1,6 @@
 """Reinforcement learning to rank: a configured `trl.GRPOTrainer`, validated by the Scorer, logged to a CSV."""
 
+import math
 import os
 import platform
 import subprocess
@@ -33,7 +34,7 @@ KEYS = {
 LOG = {
     "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
     "length": "completions/mean_length", "kl": "kl", "unparseable": "unparseable", "score_std": "score_std",
-    "val_srcc": "val_srcc", "val_plcc": "val_plcc", "val_family": "val_family", "seconds": "seconds",
+    "val_srcc": "val_srcc", "val_plcc": "val_plcc", "val_family": "val_family", "val_unscored": "val_unscored", "seconds": "seconds",
 }  # fmt: skip
 """Column of log.csv -> key in TRL's logs."""
 
@@ -161,7 +162,8 @@ def _of_split(frame: pd.DataFrame, split: str) -> pd.DataFrame:
 class RunLog(TrainerCallback):
     """Write log.csv as training goes, with validation by the Scorer every so many steps.
 
-    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained. Of several
+    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained; val_unscored counts those
+    that got no score and so are not in the other columns. Of several
     processes the first one writes, and scores unless the weights are spread over all (sharded): then all must take part.
     """
 
@@ -197,7 +199,7 @@ class RunLog(TrainerCallback):
             family = naming(self.frame.assign(reasoning=[score.reasoning for score in found]))["family"] if self.scorer.thinking else None
             sets = list(self.frame.assign(score=scores).groupby("dataset"))  # each has its own scale: means over sets
             values = {f"val_{key}": sum(f(rows["score"], rows["mos"]) for _, rows in sets) / len(sets) for key, f in (("srcc", srcc), ("plcc", plcc))}
-            self._write(state.global_step, values | {"val_family": family})
+            self._write(state.global_step, values | {"val_family": family, "val_unscored": sum(map(math.isnan, scores))})
 
     def _write(self, step: int, logs: dict) -> None:
         logs = logs | {"step": step, "seconds": round(time.time() - self.start, 1)}

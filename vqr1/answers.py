@@ -1,0 +1,111 @@
+"""Which answers there are between the tags, once, for every engine: numbers as one tree, and what each is worth.
+
+An answer is an opening, a number and what follows it: `3.50`, `3.5`, `4.`, `4`, `0.80`, `.85`, `10`, after nothing, a space or a
+newline. Every character of an opening and a number is one token. A number ends where neither a digit nor a point follows, nor one
+of `DOUBT`, which `parse_score` does not read; d.dd is taken as it stands, whatever follows. So `mass` counts an answer such as
+`3.5 or 4` too. What the likeliest answer goes on with is read by `parse_score` itself (`vqr1.scoring`).
+"""
+
+import torch
+
+DIGITS = "0123456789"
+FIRST = [*DIGITS, ""]
+"""What may stand before the point; .85 is a number."""
+SPACES = " \n"
+OPENINGS = ("", *SPACES)
+"""What may stand between the tag and the number."""
+DOUBT = ",-–%+eE"
+"""What makes the number before it doubtful: 4,5 and 3-4 and 100% and 1e-1. The end of the completion does so, too."""
+END = "<"
+"""Stands for all else that may follow a number: the closing tag, a space, a full stop, /5."""
+
+BEGINNINGS = tuple(
+    sorted({"", "10", *FIRST, *(f"{d}." for d in FIRST), *(f"{d}.{n}" for d in FIRST for n in DIGITS)}, key=lambda text: (len(text), text))
+)  # fmt: skip
+"""The 133 beginnings of a number after which the next token is asked for, shortest first."""
+ANSWERS = (
+    *(f"{d}.{n}{m}" for d in FIRST for n in DIGITS for m in DIGITS), *(f"{d}.{n}{END}" for d in FIRST for n in DIGITS),
+    *(f"{d}.{END}" for d in DIGITS), *(f"{d}{END}" for d in DIGITS), f"10{END}",
+)  # fmt: skip
+"""The 1,231 numbers d.dd, d.d, d., d and 10."""
+RARE = 1e-4
+"""A space or newline before the number is followed where it is likelier than this; otherwise it is no part of the mass."""
+VALUES = torch.tensor([float(text.removesuffix(END)) for text in ANSWERS], dtype=torch.float64)  # (1231,)
+COLUMNS = f"{DIGITS}.{SPACES}{END}"
+"""What may follow a beginning."""
+
+_DEPTH = torch.tensor([len(text) for text in BEGINNINGS])
+_PARENT = torch.tensor([BEGINNINGS.index(text[:-1]) for text in BEGINNINGS])  # of the root: itself
+_COLUMN = torch.tensor([COLUMNS.index(text[-1:] or END) for text in BEGINNINGS])
+_ANSWER_PARENT = torch.tensor([BEGINNINGS.index(text[:-1]) for text in ANSWERS])
+_ANSWER_COLUMN = torch.tensor([COLUMNS.index(text[-1]) for text in ANSWERS])
+
+
+def tree(opening: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return depth (N,) and (N, N) which sees which: of the tokens of an opening, and the 133 of `BEGINNINGS` below them.
+
+    The root is the last token before the answer, or of the opening. A token sees itself and its own beginnings.
+    """
+    depth = torch.cat([torch.arange(opening), opening + _DEPTH])
+    sees = torch.ones(len(depth), len(depth)).tril().bool()
+    sees[opening:, opening:] = torch.tensor([[whole.startswith(text) for text in BEGINNINGS] for whole in BEGINNINGS])
+    return depth, sees
+
+
+def tokens_of(tokenizer) -> dict[str, int]:
+    """Return the token of each character that may follow a beginning, `COLUMNS` without the end first, then those of doubt.
+
+    Raises ValueError where a digit, the point or a space is no token of its own.
+    """
+    ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in COLUMNS[:-1] + DOUBT}
+    if any(len(ids[text]) != 1 for text in COLUMNS[:-1]):
+        raise ValueError("this tokenizer has no token of its own for every digit: use estimate='greedy' or 'sample'")
+    return {text: token[0] for text, token in ids.items() if len(token) == 1} | {tokenizer.eos_token: tokenizer.eos_token_id}
+
+
+def columns(listed: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities (…, 14) of `COLUMNS` from those of the tokens of `tokens_of`, (…, tokens).
+
+    >>> p = torch.zeros(20)
+    >>> p[3], p[10], p[11], p[13] = 0.5, 0.25, 0.125, 0.0625  # "3", ".", " " and a comma
+    >>> columns(p)[[3, 10, 11, 13]].tolist()  # 0.0625 is on other tokens
+    [0.5, 0.25, 0.125, 0.1875]
+    """
+    ends = 1 - listed[..., :11].sum(-1, keepdim=True) - listed[..., 13:].sum(-1, keepdim=True)
+    return torch.cat([listed[..., :13], ends.clamp(min=0)], -1)
+
+
+def probabilities(following: torch.Tensor) -> torch.Tensor:
+    """Return the probability of each of `ANSWERS` after each opening, (…, 3, 1231), by the chain rule.
+
+    following: (…, 3, 133, 14), of each opening and beginning the probability of each of `COLUMNS` after it; 0 where it is not known.
+    """
+    reached = torch.ones_like(following[..., 0])  # (…, 3, 133)
+    reached[..., 1:, 0] = following[..., 0, 0, 11:13]
+    for depth in range(1, int(_DEPTH.max()) + 1):
+        nodes = (_DEPTH == depth).nonzero()[:, 0]
+        reached[..., nodes] = reached[..., _PARENT[nodes]] * following[..., _PARENT[nodes], _COLUMN[nodes]]
+    return reached[..., _ANSWER_PARENT] * following[..., _ANSWER_PARENT, _ANSWER_COLUMN]
+
+
+def likeliest(probability: torch.Tensor) -> str:
+    """Return the opening and the number of the likeliest answer; "" where less than half is on numbers, or it is not known.
+
+    probability: (3, 1231), as `probabilities` gives it.
+    """
+    if not probability.sum() >= 0.5:
+        return ""
+    opening, answer = divmod(int(probability.argmax()), len(ANSWERS))
+    return OPENINGS[opening] + ANSWERS[answer].removesuffix(END)
+
+
+def closed(text: str, going: bool = False) -> str:
+    """Return an answer's text up to its closing tag, and that tag; without the tag if the text ended before it.
+
+    going: more would have come; the tag is put there, and the answer is judged by what there is.
+
+    >>> closed("3.50</"), closed("3.50<|im_end|>"), closed("The picture is quite", going=True)
+    ('3.50</answer>', '3.50<|im_end|>', 'The picture is quite</answer>')
+    """
+    inside, closing, _ = text.partition("</")
+    return f"{inside}</answer>" if closing or going else text
