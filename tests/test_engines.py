@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from vqr1 import engines
-from vqr1.engines import ANSWERS, BEGINNINGS, CHARACTERS, RANKS, Vllm, chance, llm_options, load_vllm, request, unasked
+from vqr1.answers import ANSWERS, BEGINNINGS, COLUMNS, OPENINGS, VALUES, tokens_of
+from vqr1.engines import RANKS, Vllm, chance, distribution, llm_options, load_vllm, request, unasked
 from vqr1.policy import load_policy, lora_config
 from vqr1.prompts import messages
-from vqr1.scoring import _VALUES, OPEN, Scorer, _answer_tokens
+from vqr1.scoring import OPEN, Scorer
 
 
 @dataclass
@@ -75,7 +76,8 @@ class LLM:
             **inputs, max_new_tokens=params.max_tokens, tokenizer=tokenizer, stop_strings=params.stop or None,
             do_sample=params.temperature > 0, num_return_sequences=params.n,
         )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
-        return [SimpleNamespace(text=tokenizer.decode(row, skip_special_tokens=True), token_ids=row.tolist()) for row in out]
+        reason = "length" if out.shape[1] == params.max_tokens else "stop"
+        return [SimpleNamespace(text=tokenizer.decode(row, skip_special_tokens=True), token_ids=row.tolist(), finish_reason=reason) for row in out]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +92,7 @@ def vllm(policy):
 
 @pytest.fixture
 def tokens(policy):
-    digits, point, end = _answer_tokens(policy[1].tokenizer)
-    return dict(zip(CHARACTERS, [*digits.tolist(), point, end]))
+    return tokens_of(policy[1].tokenizer)
 
 
 def prompt(processor, thinking, start=""):
@@ -115,34 +116,37 @@ def pictures(photo):
 # The arithmetic
 
 
-def test_the_answers_are_in_the_order_of_the_scorers_values():
-    assert len(BEGINNINGS) == len(set(BEGINNINGS)) == 61 and len(ANSWERS) == len(set(ANSWERS)) == 555
-    torch.testing.assert_close(torch.tensor([float(text.removesuffix("<")) for text in ANSWERS], dtype=torch.float64), _VALUES)
+def test_the_answers_are_numbers_once_each():
+    assert len(BEGINNINGS) == len(set(BEGINNINGS)) == 133 and len(ANSWERS) == len(set(ANSWERS)) == 1231
+    assert all(answer[:-1] in BEGINNINGS and answer[-1] in COLUMNS for answer in ANSWERS)
+    assert [float(answer.removesuffix("<")) for answer in ANSWERS] == VALUES.tolist()
 
 
 def tree_of(share):
-    """The tree of {answer: probability}, answers written like `ANSWERS`."""
+    """The tree of {answer: probability}, answers written like `ANSWERS`, some after an opening."""
     tree = {}
-    for text in BEGINNINGS:
+    for text in [opening + text for opening in OPENINGS for text in BEGINNINGS]:
         under = {answer: p for answer, p in share.items() if answer.startswith(text) and answer != text}
         if under:
             total = sum(under.values())
-            tree[text] = {c: sum(p for answer, p in under.items() if answer[len(text)] == c) / total for c in CHARACTERS}
+            tree[text] = {c: sum(p for answer, p in under.items() if answer[len(text)] == c) / total for c in COLUMNS}
     return tree
 
 
 def test_the_chain_rule_gives_back_the_distribution():
-    share = {"3.25": 0.4, "3.2<": 0.1, "3<": 0.2, "4.99": 0.3}
-    tree = tree_of(share)
-    assert {answer: chance(tree, answer) for answer in ANSWERS if chance(tree, answer)} == pytest.approx(share)
+    share = {"3.25": 0.3, "3.2<": 0.1, "3<": 0.2, "4.99": 0.1, " 0.80": 0.1, "\n10<": 0.15, ".5<": 0.05}
+    p = distribution(tree_of(share))
+    found = {opening + answer: p[i, j] for i, opening in enumerate(OPENINGS) for j, answer in enumerate(ANSWERS) if p[i, j]}
+    assert found == pytest.approx(share)
+    assert {answer: chance(tree_of(share), answer) for answer in share} == pytest.approx(share)
 
 
 def test_only_likely_beginnings_are_asked_for():
-    share = {"3.25": 1 - 2e-6, "4.25": 1e-6, "1.00": 1e-6 - 1e-10, "2.00": 1e-10}
+    share = {"3.25": 1 - 1e-4, "4.25": 5e-5, " 3.00": 5e-5 - 1e-10, "2.00": 1e-10}
     whole, known = tree_of(share), {}
     while asked := unasked(known):
         known |= {text: whole[text] for text in asked}
-    assert {text[0] for text in known if text} == {"1", "3", "4"} and len(known) == 1 + 3 * 3
+    assert {text[0] for text in known if text} == {"3", "4"} and len(known) == 1 + 2 * 3
 
 
 # Against the transformers engine
@@ -153,21 +157,22 @@ def test_the_distribution_is_that_of_the_transformers_engine(policy, vllm, token
     for picture in pictures:
         ours = Watched(policy, thinking, batch_size=1)
         score = ours.score([picture])[0]
-        stop = {"stop": OPEN, "max_tokens": 64} if thinking else {}
-        texts, p = vllm.distributions(prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop)
-        assert p.shape == (1, 555) and (p[0] - ours.read[0]).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
+        stop = {"stop": OPEN, "tag": ours.tag, "max_tokens": 64} if thinking else {}
+        texts, p, written = vllm.distributions(prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop)
+        assert p.shape == (1, 3, 1231) and (p[0] - ours.read[0]).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
+        assert written[0].endswith("</answer>")
         assert (texts[0] or OPEN) == score.answers[0]
-        assert float(p[0] @ _VALUES / p.sum()) == pytest.approx(score.score, abs=1e-5)
-    assert len(vllm.llm.calls) == 2 * (4 + thinking)
+        assert float(p[0].sum(0) @ VALUES / p.sum()) == pytest.approx(score.score, abs=1e-5)
+    assert len(vllm.llm.calls) == 2 * (5 + thinking)
 
 
 def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm, tokens, pictures):
     ids = prompt(policy[1], False, OPEN)
-    _, together = vllm.distributions(ids, pictures, tokens)
-    assert len(vllm.llm.calls) == 4
+    _, together, _ = vllm.distributions(ids, pictures, tokens)
+    assert len(vllm.llm.calls) == 5
     named = {}
     for rows, params in vllm.llm.calls:
-        assert params.temperature == 0 and params.logprob_token_ids == list(tokens.values())
+        assert params.temperature == 0 and params.logprob_token_ids in (list(tokens.values()), None)
         for row in rows:
             assert row["prompt_token_ids"][: len(ids)] == ids
             named.setdefault(row["multi_modal_uuids"]["image"][0], row["multi_modal_data"]["image"])
@@ -178,7 +183,7 @@ def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm
 
 
 def test_a_reasoning_without_an_answer_has_no_distribution(policy, vllm, tokens, pictures):
-    texts, p = vllm.distributions(prompt(policy[1], True), pictures, tokens, stop=OPEN, max_tokens=3)
+    texts, p, _ = vllm.distributions(prompt(policy[1], True), pictures, tokens, stop=OPEN, max_tokens=3)
     assert not p.any() and all(text and OPEN not in text for text in texts) and len(vllm.llm.calls) == 1
 
 

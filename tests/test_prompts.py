@@ -34,7 +34,7 @@ def test_the_non_thinking_prompt_asks_the_same_question():
 SCORES = [
     ("<answer>3.70</answer>", 3.7, "the plain answer"),
     ("<think>2 blocks</think> <answer>4</answer>", 4.0, "an integer; numbers of the reasoning do not count"),
-    ("<answer>The score is 3.7 of 5</answer>", 3.7, "the first number in the answer"),
+    ("<answer>The score is 3.7 of 5</answer>", 3.7, "a number in a sentence, and its scale"),
     ("<answer>1.00</answer> no, <answer>2.00</answer>", 2.0, "the last answer"),
     ("<think><answer>5</answer></think><answer>1.5</answer>", 1.5, "the last answer, after one in the reasoning"),
     ("<answer>\n3.25\n</answer>", 3.25, "line breaks inside"),
@@ -42,8 +42,7 @@ SCORES = [
     ("<answer>87.5</answer>", 87.5, "out of range is kept as it stands"),
     ("<answer>0</answer>", 0.0, "zero is a number"),
     ("<answer>3.</answer>", 3.0, "a point without decimals"),
-    ("<answer>4,5</answer>", 4.0, "a comma is no decimal point"),
-    ("<answer>1e3</answer>", 1.0, "no exponents"),
+    ("<answer>a <answer>2.5</answer>", 2.5, "after the last opening tag"),
     ("<answer>3.7</answer", NAN, "tag not closed"),
     ("3.70", NAN, "no tag: the official code would take the number"),
     ("<think>a score of 3.70</think>", NAN, "number only in the reasoning, no answer"),
@@ -55,6 +54,27 @@ SCORES = [
     ("<ANSWER>3.70</ANSWER>", NAN, "tags are lower case"),
     ("", NAN, "nothing"),
 ]
+
+
+WRITTEN = {
+    "3.5": 3.5, ".85": 0.85, "3.": 3.0, "3.5.": 3.5, "+3.5": 3.5, "10": 10.0, "**3.70**": 3.7, "_3.7_": 3.7, "`3.7`": 3.7, '"3.7"': 3.7, "“3.7”": 3.7,
+    '{"rating": 3.70}': 3.7, '{"rating":3.70}': 3.7, "Rating: 3.5": 3.5, "score=3.5": 3.5, "(3.5)": 3.5, "It is a 5!": 5.0, "3.5, good": 3.5,
+    "4 stars": 4.0, "3.5\u00a0": 3.5, "4.5/5": 4.5, "4 / 5": 4.0, "4.5/5.0": 4.5, "4/5.": 4.0, "3.70 out of 5": 3.7, "3.7 Out of 5": 3.7,
+    "3.5 (out of 5)": 3.5, "1" * 30: float("1" * 30),
+    "4,5": NAN, "1,234": NAN, "1e-1": NAN, "1e3": NAN, "3-4": NAN, "3 or 4": NAN, "3.5 ± 0.5": NAN, "3.5 (range 1-5)": NAN, "1.2.3": NAN,
+    "5/10": NAN, "3.5/5.5": NAN, "3.5/50": NAN, "3.5 out of 10": NAN, "100%": NAN, "70 %": NAN, "70 percent": NAN, "４": NAN, "٣": NAN,
+    "½": NAN, "3½": NAN, "4²": NAN, "−2.5": NAN, "3k": NAN, "v3": NAN, "<3.5": NAN, "9" * 400: NAN, "three": NAN, "-inf": NAN,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", WRITTEN, ids=lambda answer: ascii(answer[:20]))
+def test_one_number_without_doubt_or_nan(answer):
+    assert parse_score(f"<answer>{answer}</answer>") == pytest.approx(WRITTEN[answer], nan_ok=True)
+
+
+@pytest.mark.parametrize("text", ["1" * 30_000 + "x", "1 " * 15_000, "3" + " " * 30_000 + "x4", "<answer>" * 5_000])
+def test_a_long_answer_is_read_at_once(text):
+    assert math.isnan(parse_score(f"<answer>{text}</answer>"))  # a pattern that backtracks would take minutes
 
 
 @pytest.mark.parametrize(("text", "score", "reason"), SCORES, ids=[reason for *_, reason in SCORES])
@@ -124,6 +144,12 @@ def test_a_phrase_names_its_distortion_alone(name):
 def test_distortions_are_named_in_order_of_appearance():
     assert named_distortions("white noise over jpeg blocking, and lens blur") == ["white_noise", "jpeg", "lens_blur"]
     assert named_distortions("the picture is bad") == []
+
+
+def test_capitals_do_not_matter():
+    text = "Severe Gaussian blur and JPEG blocking"
+    assert named_distortions(text) == ["gaussian_blur", "jpeg"] and named_severity(text) == 5
+    assert named_severity("No visible distortion") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about failures."""
 
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,11 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from vqr1.policy import load_policy
+from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor, load_policy
 from vqr1.prompts import format_ok, messages, named_distortions, parse_score
 from vqr1.scoring import OPEN, Scorer
 from vqr1.thurstone import comparative_probability
+
+
+NAN = "nan in the logits"
 
 
 class KnownCache(SimpleNamespace):
@@ -23,6 +29,9 @@ class KnownCache(SimpleNamespace):
     def get_seq_length(self):
         return self.length
 
+    def crop(self, length):
+        assert length < 0  # of the tree's tokens, which `Known` does not keep
+
     def batch_repeat_interleave(self, repeats):
         self.told = [answers for answers in self.told for _ in range(repeats)]
 
@@ -30,6 +39,7 @@ class KnownCache(SimpleNamespace):
 class Known(torch.nn.Module):
     """A model whose answers are known: a picture's width says from which distribution, {answer: probability}.
 
+    It writes an answer and its closing tag in the tokens that its tokenizer makes of them; NAN for an answer: its logits hold one NaN.
     Like a transformer it knows of the text so far only what the attention mask shows.
     """
 
@@ -49,9 +59,11 @@ class Known(torch.nn.Module):
         logits = torch.full((*input_ids.shape, len(self.tokenizer)), -30.0)
         for row, answers in enumerate(past_key_values.told):
             for token in range(input_ids.shape[1]):
-                so_far = self.tokenizer.decode(input_ids[row, seen[row, token]]).removeprefix(OPEN)
-                for following, share in next_characters(answers, so_far).items():
-                    logits[row, token, self.tokenizer.convert_tokens_to_ids(following)] = math.log(share)
+                so_far = input_ids[row, seen[row, token]].tolist()[1:]  # after the end of the tag
+                for following, share in next_tokens(self.tokenizer, answers, so_far).items():
+                    logits[row, token, following] = math.log(share)
+                if NAN in answers:
+                    logits[row, token, 7] = math.nan
         return SimpleNamespace(logits=logits)
 
     def generate(self, input_ids, past_key_values, generation_config, **_):
@@ -84,15 +96,14 @@ class KnownInner:
         return SimpleNamespace(past_key_values=past_key_values)
 
 
-def next_characters(answers, so_far):
-    """Return {character: share} of what follows `so_far` among the answers; {} if nothing does."""
+def next_tokens(tokenizer, answers, so_far):
+    """Return {token: share} of what follows the tokens `so_far` among the answers; {} if nothing does."""
     shares = {}
     for answer, share in answers.items():
-        if answer.startswith(so_far) and answer != so_far:
-            rest = answer[len(so_far) :]
-            following = rest if rest == "</answer>" else rest[0]
-            shares[following] = shares.get(following, 0) + share
-    return {character: share / sum(shares.values()) for character, share in shares.items()}
+        ids = tokenizer.encode(f"{answer}</answer>", add_special_tokens=False)
+        if ids[: len(so_far)] == so_far and len(ids) > len(so_far):
+            shares[ids[len(so_far)]] = shares.get(ids[len(so_far)], 0) + share
+    return {token: share / sum(shares.values()) for token, share in shares.items()}
 
 
 def picture(number):
@@ -131,20 +142,128 @@ def test_all_500_scores_count_with_their_own_probability(known):
 
 
 def test_other_answers_are_left_out_and_the_rest_renormalised(known):
-    score = known({"3.00": 0.3, "4.00": 0.3, "good": 0.2, "7.00": 0.1, "0.50": 0.1}).score([picture(0)])[0]
+    score = known({"3.00": 0.3, "4.00": 0.3, "good": 0.2, "4,5": 0.1, "3-4": 0.1}).score([picture(0)])[0]
     assert score.mass == pytest.approx(0.6, abs=1e-6) and score.score == pytest.approx(3.5, abs=1e-6) and not score.error
 
 
 def test_answers_with_fewer_decimals_count_as_they_stand(known):
-    score = known({"3.00</answer>": 0.25, "4.5</answer>": 0.25, "2</answer>": 0.5}).score([picture(0)])[0]
+    score = known({"3.00": 0.25, "4.5": 0.25, "2": 0.5}).score([picture(0)])[0]
     assert score.mass == pytest.approx(1.0, abs=1e-6) and score.score == pytest.approx(0.25 * 3 + 0.25 * 4.5 + 0.5 * 2, abs=1e-6)
 
 
 def test_a_distribution_mostly_of_other_answers_is_no_score(known):
     poor, good = known({"3.00": 0.4, "good": 0.6}, {"3.00": 1.0}).score([picture(0), picture(1)])
     assert math.isnan(poor.score) and math.isnan(poor.std) and poor.mass == pytest.approx(0.4, abs=1e-6)
-    assert "only 0.40 of the probability" in poor.error
+    assert "only 0.40 of the probability" in poor.error and "'good</answer>'" in poor.error
     assert good.score == pytest.approx(3.0) and not good.error
+
+
+SPELLINGS = {
+    "3.50": 3.5, "3.5": 3.5, "4": 4.0, "0.80": 0.8, "10": 10.0, " 3.50 ": 3.5, "\n3.50\n": 3.5, "3.5 ": 3.5, "3.5\n": 3.5, "4 ": 4.0, "4.": 4.0,
+    "3.5/5": 3.5, ".85": 0.85, "5.20": 5.2, "4/5": 4.0, "3.70 out of 5": 3.7, "3.5.": 3.5, "0": 0.0,
+}  # fmt: skip
+
+
+def qwen_processor(untrained):
+    """The embedded processor with a tokenizer that cuts answers as Qwen2.5's does: its pattern, and of its merges those that matter.
+
+    `<answer>` is `<`, `answer`, `>`; `>\\n`, ` </` and `.</` are one token each.
+    """
+    merges = [tuple(pair.split()) for pair in "< /|Ġ </|. </|> Ċ|a n|s w|an sw|e r|answ er|o u|ou t|Ġ out|o f|Ġ of|* *|Ġ Ġ".split("|")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )  # fmt: skip
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    return PictureProcessor(untrained[1].image_processor, whole, chat_template=CHAT_TEMPLATE)
+
+
+def test_the_cut_down_tokenizer_cuts_as_qwens(untrained):
+    tokenizer = qwen_processor(untrained).tokenizer
+    cut = {text: [tokenizer.decode([i]) for i in tokenizer.encode(text)] for text in ("<answer>\n3.50", " </answer>", "4.</answer>", "</answer>")}
+    assert list(cut.values()) == [
+        ["<", "answer", ">\n", "3", ".", "5", "0"], [" </", "answer", ">"], ["4", ".</", "answer", ">"], ["</", "answer", ">"],
+    ]  # fmt: skip
+
+
+@pytest.fixture(params=["embedded", "qwen", "qwen, whole"])
+def spelled(request, untrained):
+    """A Scorer of a model with these answers, in the embedded tokenizer, and in Qwen2.5's (whole: if a folder is named that has it)."""
+    processor = untrained[1] if request.param == "embedded" else qwen_processor(untrained)
+    if request.param == "qwen, whole":
+        if not os.environ.get("QWEN_TOKENIZER"):
+            pytest.skip("QWEN_TOKENIZER names no tokenizer.json of Qwen2.5")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=os.environ["QWEN_TOKENIZER"], eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+        )
+        processor = PictureProcessor(untrained[1].image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return lambda *answers, **options: Scorer((Known(processor, *answers), processor), **options)
+
+
+@pytest.mark.parametrize("answer", SPELLINGS, ids=repr)
+def test_every_spelling_that_the_parser_reads_counts(spelled, answer):
+    assert parse_score(f"<answer>{answer}</answer>") == SPELLINGS[answer]
+    score = spelled({answer: 1.0}).score([picture(0)])[0]
+    assert not score.error and [score.score, score.mass] == pytest.approx([SPELLINGS[answer], 1], abs=1e-6)
+
+
+def test_the_expected_score_is_the_mean_over_all_spellings(spelled):
+    share = dict(zip(SPELLINGS, np.random.default_rng(1).dirichlet(np.ones(len(SPELLINGS))).tolist()))
+    score = spelled(share).score([picture(0)])[0]
+    mean = sum(share[answer] * value for answer, value in SPELLINGS.items())
+    variance = sum(share[answer] * (value - mean) ** 2 for answer, value in SPELLINGS.items())
+    assert [score.score, score.std, score.mass] == pytest.approx([mean, math.sqrt(variance), 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("answer", ["4,5", "1e-1", "3-4", "3 or 4", "100%", "5/10", "3.50/10", "3.50-4.00", "1.2.3", "-2.5", "3½", "good"])
+def test_what_the_parser_does_not_read_is_no_expected_score(spelled, answer):
+    score = spelled({answer: 1.0}).score([picture(0)])[0]
+    assert math.isnan(score.score) and answer[:5] in score.error
+
+
+def test_white_space_that_clings_to_the_tag_is_taken_off(spelled):
+    scorer = spelled({"3.50": 1.0}, thinking=True)
+    tokenizer = scorer.processor.tokenizer
+    plain, newline = (tokenizer.encode(f"<think>sharp</think><answer>{end}", add_special_tokens=False) for end in ("", "\n"))
+    written = newline if len(newline) == len(plain) else plain  # ">\n" is one token of Qwen's
+    assert scorer._thoughts(torch.tensor(written)) == "<think>sharp</think><answer>"
+
+
+# NaN in the logits
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("estimate", ["expected", "greedy", "sample"])
+def test_nan_in_the_logits_is_an_error_of_that_row_alone(trained, photo, estimate, thinking):
+    model = trained[0]
+    scorer = Scorer(trained, thinking, estimate, k=2, batch_size=2, max_new_tokens=64)
+    images = [photo.crop((0, 0, 64, 64)), photo.crop((100, 60, 228, 156))]  # the smaller is the first row
+
+    def spoil(module, inputs, logits):
+        logits[: len(logits) // 2, -1, 7] = math.nan
+        return logits
+
+    hook = model.lm_head.register_forward_hook(spoil)
+    try:
+        bad, good = scorer.score(images)
+        ranked = scorer.rank(images)
+        with pytest.raises(ValueError, match="cannot compare.*NaN"):
+            scorer.compare(*images)
+    finally:
+        hook.remove()
+    assert "NaN" in bad.error and math.isnan(bad.score) and math.isnan(bad.std)
+    assert not good.error and 1 <= good.score <= 5
+    assert ranked["image"].tolist() == [1, 0] and "NaN" in ranked["error"].iloc[1] and ranked["rank_lo"].isna().tolist() == [False, True]
+
+
+def test_one_nan_in_the_tree_is_an_error(known):
+    bad, good = known({NAN: 1.0, "3.00": 1.0}, {"3.00": 1.0}).score([picture(0), picture(1)])
+    assert "NaN" in bad.error and math.isnan(bad.score) and math.isnan(bad.std) and good.score == pytest.approx(3.0)
 
 
 def crops(photo):
@@ -155,18 +274,32 @@ def crops(photo):
 
 @torch.no_grad()
 def brute_force(model, processor, image, thinking, text):
-    """Return (mean, std, mass) of d.dd, d.d and d after the prompt and `text`, one whole forward for each d.d."""
+    """Return (mean, std, mass) of the numbers from 0 to 10 after the prompt and `text`, one whole forward for each d.d.
+
+    A number ends with any token but a digit, a point, a sign of doubt and the end of the completion.
+    """
     prompt = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False) + text
-    beginnings = [f"{first}.{second}" for first in range(1, 6) for second in range(10)]
-    batch = processor(text=[prompt + start for start in beginnings], images=[image] * 50, return_tensors="pt").to(model.device)
-    chance = model(**batch, logits_to_keep=4).logits.double().log_softmax(-1).cpu()  # (50, 4, V): before d . d and d
-    start = chance[:, :3].gather(2, batch["input_ids"][:, -3:, None].cpu()).sum((1, 2))  # (50,)
-    ends = chance[:, 3, processor.tokenizer.convert_tokens_to_ids(list("0123456789"))]  # (50, 10)
-    end = processor.tokenizer.convert_tokens_to_ids("</answer>")
-    tenths = (start + chance[:, 3, end]).exp()  # d.d</answer>
-    ones = (chance[:, 0].gather(1, batch["input_ids"][:, -3, None].cpu())[:, 0] + chance[:, 1, end])[::10].exp()  # d</answer>
-    p = torch.cat([(start[:, None] + ends).exp().flatten(), tenths, ones])
-    values = torch.cat([torch.arange(100, 600).double() / 100, torch.arange(10, 60).double() / 10, torch.arange(1, 6).double()])
+    tokenizer = processor.tokenizer
+    digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+    stop = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list("0123456789.,-%+eE"))]
+    beginnings = ["10", *(f"{first}.{second}" for first in [*range(10), ""] for second in range(10))]
+    share, values = [], []
+    for start in beginnings:
+        batch = processor(text=[prompt + start], images=[image], return_tensors="pt").to(model.device)
+        n = len(start)
+        p = model(**batch, logits_to_keep=n + 1).logits[0].double().softmax(-1)  # (n + 1, V): before each character, and after all
+        ids = batch["input_ids"][0, -n:]
+        reached = [1.0, *p[:n].gather(1, ids[:, None])[:, 0].cumprod(0).tolist()]
+        point = tokenizer.convert_tokens_to_ids(".")
+        ends = [float(1 - row[stop].sum() + ("." in start[:i]) * row[point]) for i, row in enumerate(p)]  # a second point is a full stop
+        found = {start: reached[n] * ends[n]}
+        if n != 2 or start[0] == ".":
+            found |= {f"{start}{digit}": reached[n] * float(p[n, token]) for digit, token in enumerate(digits)}
+        if start.endswith(".0") and n == 3:
+            found |= {f"{start[0]}.": reached[2] * ends[2], start[0]: reached[1] * ends[1]}
+        share += found.values()
+        values += map(float, found)
+    p, values = torch.tensor(share, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
     mean = float(p @ values / p.sum())
     return mean, float((p @ (values - mean) ** 2 / p.sum()).sqrt()), float(p.sum())
 
@@ -182,7 +315,7 @@ def test_the_expected_score_is_that_of_brute_force(trained, photo, thinking):
     for image, score in zip(pictures, Scorer(trained, thinking).score(pictures)):
         assert not score.error and score.answers[0].startswith("<think>") == thinking
         mean, std, mass = brute_force(*trained, image, thinking, score.answers[0])
-        assert (score.score, score.std, score.mass) == (pytest.approx(mean, abs=1e-5), pytest.approx(std, abs=1e-5), pytest.approx(mass, abs=1e-5))
+        assert [score.score, score.std, score.mass] == pytest.approx([mean, std, mass], abs=2e-6)
         assert 0.05 < std < 2 and mass > 0.5
 
 
@@ -265,6 +398,24 @@ def test_a_real_policy_samples_without_truncation(untrained):
     score = Scorer(untrained, estimate="sample", k=4, max_new_tokens=6).score([picture(0)])[0]
     again = Scorer(untrained, estimate="sample", k=4, max_new_tokens=6).score([picture(0)])[0]
     assert len(set(score.answers)) == 4 and score.answers == again.answers
+
+
+def test_sampled_answers_off_the_scale_are_marked_and_left_out(known):
+    score = known({"3.00": 0.4, "4.00": 0.3, "9000": 0.3}, estimate="sample", k=20).score([picture(0)])[0]
+    values = np.array([parse_score(answer) for answer in score.answers])
+    off = int((values > 5).sum())
+    assert 0 < off < 18 and score.note == f"{off} of 20 answers off the scale 1 to 5" and not score.error
+    assert [score.score, score.std] == pytest.approx([values[values <= 5].mean(), values[values <= 5].std(ddof=1)])
+
+
+def test_answers_that_are_all_off_the_scale_are_no_sampled_score(known):
+    score = known({"0.20": 0.5, "9000": 0.5}, estimate="sample", k=4).score([picture(0)])[0]
+    assert math.isnan(score.score) and "4 of 4 answers off the scale 1 to 5" in score.error
+
+
+def test_a_greedy_answer_off_the_scale_stands_and_is_marked(known):
+    score, inside = known({"0.20": 1.0}, {"5.00": 1.0}, estimate="greedy").score([picture(0), picture(1)])
+    assert score.score == 0.2 and score.note == "1 of 1 answers off the scale 1 to 5" and inside.note == ""
 
 
 @pytest.mark.parametrize("estimate", ["greedy", "sample"])
