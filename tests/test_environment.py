@@ -45,8 +45,9 @@ ROOMS = {
     "rewards": "thurstone prompts",
     "policy": "prompts",
     "sharing": "policy",
-    "engines": "policy",
-    "scoring": "engines pictures prompts policy sharing thurstone",
+    "answers": "nothing",
+    "engines": "answers policy",
+    "scoring": "answers engines pictures prompts policy sharing thurstone",
     "bulk": "scoring",
     "cards": "nothing",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts

@@ -1,6 +1,7 @@
 """The embedded policy's architecture, its tokens and prompt, 4-bit and LoRA."""
 
 import copy
+import math
 import re
 import sys
 
@@ -16,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vqr1 import policy
 from vqr1.policy import PictureProcessor, load_policy, load_processor, lora_config, start_from_energies
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING, messages
+from vqr1.scoring import Scorer
 
 
 def noise(width, height, seed=0):
@@ -233,3 +235,15 @@ def test_the_first_block_starts_with_squares(untrained):
     assert torch.linalg.matrix_rank(mix) == 192
     deviation = embedded.std(0)
     assert deviation[:-1].min() > 0.8 and deviation[:-1].max() < 1.001 and not embedded[:, -1].any()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_on_a_gpu_without_bf16_the_vision_tower_is_no_half_precision(untrained_folder, monkeypatch, quantize):
+    """What a T4 would load, on a CPU: only the answer to "which dtype" is put in."""
+    monkeypatch.setattr(policy, "default_dtype", lambda: torch.float16)
+    model, processor = load_policy(untrained_folder, quantize=quantize)
+    kinds = {(".visual." in name, weight.dtype) for name, weight in model.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.float32), (False, torch.uint8)} if quantize else {(True, torch.float32), (False, torch.float16)}
+    if not quantize:  # its features go on in the language model's precision
+        score = Scorer((model, processor)).score([Image.new("RGB", (64, 64), "gray")])[0]
+        assert not math.isnan(score.mass)

@@ -260,6 +260,14 @@ def test_validation_never_compares_across_data_sets(tmp_path, rows):
     assert table["val_srcc"].tolist() == [1.0] and table["val_plcc"].tolist() == [1.0]
 
 
+def test_validation_counts_the_rows_without_a_score(tmp_path, rows):
+    scorer = Fake()
+    scorer.score = lambda images: [Score(score=2.0), Score(error="no score"), Score(score=1.0), Score(error="no score")]
+    log = RunLog(tmp_path / "log.csv", scorer, rows[:4], every=1, resumed_at=0)
+    log.on_train_begin(None, at(0), None)
+    assert read_log(tmp_path)["val_unscored"].tolist() == [2]
+
+
 def test_only_the_first_of_several_processes_validates_and_writes(tmp_path, rows):
     log = RunLog(tmp_path / "log.csv", Fake(), rows[:2], every=1, resumed_at=0)
     second = at(0, is_world_process_zero=False)
