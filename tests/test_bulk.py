@@ -71,7 +71,18 @@ def test_paths_stand_for_pictures_in_their_order_each_once(tmp_path, monkeypatch
     assert find_pictures(["*.png"]) == ["b.png", "x1.png", "x[1].png"]
     assert find_pictures(["x[1].png"]) == ["x[1].png"]  # a file of that name comes before a glob
     assert find_pictures(["**/*.t?f", "de*"]) == ["deep/z.tif", "deep/er/ü.webp"]
+    assert find_pictures(["https://example.org/a.jpg?size=1"]) == ["https://example.org/a.jpg?size=1"]
     assert find_pictures(["notes.txt"]) == ["notes.txt"]  # named by hand: gets a row that says what it is
+
+
+def test_what_pillow_cannot_read_without_more_is_a_row_that_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    draw(tmp_path, "one.png")
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert main(["score", str(tmp_path), "https://example.org/a.jpg?size=1"]) == 1
+    rows = {Path(row["image"]).name: row["error"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert list(rows) == ["IMG_0001.HEIC", "one.png", "a.jpg?size=1"] and rows["one.png"] == ""
+    assert "pip install 'vqr1[heic]'" in rows["IMG_0001.HEIC"] and "is an address; download the picture first" in rows["a.jpg?size=1"]
 
 
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
@@ -103,7 +114,7 @@ def test_paths_without_a_picture_are_wrong_usage(path, said, tmp_path, monkeypat
 
 
 def test_endings_are_those_that_pillow_decodes():
-    assert {".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".jp2"} <= picture_endings()
+    assert {".heic", ".heif", ".hif", ".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".jp2"} <= picture_endings()
     assert not {".pdf", ".mpg", ".eps", ".h5", ".txt"} & picture_endings()
 
 

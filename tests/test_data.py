@@ -13,7 +13,7 @@ from PIL import Image
 
 from vqr1 import data
 from vqr1.data import (
-    COLUMNS, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
+    COLUMNS, NEEDED, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
     prompt_rows, read_manifest, realigned, render, render_rows,
 )
 
@@ -193,17 +193,98 @@ def test_bad_values_are_refused_with_file_line_and_value(small, change, message)
         read_manifest(write(folder, rows))
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", NEEDED)
 def test_a_missing_column_is_named(small, column):
     folder, rows = small
     path = write(folder, [{name: value for name, value in row.items() if name != column} for row in rows])
-    with pytest.raises(ValueError, match=rf"set\.csv, line 1: column '{column}' is missing; the header must name"):
+    with pytest.raises(ValueError, match=rf"set\.csv, line 1: column '{column}' is missing from the header .*; needed are image,dataset,mos, also"):
+        read_manifest(path)
+
+
+# Tables of one's own
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(text) -> the path of a table with this text, beside the pictures a.png, b.png and c.png."""
+    for name in "abc":
+        Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / f"{name}.png")
+
+    def table(text, encoding="utf-8"):
+        (tmp_path / "own.csv").write_text(text, encoding=encoding)
+        return tmp_path / "own.csv"
+
+    return table
+
+
+PLAIN = "image,dataset,mos\na.png,mine,1.5\nb.png,mine,4\n"
+
+
+@pytest.mark.parametrize("text", [
+    PLAIN,
+    PLAIN.replace("\n", "\r\n"),
+    PLAIN.replace("\n", ",\n"),  # a comma at the end of each line
+    PLAIN.replace("\n", ",,\n"),
+    PLAIN.replace("5\n", "5,\n").replace("4\n", "4,\n"),  # of each line but the header
+    ",image,dataset,mos\n0,a.png,mine,1.5\n1,b.png,mine,4\n",  # pandas' own index
+    "mos,votes,image,dataset\n1.5,7,a.png,mine\n4,9,./b.png,mine\n",
+    'image,remark,dataset,mos\na.png,"one,\ntwo",mine, 1.5\n"b.png",,mine,4 \n',
+    "image,dataset,mos\n\n./a.png,mine,1.5\n,,\n../own/b.png,mine,4\n",
+])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_image_dataset_and_mos_are_enough(own, text, encoding):
+    path = own(text.replace("../own", f"../{own('').parent.name}"), encoding)
+    frame = read_manifest(path)
+    assert tuple(frame.columns) == COLUMNS and frame["mos"].tolist() == [1.5, 4.0] and frame["dataset"].eq("mine").all()
+    assert frame["image"].tolist()[0] == "a.png" and frame["image"][1].endswith("b.png")
+    assert frame["reference"].equals(frame["image"])  # nothing else is known to show the same
+    assert frame["std"].isna().all() and frame["seed"].isna().all() and (frame[["split", "crop", "level", "distortion"]] == "").all(axis=None)
+    assert len(render_rows(frame)) == 2
+    assert load_ratings(path.rename(path.with_suffix(".CSV")))["mos"].tolist() == [1.5, 4.0]
+
+
+@pytest.mark.parametrize("text, message", [
+    (PLAIN.replace(",", ";").replace(".5", ",5"), "line 1: fields are separated by semicolons; save it with commas"),
+    (PLAIN.replace(",", "\t"), "line 1: fields are separated by tabs; save it with commas"),
+    (PLAIN.replace("image", "Image"), "line 1: column 'image' is missing .*; rename 'Image' to 'image'"),
+    (PLAIN.replace("mos", "MOS"), "line 1: column 'mos' is missing .*; rename 'MOS' to 'mos'"),
+    (PLAIN.replace(",", ", "), "line 1: column 'dataset' is missing .*; rename ' dataset' to 'dataset'"),
+    (PLAIN.replace("mos\n", "mos,Split\n"), "line 1: column 'split' is missing .*; rename 'Split' to 'split'"),
+    (PLAIN.replace("mos\n", "mos,mos\n"), "line 1: column 'mos' is there twice; rename one"),
+    (PLAIN.replace(",1.5", ",1,5"), "line 2: 4 fields under 3 names; put quotes"),
+    (PLAIN.replace("a.png", '"a.png'), "not a CSV in UTF-8 with a header"),
+    (PLAIN.replace("a.png", "https://example.org/a.png"), "line 2: image 'https://example.org/a.png' is an address; download"),
+    (PLAIN.replace("b.png", "./a.png"), "line 3: image 'a.png' is on line 2 too, .*remove one of the two"),
+    (PLAIN.replace("b.png", "link.png"), "line 3: image 'link.png' is on line 2 too"),
+])
+def test_a_table_that_would_be_misread_is_refused(own, text, message):
+    path = own(text)
+    (path.parent / "link.png").symlink_to("a.png")
+    with pytest.raises(ValueError, match=f"own.csv.*{message}"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("rows, message", [
+    (["a.png,one,3,,,train", "b.png,one,3,,,test", "./a.png,one,4,,,test"], "line 4: image 'a.png' is in split test, and in train on line 2"),
+    (["a.png,one,3,,,train", "b.png,one,3,,,test", "a.png,two,4,,,val"], "line 4: image 'a.png' is in split val, and in train on line 2"),
+    (["a.png,one,3,r,,train", "b.png,one,3,s,,test", "c.png,one,4,r,,test"], "line 4: reference 'r' is in split test, and in train on line 2"),
+    (["a.png,one,3,,,test", "b.png,one,3,./a.png,,train"], "line 3: reference 'a.png' is in split train, and in test on line 2"),
+    (["a.png,one,3,,,test", "b.png,one,3,a.png,,train"], "line 3: reference 'a.png' is in split train, and in test on line 2"),
+    (["a.png,one,3,r,,train", "b.png,two,3,r,,test"], None),  # sets number their references alike
+    (["a.png,one,3,r,,train", "b.png,one,3,r,,"], None),
+])
+def test_nothing_is_in_two_splits(own, rows, message):
+    path = own("\n".join(["image,dataset,mos,reference,crop,split", *rows]))
+    if message is None:
+        assert len(read_manifest(path)) == len(rows)
+        return
+    with pytest.raises(ValueError, match=f"own.csv, {message}.*give both rows one split"):
         read_manifest(path)
 
 
 def test_a_row_that_is_there_twice_is_refused(small):
     folder, rows = small
-    with pytest.raises(ValueError, match=r"set\.csv, line 5: image 'photos/a.jpg' has .* of an earlier line"):
+    with pytest.raises(ValueError, match=r"set\.csv, line 5: image 'photos/a.jpg' is on line 2 too, with the same distortion"):
         read_manifest(write(folder, [*rows, rows[0] | {"mos": "1"}]))
 
 
@@ -215,7 +296,7 @@ def test_a_text_file_named_jpg_is_refused_before_anything_is_rendered(small):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "not a CSV"), (b"\xff\xfe\x00", "not a CSV"), (b"image,dataset\n1,2,3,4\n5,6\n", "missing|not a CSV"),
+    (b"", "not a CSV"), (b"\xff\xfe\x00", "not a CSV"), (b"image,dataset\n1,2,3,4\n5,6\n", "4 fields under 2 names"),
     (",".join(COLUMNS).encode() + b"\n", "no rows"),
 ])
 def test_files_that_are_no_manifest_are_refused(tmp_path, content, message):

@@ -48,7 +48,7 @@ ROOMS = {
     "answers": "nothing",
     "engines": "answers policy",
     "scoring": "answers engines pictures prompts policy sharing thurstone",
-    "bulk": "scoring",
+    "bulk": "pictures scoring",
     "cards": "nothing",
     "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
     "evaluation": "all above",
@@ -164,7 +164,7 @@ def test_torchvision_is_in_the_gpu_extra_alone():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_import_is_declared(path):
-    declared = requirements("gpu", "notebooks", "scale")
+    declared = requirements("gpu", "notebooks", "scale", "heic")
     assert {n for n in third_party(path) if distribution(n) not in declared} - OWN_ENVIRONMENT == set()
 
 

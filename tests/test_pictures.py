@@ -2,17 +2,19 @@
 
 import os
 import random
+import struct
 import subprocess
 import sys
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vqr1.pictures import LARGE, as_rgb, open_picture, upright_size
+from vqr1.pictures import LARGE, as_rgb, open_picture, read_picture, upright_size
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(8, 32)
 
@@ -39,7 +41,6 @@ def grey(image: Image.Image) -> np.ndarray:
         ("64 thousand.tif", Image.fromarray(GREY.astype(np.int32) * 257)),
         ("float to 1.tif", Image.fromarray(GREY.astype(np.float32) / 255)),
         ("float to 255.tif", Image.fromarray(GREY.astype(np.float32))),
-        ("elevation.tif", Image.fromarray(GREY.astype(np.float32) * 1000 - 5000)),
         ("palette.png", Image.fromarray(GREY).convert("P")),
         ("alpha.png", Image.fromarray(GREY).convert("LA")),
     ],
@@ -120,6 +121,113 @@ def test_a_frame_chosen_by_the_caller_is_kept(tmp_path):
         assert grey(as_rgb(image)).max() == 0 and as_rgb(image).info["note"] == "frame 2 of several"
 
 
+# Deep pictures
+
+
+BRIGHT = GREY / np.float32(255)
+"""GREY on 0..1, as floats."""
+
+
+def with_last(*values: float) -> np.ndarray:
+    """BRIGHT 32 times, 8,192 values, the last of which are these."""
+    pixels = np.tile(BRIGHT, (8, 4))
+    pixels[-1, -len(values) :] = values
+    return pixels
+
+
+@pytest.mark.parametrize(("pixels", "white", "note"), [
+    (BRIGHT, 1, ""),
+    (BRIGHT / 4, 1, ""),  # dark, and it stays dark
+    (with_last(1.02), 1, "0.01% of the values outside 0..1 clipped"),
+    (with_last(5000.0, 1.02, -0.01), 1, "0.04% of the values outside 0..1 clipped"),
+    (BRIGHT * 255, 255, "floats: white is 255"),
+    (with_last(1.02) * 255, 255, "floats: white is 255; 0.01% of the values outside 0..255 clipped"),
+    (BRIGHT * 4095, 4095, "floats: white is 4095"),
+    (BRIGHT * 65535, 65535, "floats: white is 65535"),
+])  # fmt: skip
+def test_floats_keep_their_tones_and_what_is_clipped_is_said(pixels, white, note, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "float.tif")
+    picture = open_picture(tmp_path / "float.tif")
+    assert (grey(picture) == np.rint(np.clip(pixels / white, 0, 1) * 255)).all()
+    assert picture.info.get("note", "") == note
+
+
+@pytest.mark.parametrize(("pixels", "message"), [
+    (BRIGHT * 8, "floats from 0 to 8: which is black, and which is white"),  # light of a scene
+    (BRIGHT * 2 - 1, "floats from -1 to 1: .*Scale them to 0..1"),
+    (BRIGHT * 255000 - 5000, "floats from -5000 to 250000"),
+    (np.where(BRIGHT > 0.5, np.nan, BRIGHT).astype(np.float32), "values that are no numbers or infinite"),
+    (GREY.astype(np.int32) * 300, "integers from 0 to 76500: which is black, and which is white\\? Scale it to 8 or 16 bits"),
+    (GREY.astype(np.int32) * 2**23, "integers from 0 to 2139095040"),
+    (GREY.astype(np.int32) - 100, "integers from -100 to 155"),
+])  # fmt: skip
+def test_a_scale_that_cannot_be_told_is_refused_with_a_remedy(pixels, message, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=f"deep.tif cannot be read as a picture .*{message}"):
+        open_picture(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=message):
+        as_rgb(Image.fromarray(pixels))
+
+
+def deep_png(path: Path, white: int) -> None:
+    """A PNG of 16-bit colours, which Pillow reads and does not write: GREY up to `white`."""
+    levels = np.rint(GREY * (white / 255)).astype(">u2")
+    rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).tobytes() for row in levels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", GREY.shape[1], GREY.shape[0], 16, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def test_deep_colours_are_read_or_refused_where_most_of_their_tones_would_be_lost(tmp_path):
+    deep_png(tmp_path / "16.png", 65535)
+    assert (grey(open_picture(tmp_path / "16.png")) == GREY).all()
+    for white in (1023, 4095, 16383):
+        deep_png(tmp_path / "12.png", white)
+        with pytest.raises(ValueError, match="12.png cannot be read .*all in the darkest quarter.*save it with 8 bits"):
+            open_picture(tmp_path / "12.png")
+
+
+# HEIC
+
+
+HEADERS = [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"\0\0\0\x1cftypmif1\0\0\0\0mif1miafheix"]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_heic_without_its_reader_says_what_to_install(header, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes the import fail, installed or not
+    (tmp_path / "phone.jpg").write_bytes(header + bytes(100))  # whatever it is called
+    for file in (tmp_path / "phone.jpg", header + bytes(100)):
+        with pytest.raises(ValueError, match=r"it is HEIC, which Pillow reads with pillow-heif: pip install 'vqr1\[heic\]'"):
+            open_picture(file)
+    with pytest.raises(ValueError, match="phone.jpg .*pip install"):
+        upright_size(tmp_path / "phone.jpg")
+
+
+def test_heic_is_read_upright(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:16, :32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned to the right: the white corner at the top right
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "a.heic", quality=100, exif=exif.tobytes())
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "b.heic", quality=100)
+    plain, turned = open_picture(tmp_path / "b.heic"), open_picture(tmp_path / "a.heic")
+    assert np.abs(np.int16(plain) - pixels).max() <= 8 and plain.info == {}
+    assert turned.size == upright_size(tmp_path / "a.heic") == (32, 64)
+    assert np.abs(np.int16(turned) - np.rot90(pixels, -1)).max() <= 8
+    assert read_picture((tmp_path / "b.heic").read_bytes()).tobytes() == plain.tobytes()
+
+
+def test_avif_needs_no_reader_of_heic(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    Image.fromarray(GREY).save(tmp_path / "a.avif")
+    assert open_picture(tmp_path / "a.avif").size == (32, 8)
+
+
 # Sizes
 
 
@@ -195,6 +303,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         ("text.png", "cannot be read as a picture"),
         ("half.jpg", "truncated"),
         ("nul\0.png", "is missing"),
+        ("text.png", "(no format that Pillow reads); replace the file"),
         ("x" * 300, "is missing"),
         ("snow\N{SNOWMAN} \udce9.png", "zero bytes"),
     ],
@@ -212,6 +321,22 @@ def test_what_is_no_picture_is_named_with_a_remedy(name, why, tmp_path, photo):
     with pytest.raises(ValueError) as refused:
         open_picture(tmp_path / name)
     assert str(tmp_path / name) in str(refused.value) and why in str(refused.value) and ";" in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a.jpg", "http://example.org/a.jpg?size=1", "s3://bucket/a.jpg", "file:///a.jpg"])
+def test_an_address_must_be_downloaded_first(address):
+    for path in (address, Path(address)):
+        with pytest.raises(ValueError, match=r"a\.jpg(\?size=1)? is an address; download the picture first, and give its file"):
+            open_picture(path)
+
+
+def test_a_file_is_read_from_its_start_whoever_has_read_in_it(tmp_path, photo):
+    photo.save(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file:
+        file.read(1000)
+        assert open_picture(file).tobytes() == open_picture(file).tobytes() == photo.tobytes()
+    with open(tmp_path / "a.png", encoding="latin-1") as file, pytest.raises(ValueError, match="a.png cannot be read .*open it with mode 'rb'"):
+        open_picture(file)
 
 
 def test_a_file_without_permission_is_named():

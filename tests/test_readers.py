@@ -167,7 +167,7 @@ def listed(file: str, names: list[str]):
 
 
 METHODS = ("Original", "SwinIR", "SeeSR")
-SRIQA = {"online50": (66.2, 0.0, 100.0), "realworld23": (100.0, 34.5, 0.0), "srtest9": (80.0, 0.0, 100.0)}
+SRIQA = {"online50": (66.2, 0.0, 100.00000000000001), "realworld23": (100.0, 34.5, 0.0), "srtest9": (80.0, 0.0, 100.0)}
 
 
 def sriqa(root: Path) -> dict:
@@ -270,7 +270,7 @@ def pcuid(root: Path) -> dict:
 BUILD = {
     "kadid-10k": kadid, "tid2013": tid, "koniq-10k": koniq, "spaq": spaq, "clive": clive, "bid": bid, "pipal": pipal, "csiq": csiq,
     "liu13": listed("Deblur_test_all.txt", ["a_1.png", "a_2.png", "b_1.png", "b_2.png"]),
-    "min19": listed("Dehaze_test_all.txt", ["01_1.bmp", "01_2.bmp", "02_1.bmp", "02_2.bmp"]),
+    "min19": listed("dehaze_test_all.txt", ["01_1.bmp", "01_2.bmp", "02_1.bmp", "02_2.bmp"]),
     "sriqa-bench": sriqa, "agiqa-3k": agiqa, "biq2021": biq2021, "srij": srij, "pcuid": pcuid,
 }  # fmt: skip
 
@@ -467,8 +467,8 @@ def test_two_pictures_of_one_name_are_not_chosen_between(made):
 def test_a_list_may_name_pictures_by_their_path(made):
     folder, _ = made("min19")
     picture(folder / "aerial" / "01_1.bmp")
-    lines = (folder / "Dehaze_test_all.txt").read_text().replace("01_1.bmp", "part0/01_1.bmp").splitlines()
-    text(folder / "Dehaze_test_all.txt", lines)
+    lines = (folder / "dehaze_test_all.txt").read_text().replace("01_1.bmp", "part0/01_1.bmp").splitlines()
+    text(folder / "dehaze_test_all.txt", lines)
     assert load_ratings("min19", folder)["image"][0] == "part0/01_1.bmp"
 
 
@@ -579,6 +579,51 @@ def test_a_set_without_comparisons_says_so(made):
         load_comparisons("kadid-10k", made("kadid-10k")[0])
     with pytest.raises(ValueError, match="unknown set 'sim-kadid'; public sets: kadid-10k, "):
         load_comparisons("sim-kadid")
+
+
+@pytest.mark.parametrize("end", [",", ",,", ";"])
+def test_a_comma_at_the_end_of_each_line_shifts_nothing(end, made):
+    """pandas takes the first column for an index where the rows have one field more than the header."""
+    folder, expected = made("kadid-10k")
+    lines = (folder / "dmos.csv").read_text().splitlines()
+    for header in (lines[0], lines[0] + end):
+        text(folder / "dmos.csv", [header, *(line + end for line in lines[1:])])
+        if end == ";":
+            refused("kadid-10k", folder, "dmos.csv, line")
+            continue
+        frame = load_ratings("kadid-10k", folder)
+        assert {row.image: row.mos for row in frame.itertuples()} == {image: mos for image, (mos, _) in expected.items()}
+
+
+def test_another_separator_is_named(made):
+    folder, _ = made("kadid-10k")
+    content = (folder / "dmos.csv").read_text()
+    for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+        (folder / "dmos.csv").write_text(content.replace(",", separator))
+        refused("kadid-10k", folder, f"dmos.csv, line 1: fields are separated by {called}")
+
+
+@pytest.mark.parametrize(("name", "new"), [("agiqa-3k", "AGIQA-3K"), ("agiqa-3k", "Images"), ("pipal", "Dist_Imgs")])
+def test_pictures_are_found_in_the_folders_of_the_archives(name, new, made):
+    folder, expected = made(name)
+    (folder / new).mkdir()
+    for image in expected:
+        (folder / image).rename(folder / new / Path(image).name)
+    found = load_ratings(name, folder).set_index("image")["mos"]
+    assert found.to_dict() == {f"{new}/{Path(image).name}": mos for image, (mos, _) in expected.items()}
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("min19", "dehaze_test_all.txt", "Dehazing.TXT"), ("kadid-10k", "dmos.csv", "DMOS.csv"), ("sriqa-bench", "MOS", "mos")])
+def test_upper_and_lower_case_of_annotations_do_not_matter(name, old, new, made):
+    folder, expected = made(name)
+    (folder / old).rename(folder / new)
+    assert len(load_ratings(name, folder)) == len(expected)
+
+
+def test_a_mos_beyond_its_scale_by_more_than_rounding_is_refused(made):
+    folder, _ = made("sriqa-bench")
+    change("MOS/online50.txt", "100.00000000000001", "100.001")(folder)
+    refused("sriqa-bench", folder, r"online50\.txt, line 1: mos '100\.001' is not a number from 0 to 100")
 
 
 # Splits

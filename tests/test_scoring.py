@@ -1,11 +1,13 @@
 """The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about failures."""
 
+import io
 import math
 import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -474,6 +476,125 @@ def test_an_opened_picture_that_cannot_be_decoded_is_a_row_with_an_error(known, 
     with Image.open(bad_files[1]) as broken:
         error, score = known({"3.00": 1.0}).score([broken, picture(0)])
     assert "truncated" in error.error and math.isnan(error.score) and score.score == pytest.approx(3.0)
+
+
+# What is handed over
+
+
+WIDE = 96
+"""Pixels of `picture(1)`, 64 high."""
+
+
+def forms(folder):
+    """One picture, for which `Known` answers from its second distribution, in every form that a person may hand over."""
+    image = picture(1)
+    image.save(folder / "one.png")
+    encoded, pixels = (folder / "one.png").read_bytes(), np.asarray(image)
+    tensor = torch.tensor(pixels).permute(2, 0, 1)
+    return {
+        "string": str(folder / "one.png"), "Path": folder / "one.png", "image": image, "bytes": encoded, "bytearray": bytearray(encoded),
+        "opened file": open(folder / "one.png", "rb"), "BytesIO": io.BytesIO(encoded), "grey array": pixels[..., 0], "array": pixels,
+        "floats": pixels / 255, "float32": np.float32(pixels / 255), "alpha": np.dstack([pixels, np.full((64, WIDE), 255, np.uint8)]),
+        "tensor": tensor, "float tensor": tensor / 255, "bfloat16": (tensor / 255).bfloat16(), "gradient": (tensor / 255).requires_grad_(),
+    }  # fmt: skip
+
+
+def test_one_picture_in_any_form_is_a_list_of_one(known, tmp_path):
+    scorer = known({"3.00": 1.0}, {"4.00": 1.0})
+    given = forms(tmp_path)
+    for name, form in given.items():
+        assert [round(score.score) for score in scorer.score(form)] == [4], name
+        assert scorer(form).tolist() == pytest.approx([4.0]) and scorer.rank(form)["image"].tolist() == [0], name
+    assert [round(score.score) for score in scorer.score(given.values())] == [4] * len(given)
+    assert [round(score.score) for score in scorer.score(iter(given.values()))] == [4] * len(given)
+    for name, form in given.items():
+        assert scorer.compare(form, picture(0)) > 0.99 and scorer.compare(form, form) == pytest.approx(0.5), name
+    given["opened file"].close()
+
+
+def test_the_same_opened_picture_or_file_may_be_there_many_times(known, tmp_path):
+    """They are decoded in threads, and an opened picture is read when it is first decoded."""
+    Image.effect_noise((1200, 64 * 12), 90).convert("RGB").resize((1200, 768)).save(tmp_path / "noise.png")
+    scorer = known(*[{"3.00": 1.0}] * 100)
+    for _ in range(5):
+        with Image.open(tmp_path / "noise.png") as image, open(tmp_path / "noise.png", "rb") as file:
+            assert [score.error for score in scorer.score([image, file] * 4)] == [""] * 8
+
+
+def test_batches_of_pixels_are_many_pictures(known):
+    scorer, pixels = known({"3.00": 1.0}, {"4.00": 1.0}), np.stack([np.asarray(picture(1))] * 2)
+    for batch in (pixels, pixels / 255, torch.tensor(pixels).permute(0, 3, 1, 2), torch.tensor(pixels).permute(0, 3, 1, 2) / 255):
+        assert scorer(batch).tolist() == pytest.approx([4.0, 4.0])
+    assert scorer(torch.zeros(0, 3, 8, 8)).tolist() == []
+
+
+@pytest.mark.parametrize("given", [None, 5, 2.5, object(), {"a.png": 1}, {"a.png"}, pd.DataFrame({"image": ["a.png"]}), True])
+def test_what_is_no_picture_and_no_list_is_a_type_error_that_says_what_is_taken(known, given):
+    scorer = known({"3.00": 1.0})
+    for method in (scorer.score, scorer.rank, scorer, scorer.describe, lambda one: scorer.compare(picture(0), one)):
+        with pytest.raises(TypeError, match=rf"^{type(given).__name__} is .*give a path, .* a PIL image, a numpy array \(H, W\).* tensor"):
+            method(given)
+    with pytest.raises(TypeError, match="list is not one picture"):
+        scorer.compare([picture(0)], picture(0))
+
+
+def test_a_bad_item_costs_itself_alone_its_score(known, tmp_path):
+    bad = [None, 5, tmp_path, [picture(0)], "", "https://example.org/a.jpg", b"", b"text", io.StringIO("text"), np.zeros((3, 8, 8)), np.zeros((8, 8), np.uint16),
+           torch.full((3, 8, 8), math.nan), torch.zeros(1, 8, 8)]  # fmt: skip
+    scorer = known({"3.00": 1.0})
+    scores = scorer.score([picture(0), *bad, picture(0)])
+    assert [round(score.score) for score in scores if not score.error] == [3, 3] and len(scores) == len(bad) + 2
+    said = [score.error for score in scores[1:-1]]
+    for text, wanted in zip(said, ["NoneType is no picture; give a path", "int is no picture", "is a folder", "list is no picture", "is missing",
+                                   "https://example.org/a.jpg is an address; download the picture first", "zero bytes", "no format that Pillow reads",
+                                   "mode 'rb'", r"(3, 8, 8) is no picture; give (H, W)", "uint16; give uint8", "NaN", "(1, 8, 8) is no picture; give (3, H, W)"]):  # fmt: skip
+        assert wanted in text
+    assert scorer([None, picture(0)]).isnan().tolist() == [True, False]
+    assert scorer.rank([None, picture(0)])["image"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 255, r"from 0 to 255; give 0\.\.1: x / 255"),
+        (lambda x: x * 2 - 1, r"from -1 to 1; give .*\(x \+ 1\) / 2 for -1\.\.1"),
+        (lambda x: x + 0.002, r"from 0 to 1\.002"),
+        (lambda x: torch.where(x == 1, math.nan, x), "hold NaN"),
+        (lambda x: torch.where(x == 1, math.inf, x), "to inf"),
+        (lambda x: (x * 255).long(), "int64; give uint8"),
+        (lambda x: x > 0.5, "bool; give uint8"),
+        (lambda x: x[:, :1], r"shape \(2, 1, 64, 96\) is no picture; give \(3, H, W\), or \(B, 3, H, W\)"),
+        (lambda x: x.permute(0, 2, 3, 1), r"shape \(2, 64, 96, 3\)"),
+        (lambda x: x[0, 0], r"shape \(64, 96\)"),
+        (lambda x: x[None], r"shape \(1, 2, 3, 64, 96\)"),
+        (lambda x: x[..., :0], r"shape \(2, 3, 64, 0\)"),
+    ],
+)
+def test_a_tensor_of_another_range_or_shape_is_refused_with_a_remedy(known, change, message):
+    tensor = torch.linspace(0, 1, 2 * 3 * 64 * WIDE).reshape(2, 3, 64, WIDE)
+    with pytest.raises(ValueError, match=message):
+        known({"3.00": 1.0})(change(tensor))
+
+
+def test_pixels_keep_their_values_and_rounding_outside_the_range_is_clipped(known, monkeypatch):
+    """What the image processor is given is what was handed over."""
+    scorer, seen = known({"3.00": 1.0}), []
+    processor = scorer.processor.image_processor
+    real = type(processor).__call__
+    monkeypatch.setattr(type(processor), "__call__", lambda self, images, **more: seen.append(np.asarray(images[0])) or real(self, images=images, **more))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    tensor = torch.tensor(pixels).permute(2, 0, 1)
+    scorer([pixels, pixels / 255, tensor, tensor / 255, tensor / 255 * 1.0009, (tensor / 255).bfloat16()])
+    assert all(np.array_equal(picture, pixels) for picture in seen[:4]) and len(seen) == 6
+    assert np.abs(np.int16(seen[4]) - pixels).max() <= 1 and np.abs(np.int16(seen[5]) - pixels).max() <= 1
+
+
+def test_describe_takes_many_and_says_which_has_no_score(trained, photo):
+    scorer, image = Scorer(trained), crops(photo)[0]
+    one, (same, missing) = scorer.describe(image), scorer.describe([image, "nowhere.png"])
+    assert (same.text, same.distortions) == (one.text, one.distortions) and same.score.score == pytest.approx(one.score.score, abs=1e-4)
+    assert missing.text == "" and str(missing) == "nowhere.png is missing; check the path" and "nowhere.png" in missing._repr_html_()
+    assert scorer.describe([]) == []
 
 
 def test_describe_and_compare_say_which_file_cannot_be_read(known, bad_files):

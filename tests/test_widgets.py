@@ -1,6 +1,7 @@
 """Notebook 03's applications without a browser: the plain functions, and the controls set as a click would set them."""
 
 import io
+import sys
 from datetime import datetime
 
 import ipywidgets as w
@@ -83,9 +84,20 @@ def test_a_large_upload_is_shrunk_to_the_size_the_distortions_are_made_for():
     assert widgets.read_upload(upload("a.png", png(Image.new("L", (1024, 768))))).size == (512, 384)
 
 
-def test_an_upload_that_is_no_picture_is_refused_by_its_name():
-    with pytest.raises(ValueError, match=r"^notes\.txt cannot be read as a picture; upload a JPEG"):
-        widgets.read_upload(upload("notes.txt", b"text"))
+@pytest.mark.parametrize(("name", "content", "why"), [
+    ("notes.txt", b"text", r"no format that Pillow reads"),
+    ("empty.png", b"", r"it has zero bytes"),
+    ("half.png", png(Image.effect_noise((64, 64), 50))[:1000], r"truncated"),
+    ("line.png", png(Image.new("L", (1, 900))), r"1x900 pixels are thinner than 1:200; crop or pad"),
+    ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"it is HEIC, .*pip install 'vqr1\[heic\]'"),
+])  # fmt: skip
+def test_an_upload_that_cannot_be_used_says_why_by_its_name(name, content, why, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ValueError, match=rf"^{name} cannot be read as a picture \(.*{why}"):
+        widgets.read_upload(upload(name, content))
+
+
+def test_nothing_uploaded_is_said():
     with pytest.raises(ValueError, match="nothing was uploaded"):
         widgets.read_upload(())
 
@@ -156,6 +168,13 @@ def test_rank_folder_names_the_files_and_puts_the_unreadable_last(scorer, folder
     score = {name: scorer.score([folder / name])[0].score for name in ("good.png", "bad.png")}
     assert ranked["image"].tolist() == [*sorted(score, key=score.get, reverse=True), "broken.jpg"]
     assert np.allclose(ranked["score"][:2], sorted(score.values(), reverse=True), atol=1e-3) and "broken.jpg" in ranked["error"].iloc[2]
+
+
+def test_what_a_folder_holds_of_heic_is_named_with_its_problem(scorer, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (folder / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    ranked = widgets.rank_folder(scorer, folder).set_index("image")["error"]
+    assert "pip install 'vqr1[heic]'" in ranked["phone.HEIC"] and ranked["good.png"] == ""
 
 
 def test_board_can_be_read(scorer, folder):

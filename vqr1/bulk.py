@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vqr1.pictures import HEIC_ENDINGS, is_address
 from vqr1.scoring import Score, Scorer
 
 try:
@@ -34,8 +35,8 @@ _NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows th
 def find_pictures(paths: Sequence[str]) -> list[str]:
     """Return the pictures that the paths stand for, each once, in the order of the paths.
 
-    A file is taken whatever its name; a missing one too, so that it gets a row with an error. A folder stands for the pictures
-    below it (by `picture_endings`, sorted, links followed, hidden ones left out), a glob for what a shell would make of it
+    A file is taken whatever its name; a missing one and an address too, so that they get a row with an error.
+    A folder stands for the pictures below it (by `picture_endings`, sorted, links followed, hidden ones left out), a glob for what a shell would make of it
     (``**`` for any depth), ``-`` for the lines of standard input, one file each.
     Raises ValueError where a folder, a glob or standard input gives no picture.
 
@@ -50,7 +51,7 @@ def find_pictures(paths: Sequence[str]) -> list[str]:
         elif os.path.isdir(path):
             names = _below(path)
             wanted = f"{path} holds no picture that Pillow reads ({', '.join(sorted(picture_endings()))})"
-        elif glob.has_magic(path) and not os.path.lexists(path):
+        elif glob.has_magic(path) and not os.path.lexists(path) and not is_address(path):
             matches = sorted(glob.glob(path, recursive=True))
             names = [name for match in matches for name in (_below(match) if os.path.isdir(match) else [match])]
             wanted = f"{path} matches no picture"
@@ -65,9 +66,13 @@ def find_pictures(paths: Sequence[str]) -> list[str]:
 
 @cache
 def picture_endings() -> frozenset[str]:
-    """Return the endings, with dot and in lower case, of the pictures that this Pillow decodes."""
+    """Return the endings, with dot and in lower case, of the pictures that this Pillow decodes, and of HEIC.
+
+    Without pillow-heif, a HEIC file gets a row that says what to install.
+    """
     kinds = Image.registered_extensions().items()
-    return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _NO_PICTURES)
+    decoded = {ending for ending, kind in kinds if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return frozenset(HEIC_ENDINGS) | decoded
 
 
 def _below(folder: str) -> list[str]:

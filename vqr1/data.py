@@ -1,7 +1,7 @@
 """Manifests of rated pictures, rendering of their rows, and the rows and batches that TRL trains on.
 
-A manifest is a CSV (UTF-8, header) with the columns of `COLUMNS`. ``image`` is a path relative to the
-set's root. A row with a ``seed`` is rendered: photograph -> ``distort(distortion, level, seed)`` at full
+A manifest is a CSV (UTF-8, commas, header) with the columns of `COLUMNS`, all but `NEEDED` optional. ``image``
+is a path relative to the set's root. A row with a ``seed`` is rendered: photograph -> ``distort(distortion, level, seed)`` at full
 size -> crop ``x,y,w,h`` in native pixels (empty = whole). Several distortions in turn are written
 ``jitter+jpeg`` at level ``3+4``. A row without a seed is the picture as it is on disk: its distortion and
 level, if there, only describe it. ``mos`` is in the set's own scale, higher is better.
@@ -27,14 +27,18 @@ import pandas as pd
 from PIL import Image
 
 from vqr1.distortions import DISTORTIONS, distort
-from vqr1.pictures import open_picture, upright_size
+from vqr1.pictures import is_address, open_picture, upright_size
 from vqr1.prompts import messages
-from vqr1.readers import SETS, public_name, read_comparisons, read_public
+from vqr1.readers import (
+    SETS, lacks, meant, public_name, read_comparisons, read_public, read_table,
+)
 
 if TYPE_CHECKING:
     import datasets
 
 COLUMNS = ("image", "dataset", "mos", "std", "reference", "distortion", "level", "seed", "crop", "split")
+NEEDED = COLUMNS[:3]
+"""What a manifest must have; the other columns may be missing or empty."""
 EXTRA = ("subset",)
 """Columns that only some sets have: groups whose pictures are also compared among themselves alone."""
 HELD_OUT = ("motion_blur", "color_saturation_2", "jpeg2000", "multiplicative_noise", "darken", "pixelate")
@@ -77,7 +81,7 @@ def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool 
     ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever
     `read_manifest` and `read_public` raise.
     """
-    if str(name).endswith(".csv"):
+    if str(name).lower().endswith(".csv"):
         return read_manifest(name, root)
     folder = Path(root) if root else data_root()
     if public := public_name(name):
@@ -117,6 +121,9 @@ def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
 def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFrame:
     """Return a manifest's rows after checking every one of them; columns that are not ours are dropped.
 
+    Only image, dataset and mos are needed. ``./a.png`` is written ``a.png``. The reference of a row without one is
+    its image.
+    No picture may be in two splits, nor a reference of one data set.
     mos and std are floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column,
     or strings ("3+4", "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
     ``root`` (default: the manifest's folder) is where the images are. Raises FileNotFoundError when the manifest is
@@ -124,10 +131,11 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
     """
     path = Path(path)
     root = Path(root) if root else path.parent
-    text = _read_text(path)  # index = line in the file
+    text = _read_text(path, root)  # index = line in the file
     _check_labels(path, text)
     _check_renders(path, text)
     _check_images(path, text, root)
+    _check_splits(path, text, root)
     single = text["level"].str.fullmatch(r"\d").all()
     frame = text.assign(
         mos=pd.to_numeric(text["mos"]).astype(float),
@@ -139,24 +147,23 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
     return frame
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _read_text(path: Path, root: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.simulated` writes ours)")
-    try:
-        text = pd.read_csv(path, dtype=object, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 with a header ({error}); save it as one") from error
-    missing = [name for name in COLUMNS if name not in text]
-    if missing:
-        raise ValueError(
-            f"{path}, line 1: column {missing[0]!r} is missing; the header must name {','.join(COLUMNS)}"
-        )
-    text.index += 2
-    text = _kept_columns(text).fillna("").apply(lambda column: column.str.strip())
-    text = text[(text != "").any(axis=1)]  # blank lines
+    text = read_table(path)
+    for name in (*COLUMNS, *EXTRA):
+        if name not in text and (name in NEEDED or meant(name, text.columns)):
+            known = f"needed are {','.join(NEEDED)}, also known {','.join(COLUMNS[3:])}"
+            raise ValueError(f"{path}, line 1: {lacks(name, text.columns)}; {known}")
+    known = [*COLUMNS, *(name for name in EXTRA if name in text)]
+    text = text.reindex(columns=known, fill_value="")
+    text = text[(text != "").any(axis=1)]  # rows of other columns alone
     if text.empty:
         raise ValueError(f"{path}: no rows after the header; add at least one")
-    return text
+    names = pd.unique(text[["image", "reference"]].to_numpy().ravel())
+    short = {name: os.path.normpath(name) if os.path.isfile(root / name) else name for name in names}
+    image, reference = text["image"].map(short), text["reference"].map(short)  # a reference may be no path
+    return text.assign(image=image, reference=reference.where(reference != "", image))
 
 
 def _require(path: Path, good: pd.Series, values: pd.Series, problem: str) -> None:
@@ -191,12 +198,11 @@ def _check_renders(path: Path, text: pd.DataFrame) -> None:
     seeded = text["seed"].map(lambda seed: seed == "" or (seed.isdecimal() and int(seed) < 2**31))
     wanted = "is not an integer from 0 to 2147483647; leave it empty if the picture is already as rated"
     _require(path, seeded, text["seed"], wanted)
-    again = text.duplicated(["image", "distortion", "level", "seed", "crop"])
-    wanted = "has the distortion, level, seed and crop of an earlier line; remove one of the two"
-    _require(path, ~again, text["image"], wanted)
 
 
 def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
+    wanted = "is an address; download the pictures first, and give their files"
+    _require(path, ~text["image"].map(is_address), text["image"], wanted)
     there = text["image"].map({name: (root / name).is_file() for name in text["image"].unique()})
     wanted = f"is not there below {root}; correct the path, or give the folder of the images as root"
     _require(path, there, text["image"], wanted)
@@ -208,6 +214,32 @@ def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
     inside = [_fits(crop, sizes[name]) for crop, name in zip(cropped["crop"], cropped["image"])]
     wanted = "is empty or reaches outside its picture; x,y,w,h are pixels of the whole photograph"
     _require(path, pd.Series(inside, cropped.index, dtype=bool), cropped["crop"], wanted)
+
+
+def _check_splits(path: Path, text: pd.DataFrame, root: Path) -> None:
+    """No picture or reference in two splits, and no row twice; a picture is its file, however the path is written."""
+    files = {name: os.path.realpath(root / name) for name in text["image"].unique()}
+    text = text.assign(file=text["image"].map(files))
+    used = text[text["split"] != ""]
+    for column, keys in (("image", ["file"]), ("reference", ["dataset", "reference"])):
+        groups = used.groupby(keys)
+        first = groups["split"].transform("first")
+        if (first != used["split"]).any():
+            line = (first != used["split"]).idxmax()
+            other = groups.get_group(tuple(used.loc[line, keys])).index[0]
+            raise ValueError(
+                f"{path}, line {line}: {column} {text.at[line, column]!r} is in split {text.at[line, 'split']}, "
+                f"and in {text.at[other, 'split']} on line {other}: what is learned there would be tested here; give both rows one split"
+            )
+    same = ["file", "distortion", "level", "seed", "crop"]
+    again = text.duplicated(same)
+    if again.any():
+        line = again.idxmax()
+        other = (text[same] == text.loc[line, same]).all(axis=1).idxmax()
+        raise ValueError(
+            f"{path}, line {line}: image {text.at[line, 'image']!r} is on line {other} too, "
+            "with the same distortion, level, seed and crop; remove one of the two"
+        )
 
 
 def _fits(crop: str, size: tuple[int, int]) -> bool:

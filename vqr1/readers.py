@@ -7,8 +7,9 @@ chaofengc/IQA-PyTorch-Datasets. Three sets are a git clone away, and were read w
 other real set was read when this was written: the tests make small ones in the official layout.
 """
 
+import csv
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -76,13 +77,67 @@ def _lines(path: Path, fields: tuple[str, ...], separator: str | None = None) ->
     return pd.DataFrame(rows, columns=["where", *fields], dtype=object)
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a CSV's cells as stripped strings under its header as it stands; the index is the line in the file.
+
+    Separated by commas, in UTF-8. Blank lines are dropped, and so are columns without a name, which a comma at the
+    end of each line makes. Raises ValueError naming file and line for another separator, for a column that is there
+    twice, and for a row with more fields than names.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            records = list(_records(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a CSV in UTF-8 with a header ({error}); save it as one") from error
+    if not records:
+        raise ValueError(f"{path}: not a CSV in UTF-8 with a header (it is empty); save it as one")
+    (line, names), *rows = records
+    named = [name for name in names if name.strip()]
+    for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+        if len(named) == 1 and separator in named[0]:
+            remedy = "save it with commas (and numbers with a point)"
+            raise ValueError(f"{path}, line {line}: fields are separated by {called}; {remedy}")
+    for name in named:
+        if named.count(name) > 1:
+            raise ValueError(f"{path}, line {line}: column {name!r} is there twice; rename one of the two")
+    for line, cells in rows:
+        if any(cells[len(names) :]):
+            remedy = "put quotes around a field that holds a comma"
+            raise ValueError(f"{path}, line {line}: {len(cells)} fields under {len(names)} names; {remedy}")
+    cells = [(row + [""] * len(names))[: len(names)] for _, row in rows]
+    table = pd.DataFrame(cells, index=[line for line, _ in rows], columns=names, dtype=object)
+    return table[named]
+
+
+def _records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row's line in the file, counted from 1, and its cells; a quoted cell may hold line breaks."""
+    reader, line = csv.reader(lines, strict=True), 1
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            yield line, [cell.strip() for cell in row] if line > 1 else row
+        line = reader.line_num + 1
+
+
+def lacks(name: str, header: Iterable[str]) -> str:
+    """Return how to say that a header has no column of this name, and which of its columns may be meant.
+
+    >>> print(lacks("mos", ["image", " MOS"]))
+    column 'mos' is missing from the header image,  MOS; rename ' MOS' to 'mos'
+    """
+    like = meant(name, header)
+    rename = f"; rename {like!r} to {name!r}" if like else ""
+    return f"column {name!r} is missing from the header {', '.join(header)}{rename}"
+
+
+def meant(name: str, header: Iterable[str]) -> str | None:
+    """Return the column that differs from a name in capitals, spaces or punctuation alone, or None."""
+    return next((other for other in header if _plain(other) == _plain(name)), None)
+
+
 def _csv(path: Path, **columns: str) -> pd.DataFrame:
     _present(path)
-    try:
-        table = pd.read_csv(path, dtype=object, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 with a header ({error})") from error
-    return _pick(path, table, 2, columns)
+    table = read_table(path)
+    return _pick(path, table, table.index, 1, columns)
 
 
 def _excel(path: Path, sheet: str | int, header: int, **columns: str) -> pd.DataFrame:
@@ -92,18 +147,18 @@ def _excel(path: Path, sheet: str | int, header: int, **columns: str) -> pd.Data
         table = pd.read_excel(path, sheet_name=sheet, header=header - 1, dtype=object)
     except (BadZipFile, ValueError, KeyError) as error:  # no workbook; no such sheet; a workbook without its parts
         raise ValueError(f"{path}: not an .xlsx workbook with sheet {sheet!r} ({error}); an old .xls must be saved as .xlsx") from error
-    return _pick(path, table, header + 1, columns)
+    return _pick(path, table, range(header + 1, header + 1 + len(table)), header, columns)
 
 
-def _pick(path: Path, table: pd.DataFrame, first: int, columns: dict[str, str]) -> pd.DataFrame:
-    """Return the columns ``ours=theirs`` as strings, with where each row stands; ``first`` is the first row's line."""
-    table.columns = [str(name).strip() for name in table.columns]
+def _pick(path: Path, table: pd.DataFrame, lines: Iterable[int], header: int, columns: dict[str, str]) -> pd.DataFrame:
+    """Return the columns ``ours=theirs`` as strings, with the line of each row and of the header."""
+    table = table.set_axis([str(name).strip() for name in table.columns], axis=1)
     missing = [name for name in columns.values() if name not in table]
     if missing:
-        raise ValueError(f"{path}, line {first - 1}: column {missing[0]!r} is missing from the header {', '.join(table.columns)}")
+        raise ValueError(f"{path}, line {header}: {lacks(missing[0], table.columns)}")
     table = table[list(columns.values())].set_axis(list(columns), axis=1).fillna("").astype(str)
     table = table.apply(lambda column: column.str.strip())
-    table.insert(0, "where", [f"{path}, line {line}" for line in range(first, first + len(table))])
+    table.insert(0, "where", [f"{path}, line {line}" for line in lines])
     return table[(table.drop(columns="where") != "").any(axis=1)].reset_index(drop=True)
 
 
@@ -306,7 +361,7 @@ SETS = {
     "spaq": PublicSet(
         "SPAQ (Fang et al. 2020)", 11125, "github.com/h4nwei/SPAQ", "34.8 GB", "unknown",
         ("Annotations/MOS and Image attribute scores.xlsx", "MOS and Image attribute scores.xlsx"), ("TestImage",), (0, 100), read=_spaq,
-        note="no std in the sheet; pictures of up to 12 million pixels and more",
+        note="no std in the sheet; native pictures are scored, of up to 12 million pixels and more (pyiqa resizes them to 448)",
     ),
     "clive": PublicSet(
         "LIVE In the Wild Image Quality Challenge (Ghadiyaram and Bovik 2016)", 1162, "live.ece.utexas.edu/research/ChallengeDB", "326 MB",
@@ -319,7 +374,7 @@ SETS = {
     ),
     "pipal": PublicSet(
         "PIPAL (Gu et al. 2020)", 23200, "github.com/HaomingCai/PIPAL-dataset", "5.84 GB", "unknown",
-        ("Train_Label/*.txt",), ("Train_Dist", "Distortion_*"), (0, 3000), read=_pipal,
+        ("Train_Label/*.txt",), ("Train_Dist", "Distortion_*", "Dist_Imgs"), (0, 3000), read=_pipal,
         note="Elo ratings, seen 916.7..1836.0; only the official training part has public labels: its 200 references are split here",
     ),
     "csiq": PublicSet(
@@ -335,7 +390,7 @@ SETS = {
     "min19": PublicSet(
         "Min19 (SHRQ), dehazing (Min et al. 2019)", 600, "pictures: unknown; list: github.com/TianheWu/VisualQuality-R1, datasets/test_data_label/",
         "unknown", "unknown", ("Dehaz*.txt",), ("**",), (1, 5), read=_official_list, split="test",
-        note="lines 'reference name mos' of the official VisualQuality-R1 repository (name the list Dehaze….txt), already brought to 1..5; no std",
+        note="lines 'reference name mos' of the official VisualQuality-R1 repository, already brought to 1..5; no std",
     ),
     "sriqa-bench": PublicSet(
         "SRIQA-Bench, super-resolution (Chen et al. 2025)", 1100, "github.com/ChrisDud0257/AFINE", "unknown", "non-commercial academic research only",
@@ -344,7 +399,7 @@ SETS = {
     ),
     "agiqa-3k": PublicSet(
         "AGIQA-3K, generated pictures (Li et al. 2023)", 2982, "github.com/lcysyzxdxc/AGIQA-3k-Database", "98 MB", "MIT (its repository)",
-        ("data.csv",), ("", "images", "Images", "image"), (0, 5), read=_agiqa, note="mos_quality, not mos_align; split by prompt",
+        ("data.csv",), ("", "AGIQA-3K", "images", "image"), (0, 5), read=_agiqa, note="mos_quality, not mos_align; split by prompt",
     ),
     "biq2021": PublicSet(
         "BIQ2021, authentic photographs (Ahmed and Asif 2022)", 12000,
@@ -391,7 +446,7 @@ def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFram
     value and the expected layout; for a missing picture only if ``strict``, else its image is empty.
     """
     entry, folder = SETS[name], home(name, root)
-    files = next(found for pattern in entry.files if (found := sorted(folder.glob(pattern))))
+    files = next(found for pattern in entry.files if (found := _found(folder, pattern)))
     table = entry.read(files)
     if table.empty:
         raise ValueError(f"{files[0]}: no rows; expected {entry.layout}")
@@ -454,9 +509,15 @@ def home(name: str, root: str | Path) -> Path:
     root, entry = Path(root), SETS[name]
     inside = sorted(root.iterdir()) if root.is_dir() else []
     for folder in [*(path for path in inside if path.is_dir() and _plain(path.name) == _plain(name)), root]:
-        if any(next(folder.glob(pattern), None) for pattern in entry.files):
+        if any(_found(folder, pattern) for pattern in entry.files):
             return folder
     raise FileNotFoundError(f"{name} is neither in {root} nor in a folder {name} of it; expected {entry.layout}. It can be had from: {entry.source}")
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """Return what matches a pattern below a folder, sorted; upper and lower case do not matter."""
+    either = re.sub("[A-Za-z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
+    return sorted(folder.glob(either))
 
 
 def _plain(name: str) -> str:
@@ -471,9 +532,12 @@ def _require(good: pd.Series, table: pd.DataFrame, column: str, problem: str) ->
 
 
 def _checked(entry: PublicSet, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with numbers, all of them checked, and higher mos better."""
+    """Return the table with numbers, all of them checked, and higher mos better.
+
+    A mos may lie 1e-6 outside its scale, from somebody's rounding, and is kept: SRIQA-Bench has 100.00000000000001.
+    """
     (low, high), mos = entry.scale, pd.to_numeric(table["mos"], errors="coerce")
-    _require(mos.between(low, high), table, "mos", f"is not a number from {low} to {high}, the published scale")
+    _require(mos.between(low - 1e-6, high + 1e-6), table, "mos", f"is not a number from {low} to {high}, the published scale")
     raw = table.get("std", pd.Series("", table.index)).astype(str)
     std = pd.to_numeric(raw, errors="coerce").astype(float)
     _require((np.isfinite(std) & (std >= 0)) | (raw == ""), table, "std", "is not a number >= 0")
@@ -494,7 +558,7 @@ def _located(entry: PublicSet, folder: Path, names: Iterable[str]) -> pd.Series:
     """Return the path of each picture below the set's folder, "" if it is missing; upper and lower case do not matter."""
     there: list[dict[str, list[str]]] = []
     for pattern in entry.folders:
-        files = [file for inner in sorted(folder.glob(pattern) if pattern else [folder]) if inner.is_dir() for file in inner.iterdir()]
+        files = [file for inner in (_found(folder, pattern) if pattern else [folder]) if inner.is_dir() for file in inner.iterdir()]
         there.append({})
         for file in files:
             there[-1].setdefault(file.name.lower(), []).append(file.relative_to(folder).as_posix())

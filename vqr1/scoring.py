@@ -3,7 +3,7 @@
 import copy
 import html
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 from vqr1 import answers
 from vqr1.answers import OPENINGS, RARE, VALUES
 from vqr1.engines import Vllm, load_vllm
-from vqr1.pictures import as_rgb, open_picture
+from vqr1.pictures import TAKEN, Picture, is_one, listed, read_picture
 from vqr1.policy import base_of, load_policy
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.sharing import prefill
@@ -66,10 +66,14 @@ class Description:
     score: Score
 
     def __str__(self) -> str:
+        if self.score.error:
+            return self.score.error
         named = f"\nnames: {', '.join(self.distortions)}" if self.distortions else ""
         return f"{self.text}{named}\nscore {self.score.score:.2f} ± {self.score.std:.2f}"
 
     def _repr_html_(self) -> str:
+        if self.score.error:
+            return f"<p>{html.escape(self.score.error)}</p>"
         named = ", ".join(self.distortions) or "none"
         return (
             f"<p><em>{html.escape(self.text)}</em></p><p>distortions named: {html.escape(named)}<br>"
@@ -125,17 +129,25 @@ class Scorer:
             torch.tensor(self.processor.tokenizer(text).input_ids) for text in (texts[0], texts[1] + OPEN * self.answered)
         )
 
-    def score(self, images: Iterable[Image.Image | str | Path]) -> list[Score]:
-        """Return one Score per picture (PIL image or path), in order."""
+    def score(self, images: Picture | Iterable[Picture] | torch.Tensor) -> list[Score]:
+        """Return one Score per picture, in order; of one picture a list of one.
+
+        images: a path, a file opened in binary mode or its bytes, a PIL image, a numpy array (H, W) or
+            (H, W, 3 or 4), a tensor (3, H, W); a list or any iterable of these; or a batch, an array (B, H, W, 3) or
+            a tensor (B, 3, H, W). Pixels are uint8 0..255 or floats 0..1 (`pictures.SLACK` outside is clipped).
+        A picture of a list that cannot be read, or is none, has a NaN score and an error.
+        Raises TypeError where `images` is no picture and no list, ValueError for an array or tensor of another
+        shape or range, or with NaN.
+        """
         return [score for window in self.batches(images) for score in window]
 
-    def batches(self, images: Iterable[Image.Image | str | Path]) -> Iterator[list[Score]]:
-        """Yield scores in the order of the pictures, a window of `WINDOW` batches at a time.
+    def batches(self, images: Picture | Iterable[Picture] | torch.Tensor) -> Iterator[list[Score]]:
+        """Yield scores in the order of the pictures (as `score` takes them), a window of `WINDOW` batches at a time.
 
         While a window is scored the next one is being decoded: two windows of resized pixels and one whole picture per thread
         are in memory. The pictures of a window are batched by size, so that little is padded.
         """
-        images = iter(images)
+        images = iter(listed(images))
         with ThreadPoolExecutor(THREADS, "decode") as pool:
             def following() -> list[Future]:
                 return [pool.submit(self._open, image) for image in islice(images, WINDOW * self.batch_size)]
@@ -150,18 +162,22 @@ class Scorer:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def __call__(self, images: Sequence[Image.Image | str | Path] | torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: Picture | Iterable[Picture] | torch.Tensor) -> torch.Tensor:
         """Return the scores (B,) as a tensor, without gradients: a reward for other people's training.
 
-        images: PIL images, paths, or a tensor (B, 3, H, W) in 0..1, as diffusers' pipelines return. A picture without a score is NaN.
+        images: as for `score`; diffusers' pipelines return a tensor (B, 3, H, W) in 0..1.
+        A picture without a score is NaN. Raises TypeError and ValueError as `score` does.
         """
-        if isinstance(images, torch.Tensor):
-            pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-            images = [Image.fromarray(picture) for picture in pixels.numpy()]
         return torch.tensor([score.score for score in self.score(images)])
 
-    def compare(self, a: Image.Image | str | Path, b: Image.Image | str | Path) -> float:
-        """Return P(a looks better than b) under Thurstone's law, from both score distributions."""
+    def compare(self, a: Picture | torch.Tensor, b: Picture | torch.Tensor) -> float:
+        """Return P(a looks better than b) under Thurstone's law, from both score distributions.
+
+        a, b: one picture each, as for `score`. Raises TypeError for anything else, ValueError where one has no score.
+        """
+        for picture in (a, b):
+            if not is_one(picture):
+                raise TypeError(f"{type(picture).__name__} is not one picture; give {TAKEN}")
         one, two = self.score([a, b])
         if one.error or two.error:
             raise ValueError(f"cannot compare: {one.error or two.error}")
@@ -170,9 +186,10 @@ class Scorer:
         mean, variance = torch.tensor([[one.score], [two.score]]), torch.tensor([one.std**2, two.std**2])
         return float(comparative_probability(mean, variance, mean[:, 0], variance)[0, 1, 0])
 
-    def rank(self, images: Iterable[Image.Image | str | Path]) -> pd.DataFrame:
+    def rank(self, images: Picture | Iterable[Picture] | torch.Tensor) -> pd.DataFrame:
         """Return the pictures from best to worst; those without a score come last.
 
+        images: as for `score`, and so are errors.
         Columns: image (position in the input), score, std, lo and hi (the score's 95% interval under Thurstone's normal law),
         rank_lo and rank_hi (95% interval of the rank, 1 = best, over `DRAWS` joint draws of all scores), error.
         """
@@ -188,23 +205,29 @@ class Scorer:
         columns = ["image", "score", "std", "lo", "hi", "rank_lo", "rank_hi", "error"]
         return ranked.reindex(columns=columns).astype({"rank_lo": "Int64", "rank_hi": "Int64"})
 
-    def describe(self, image: Image.Image | str | Path) -> Description:
-        """Return what the policy thinks of a picture, and its score; raises ValueError where it gives none."""
-        thinker = Scorer((self.model, self.processor), thinking=True, max_new_tokens=self.max_new_tokens, numbered=self.numbered)
-        score = thinker.score([image])[0]
-        if score.error:
-            raise ValueError(score.error)
-        return Description(score.reasoning, named_distortions(score.reasoning), score)
+    def describe(self, images: Picture | Iterable[Picture] | torch.Tensor) -> Description | list[Description]:
+        """Return what the policy thinks of a picture, and its score; of many a list, in order.
 
-    def _open(self, image: Image.Image | str | Path) -> dict | str:
+        images: as for `score`. One picture without a score raises ValueError; of many, its description says why.
+        """
+        thinker = Scorer((self.model, self.processor), thinking=True, max_new_tokens=self.max_new_tokens, numbered=self.numbered)
+        scores = thinker.score(images)
+        described = [Description(score.reasoning, named_distortions(score.reasoning), score) for score in scores]
+        if not is_one(images):
+            return described
+        if scores[0].error:
+            raise ValueError(scores[0].error)
+        return described[0]
+
+    def _open(self, image: Picture | torch.Tensor) -> dict | str:
         """Return the picture as the processor gives it, with a note, or why it cannot be."""
         try:
-            picture = as_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
+            picture = read_picture(image)
             note = {"note": picture.info.get("note", "")}
             if isinstance(self.model, Vllm):  # it has an image processor of its own
                 return {"picture": picture, "pixel_values": ()} | note
             return dict(self.processor.image_processor(images=[picture], return_tensors="pt")) | note
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             return str(error)
 
     def _window(self, opened: list[dict | str], prefix: Cache) -> list[Score]:

@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import itertools
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,19 +43,12 @@ def read_upload(value) -> Image.Image:
     """Return the newest picture of a FileUpload's value, RGB, at most `SIDE` px wide and high.
 
     value: a tuple of {"name", "content"} (ipywidgets 8) or a mapping from names to {"content"} (7, as on Colab).
-    Raises ValueError naming the file when it is no picture, and when nothing was uploaded.
+    Raises ValueError saying why the file cannot be used, and when nothing was uploaded.
     """
     files = [{"name": name} | file for name, file in value.items()] if isinstance(value, dict) else list(value)
     if not files:
         raise ValueError("nothing was uploaded; choose a JPEG, PNG or WebP file")
-    name = files[-1]["name"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "upload"
-        path.write_bytes(bytes(files[-1]["content"]))
-        try:
-            image = open_picture(path)
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be read as a picture; upload a JPEG, PNG or WebP file") from error
+    image = open_picture(bytes(files[-1]["content"]), name=files[-1]["name"])
     image.thumbnail((SIDE, SIDE))
     return image
 
@@ -300,7 +292,7 @@ class _Chooser:
     def __init__(self, photographs: Sequence[Path], distortion: str = "jpeg", level: int = 2):
         names = [(path.stem.replace("_", " "), path) for path in photographs]
         self.photograph = w.Dropdown(options=[*names, ("your upload", None)], description="picture")
-        self.upload = w.FileUpload(accept="image/*", description="Upload")
+        self.upload = w.FileUpload(accept="image/*,.heic,.heif", description="Upload")
         types = [(PHRASES[name], name) for name in DISTORTIONS]
         self.distortion = w.Dropdown(options=types, value=distortion, description="distortion")
         self.level = w.IntSlider(level, 0, 5, description="level", continuous_update=False).add_class("vqr1-level")

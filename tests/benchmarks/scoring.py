@@ -173,8 +173,8 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
     for mode, thinking in MODES.items():
         scorer, stages = Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS), Stages()
         tower, processor = base_of(scorer.model).model.visual, scorer.processor.image_processor
-        kept = scoring.open_picture, tower.forward, type(processor).__call__
-        stages.watch("decode", scoring, "open_picture")
+        kept = scoring.read_picture, tower.forward, type(processor).__call__
+        stages.watch("decode", scoring, "read_picture")
         stages.watch("image processor", type(processor), "__call__")
         stages.watch("vision tower", tower, "forward")
         stages.watch("prefill", scorer, "_prefill")
@@ -183,7 +183,7 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
         try:
             seconds, _, _ = timed(lambda: scorer.score(files))
         finally:
-            scoring.open_picture, tower.forward, type(processor).__call__ = kept
+            scoring.read_picture, tower.forward, type(processor).__call__ = kept
         took = {stage: stages.seconds.get(stage, 0.0) for stage in ("vision tower", "prefill", "generate", "tree")}
         took["prefill"] -= took["vision tower"]
         took["other, and waiting for pictures"] = seconds - sum(took.values())
@@ -198,7 +198,7 @@ def forward(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
     scorer = Scorer(policy, batch_size=BATCH)
     batch = [scorer._open(file) for file in files[:BATCH]]
     text = processor.apply_chat_template(messages(False), tokenize=False, add_generation_prompt=True)
-    pictures = [scoring.open_picture(file) for file in files[:BATCH]]
+    pictures = [scoring.read_picture(file) for file in files[:BATCH]]
     inputs = processor(text=[text] * len(batch), images=pictures, padding=True, return_tensors="pt").to(model.device)
     prefix = scorer._prefix()
 
