@@ -13,10 +13,6 @@ def pytest_collectstart(collector):
         collector.skip_compare += ("stderr",)  # progress bars and warnings of libraries are no result
 
 
-def pytest_itemcollected(item):
-    item.add_marker(pytest.mark.timeout(900))  # one cell may train
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
     """The kernel starts in the first cell's setup; with the tests' MPLBACKEND=Agg it would show no plot."""

@@ -3,6 +3,11 @@
 import copy
 import csv
 import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,34 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # ti
 # The same examples in every run, and no deadline: a slow machine is not a failure.
 settings.register_profile("vqr1", derandomize=True, deadline=None)
 settings.load_profile("vqr1")
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a command in a group of its own; however the test ends, nothing of the group is left behind."""
+    processes = []
+
+    def start(command: list[str], **options) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, text=True, cwd=ROOT, start_new_session=True, **pipes | options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool], subprocess.Popen], None]:
+    """Wait for a condition, however long it takes; a process that ends before is an error."""
+    def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+        while not condition():
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.01)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

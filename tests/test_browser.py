@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "03_interactive_evaluation.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
+PATIENCE = 1500
+"""Seconds: a loaded machine needs minutes where a quiet one needs two seconds; this only ends what hangs."""
 
 pytestmark = [
-    pytest.mark.timeout(280),
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium and chromedriver here: apt-get install chromium chromium-driver"),
 ]
 
@@ -64,12 +65,12 @@ def lab(tmp_path):
     with (tmp_path / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
         try:
-            WebDriverWait(server, 120).until(lambda s: s.poll() is not None or answers(f"http://127.0.0.1:{port}/api/status"))
+            WebDriverWait(server, PATIENCE).until(lambda s: s.poll() is not None or answers(f"http://127.0.0.1:{port}/api/status"))
             assert server.poll() is None, (tmp_path / "lab.log").read_text()
             yield f"http://127.0.0.1:{port}/lab/tree/notebooks/{NAME}"
         finally:
             server.terminate()  # which also ends its kernels
-            server.wait(30)
+            server.wait()
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_slider_a_button_and_votes(lab, browser, tmp_path):
     browser.get(lab)
 
     def wait(condition, message):
-        return WebDriverWait(browser, 240).until(lambda _: condition(), message)
+        return WebDriverWait(browser, PATIENCE).until(lambda _: condition(), message)
 
     def find(name):
         """The elements of a widget; JupyterLab may replace them at any time, so they are looked up anew."""

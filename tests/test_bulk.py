@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -331,34 +330,32 @@ def test_any_picture_gets_a_row(tmp_path, photo, capsys):
     assert f"{len(rows)} of them from before" in capsys.readouterr().out and pd.read_parquet(out).equals(pd.read_parquet(io.BytesIO(before)))
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
-    """A process of the command, with SIGINT as in a terminal: a runner in the background ignores it."""
-    def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if options.get("bytes"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (options["bytes"], options["bytes"]))
+@pytest.fixture
+def start(started):
+    """Start the command, with SIGINT as in a terminal: a runner in the background ignores it. limit: of bytes in a file."""
+    def score(*arguments, limit: int = resource.RLIM_INFINITY, **options) -> subprocess.Popen:
+        def prepare():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    command = [sys.executable, "-m", "vqr1.cli", "score", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=options.get("stdout", subprocess.PIPE), stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+        return started([sys.executable, "-m", "vqr1.cli", "score", *map(str, arguments)], preexec_fn=prepare, **options)
+
+    return score
 
 
-def wait_for_rows(process: subprocess.Popen, path: Path, count: int) -> None:
-    end = time.monotonic() + 200
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < end, "no rows appeared"
-        time.sleep(0.005)
+def has_rows(path: Path, count: int) -> bool:
+    return path.exists() and path.read_bytes().count(b"\n") >= count
 
 
 @pytest.mark.parametrize("out", ["scores.csv", "scores.parquet"])
-def test_a_killed_run_goes_on_where_it_stopped(out, tmp_path, capsys):
+def test_a_killed_run_goes_on_where_it_stopped(out, start, wait_until, tmp_path, capsys):
     """SIGKILL between two windows or in one; pictures that have a row are then emptied, so that a second look at one would show."""
     folder = tmp_path / "photos"
     pictures = draw(folder, *(f"{number:03}.png" for number in range(60)))
     log = tmp_path / (f"{out}.partial.jsonl" if out.endswith("parquet") else out)
     assert main(["score", str(folder), "--out", str(tmp_path / f"whole-{out}"), *SMALL]) == 0
     process = start(folder, "--out", tmp_path / out, *SMALL)
-    wait_for_rows(process, log, 9)
+    wait_until(lambda: has_rows(log, 9), process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     killed = log.read_bytes()
@@ -374,22 +371,22 @@ def test_a_killed_run_goes_on_where_it_stopped(out, tmp_path, capsys):
     assert read(tmp_path / out) == read(tmp_path / f"whole-{out}") and [row["image"] for row in read(tmp_path / out)] == pictures
 
 
-def test_ctrl_c_says_what_is_kept(tmp_path):
+def test_ctrl_c_says_what_is_kept(start, wait_until, tmp_path):
     draw(tmp_path / "photos", *(f"{number:03}.png" for number in range(60)))
     process = start(tmp_path / "photos", "--out", tmp_path / "scores.jsonl", *SMALL)
-    wait_for_rows(process, tmp_path / "scores.jsonl", 1)
+    wait_until(lambda: has_rows(tmp_path / "scores.jsonl", 1), process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=200)[1]
+    said = process.communicate()[1]
     rows = read(tmp_path / "scores.jsonl")
     assert process.returncode == 130 and "Traceback" not in said and 4 <= len(rows) < 60
     assert f"Interrupted. {len(rows)} rows are in {tmp_path / 'scores.jsonl'}; the same command goes on from there." in said
     assert "images/s" in said and "<" in said  # the bar: speed, and time gone < time left
 
 
-def test_a_full_disk_keeps_the_rows_that_fit(photos, tmp_path, capsys):
+def test_a_full_disk_keeps_the_rows_that_fit(photos, start, tmp_path, capsys):
     """A limit on the file's size ends a write in the middle, as a full disk does."""
-    process = start(photos, "--out", tmp_path / "scores.csv", *SMALL, bytes=1000)
-    said = process.communicate(timeout=200)[1]
+    process = start(photos, "--out", tmp_path / "scores.csv", *SMALL, limit=1000)
+    said = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in said
     assert "scores.csv: File too large." in said and "the same command goes on from there" in said
     content = (tmp_path / "scores.csv").read_bytes()
@@ -399,8 +396,8 @@ def test_a_full_disk_keeps_the_rows_that_fit(photos, tmp_path, capsys):
     assert read(tmp_path / "scores.csv")[: len(rows)] == rows and len(read(tmp_path / "scores.csv")) == 24
 
 
-def test_a_terminal_that_takes_no_more_is_no_crash(photos):
+def test_a_terminal_that_takes_no_more_is_no_crash(photos, start):
     with open("/dev/full", "w") as full:
         process = start(photos / "00.png", stdout=full)
-        said = process.communicate(timeout=200)[1]
+        said = process.communicate()[1]
     assert process.returncode == 1 and said.endswith("vqr1 score: No space left on device\n")

@@ -4,9 +4,7 @@ import csv
 import io
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -230,21 +228,14 @@ def test_a_run_is_not_overwritten(command, tmp_path, capsys, monkeypatch):
     assert f"{tmp_path} already holds a run, at checkpoint-30" in said and "--resume" in said
 
 
-def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path):
+def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path, started, wait_until):
     """SIGINT to a process in the middle of training; the next step would take as long as the last."""
     settings, folder = small_config(tmp_path, max_steps=60, logging_steps=1, save_steps=1), tmp_path / "run"
     command = [sys.executable, "-m", "vqr1.cli", "train", "--config", settings, "--out", str(folder)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background ignores it
-    )  # fmt: skip
-    end = time.monotonic() + 200
-    while not last_checkpoint(folder / "checkpoints"):
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < end, "no checkpoint appeared"
-        time.sleep(0.05)
+    process = started(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a runner in the background ignores it
+    wait_until(lambda: last_checkpoint(folder / "checkpoints"), process)
     os.kill(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=100)[1]
+    said = process.communicate()[1]
     assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
     whole = last_checkpoint(folder / "checkpoints")
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in whole.iterdir()}
@@ -253,7 +244,6 @@ def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path):
     assert list(steps) == list(range(len(steps))) and len(steps) > 1
 
 
-@pytest.mark.timeout(600)
 def test_demo_writes_what_it_promises(tmp_path, capsys):
     """All of it but the length: two steps, and a fixed sample of each test set."""
     folder, config = tmp_path / "demo", small_config(tmp_path)

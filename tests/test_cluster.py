@@ -1,8 +1,6 @@
 """Two actors of a Ray cluster on this machine, held equal to one process; what an actor does is tested without Ray, too."""
 
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -52,11 +50,20 @@ def same(rows, others):
         assert [float(row[key] or -1) for row in rows] == pytest.approx([float(row[key] or -1) for row in others], abs=1.5e-4)
 
 
-def test_two_actors_give_the_rows_of_one_process(pictures, tmp_path):
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray, to start on this machine; however the test ends, its processes end with it."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of its workers
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_two_actors_give_the_rows_of_one_process(ray, pictures, tmp_path, capsys):
     out = tmp_path / "rows.csv"
-    command = [sys.executable, "-m", "vqr1.cluster", pictures, str(out), "--actors", "2", "--batch-size", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=85, env=os.environ | {"RAY_ADDRESS": ""})
-    assert done.returncode == 1 and "11 pictures, 2 without a score" in done.stdout, done.stderr[-3000:]
+    assert main([pictures, str(out), "--actors", "2", "--batch-size", "2"]) == 1
+    assert "11 pictures, 2 without a score" in capsys.readouterr().out and not ray.is_initialized()
     rows = read(out)
     assert len(rows) == 11 and tuple(rows[0]) == COLUMNS and len({row["score"] for row in rows if row["score"]}) > 5
     same(rows, single_run(pictures, tmp_path / "single.csv"))

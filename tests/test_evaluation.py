@@ -10,7 +10,7 @@ from PIL import Image
 
 from vqr1 import evaluation
 from vqr1.data import COLUMNS, open_picture
-from vqr1.evaluation import agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores, score_rows
+from vqr1.evaluation import Rows, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores, score_rows
 from vqr1.scoring import OPEN, Score
 
 NAN = math.nan
@@ -164,23 +164,23 @@ def manifest(tmp_path):
     return str(tmp_path / "mine.csv")
 
 
-def reds(frame):
-    return [open_picture(path).getpixel((0, 0))[0] // 30 for path in frame.attrs["images"]]
+def reds(rows):
+    return [open_picture(path).getpixel((0, 0))[0] // 30 for path in rows.images]
 
 
 def test_evaluation_rows_are_those_of_the_split_with_their_pictures(manifest):
     frames = evaluation_rows([manifest])
     assert list(frames) == [manifest] and reds(frames[manifest]) == [0, 1, 2, 3, 4, 5, 6]
     assert reds(evaluation_rows([manifest], "train")[manifest]) == [7]
-    assert len(evaluation_rows([manifest], "all")[manifest]) == 8
+    assert len(evaluation_rows([manifest], "all")[manifest].images) == 8
 
 
 def test_a_limit_takes_a_fixed_sample_in_order(manifest):
-    frame = evaluation_rows([manifest], limit=3)[manifest]
-    assert len(frame) == 3 and frame.index.tolist() == [0, 1, 2]
-    assert reds(frame) == sorted(reds(frame)) == [int(name[0]) for name in frame["image"]] != [0, 1, 2]
-    assert reds(evaluation_rows([manifest], limit=3)[manifest]) == reds(frame)
-    assert len(evaluation_rows([manifest], limit=99)[manifest]) == 7
+    rows = evaluation_rows([manifest], limit=3)[manifest]
+    assert rows.frame.index.tolist() == [0, 1, 2]
+    assert reds(rows) == sorted(reds(rows)) == [int(name[0]) for name in rows.frame["image"]] != [0, 1, 2]
+    assert reds(evaluation_rows([manifest], limit=3)[manifest]) == reds(rows)
+    assert len(evaluation_rows([manifest], limit=99)[manifest].frame) == 7
 
 
 def test_a_limit_takes_whole_contents_where_ratings_are_scaled_within_them(tmp_path):
@@ -193,9 +193,9 @@ def test_a_limit_takes_whole_contents_where_ratings_are_scaled_within_them(tmp_p
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(folder / name)
     for limit, contents in ((1, 1), (3, 1), (7, 2), (11, 3), (12, 4), (99, 4)):
-        frame = evaluation_rows(["sriqa-bench"], limit=limit, root=tmp_path)["sriqa-bench"]
+        frame, images = evaluation_rows(["sriqa-bench"], limit=limit, root=tmp_path)["sriqa-bench"]
         assert frame["reference"].value_counts().tolist() == [3] * contents, limit
-        assert frame.attrs["images"] == [tmp_path / image for image in frame["image"]]
+        assert images == [tmp_path / image for image in frame["image"]]
 
 
 def test_a_split_without_rows_is_named(manifest):
@@ -212,13 +212,30 @@ class Told:
         self.made.append((policy, thinking, estimate, seed))
         self.model, self.processor, self.thinking = "model", "processor", thinking
 
-    def score(self, images):
-        return [Score(image + self.thinking / 2, 0.1, [f"<answer>{image}</answer>"], "seen") for image in images]
+    def batches(self, images):
+        for image in images:
+            yield [Score(image + self.thinking / 2, 0.1, [f"<answer>{image}</answer>"], "seen")]
 
 
 def with_images(frame, images):
-    frame.attrs |= {"images": images, "root": "here"}
-    return frame.drop(columns="score")
+    frame.attrs["root"] = "here"
+    return Rows(frame.drop(columns="score"), images)
+
+
+@pytest.mark.parametrize("name", ["sim-kadid", "sim-mixed"])
+def test_rendered_pictures_stand_beside_the_rows(name):
+    """In attrs, pandas would copy all of them at nearly every step."""
+    frame, images = evaluation_rows([name], limit=4)[name]
+    assert len(frame) == len(images) == 4 and all(isinstance(image, Image.Image) for image in images)
+    for table in (frame, frame.assign(score=1.0), score_rows(Told(None, False, "greedy"), Rows(frame, [1.0, 2.0, 3.0, 4.0]))):
+        assert all(isinstance(value, str) for value in table.attrs.values())
+
+
+def test_a_bar_on_stderr_counts_the_pictures(capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "tqdm", partial(evaluation.tqdm, mininterval=0))
+    score_rows(Told(None, False, "greedy"), with_images(rated([0, 0, 0]), [1.0, 2.0, 3.0]), "some set, greedy")
+    said = capsys.readouterr()
+    assert "some set, greedy" in said.err and "3/3" in said.err and not said.out
 
 
 def test_scored_rows_hold_every_picture_in_order(monkeypatch):
@@ -228,13 +245,12 @@ def test_scored_rows_hold_every_picture_in_order(monkeypatch):
         Score(error="b.jpg is missing"),
     ]
     scorer = Told(None, False, "greedy")
-    monkeypatch.setattr(scorer, "score", lambda images: scores, raising=False)
+    monkeypatch.setattr(scorer, "batches", lambda images: [scores[:2], scores[2:]], raising=False)
     table = score_rows(scorer, with_images(rated([0, 0, 0]), ["p", "q", "r"]))
     assert table["score"].tolist() == pytest.approx([3.0, NAN, NAN], nan_ok=True)
     assert table["error"].tolist() == ["", "no score", "b.jpg is missing"]
     assert table["answer"].tolist() == ["<answer>3.00</answer>", "<think>dull</think>", ""]
     assert table["well_formed"].tolist() == [True, False, False] and table["reasoning"].tolist() == ["", "dull", ""]
-    assert table.attrs == {"root": "here"}  # pictures do not travel with scores
     assert agreement(table)["unparseable"] == 2
 
 
@@ -252,7 +268,7 @@ def test_scored_rows_hold_every_picture_in_order(monkeypatch):
 )
 def test_an_expected_score_is_well_formed_up_to_its_number(monkeypatch, thinking, score, well_formed):
     scorer = Told(None, thinking, "expected")
-    monkeypatch.setattr(scorer, "score", lambda images: [score], raising=False)
+    monkeypatch.setattr(scorer, "batches", lambda images: [[score]], raising=False)
     assert score_rows(scorer, with_images(rated([0]), ["p"]))["well_formed"].tolist() == [well_formed]
 
 

@@ -6,7 +6,6 @@ Run by torchrun, this file is the worker of the test of two processes.
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -205,15 +204,15 @@ def test_regression_rewards_log_and_need_mos(reward):
         reward(completions=[answer(3.0)])
 
 
-@pytest.mark.timeout(120)
-def test_two_processes_reward_the_same_completions_exactly_as_one(tmp_path):
+def test_two_processes_reward_the_same_completions_exactly_as_one(tmp_path, started):
     """Equal and unequal shares of one batch, and a split group, on two gloo processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*torchrun, __file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = started(command, env=environment)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     columns, *_ = batch()
     for variant in ({}, {"average": True}):

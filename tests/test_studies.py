@@ -161,7 +161,7 @@ def test_with_one_seed_it_is_the_paired_difference():
     frame = scored(seeds=1)
     found = seed_difference(frame, ["a/0"], ["b/0"], frame_srcc, n=200)
     a, b = (frame.assign(score=frame[name]) for name in ("a/0", "b/0"))
-    assert (found["difference"], found["lo"], found["hi"]) == pytest.approx(paired_difference(a, b, frame_srcc, n=200), abs=0.05)
+    assert (found["difference"], found["lo"], found["hi"]) == pytest.approx(paired_difference(a, b, frame_srcc, n=200))
 
 
 def test_a_difference_that_is_there_is_found_and_none_is_not():
@@ -183,6 +183,36 @@ def test_a_run_without_scores_leaves_no_interval():
     frame["a/1"] = np.nan
     found = seed_difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], frame_srcc, n=50)
     assert all(np.isnan(found[key]) for key in ("mean", "difference", "lo", "hi")) and found["mean_than"] > 0
+
+
+def test_the_interval_is_made_of_both_parts():
+    """Three gaps of 1, 2 and 3, photographs that do not matter: 2 -+ t sd / sqrt(3) = 2 -+ 4.3027 * 1 / sqrt(3)."""
+    frame = pd.DataFrame({"reference": list("abcd"), "mos": 1.0, "a/0": 1.0, "a/1": 2.0, "a/2": 3.0, "b/0": 0.0})
+    found = seed_difference(frame, ["a/0", "a/1", "a/2"], ["b/0"] * 3, mean_score, n=20)
+    assert (found["mean"], found["mean_than"], found["difference"]) == (2.0, 0.0, 2.0)
+    assert (found["lo"], found["hi"]) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
+    with pytest.raises(ValueError, match="3 runs cannot be paired with 1: give one column per seed"):
+        seed_difference(frame, ["a/0", "a/1", "a/2"], ["b/0"], mean_score)
+
+
+def mean_score(columns):
+    return float(np.mean(columns["score"]))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize(("of_seeds", "of_photographs", "why"), [(1.0, 0.3, "seeds dominate"), (1.0, 1.0, "alike"), (0.3, 1.0, "photographs dominate")])
+def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, why):
+    """Runs whose mean is 0, over seeds and 24 photographs; the numbers are the standard errors of both. Of 200 intervals 10 should miss, with a
+    standard deviation of 3.
+    """
+    rng, hits = np.random.default_rng(0), 0
+    runs = [f"a/{seed}" for seed in range(seeds)]
+    for _ in range(200):
+        gaps = rng.normal(0, of_seeds * seeds**0.5, (1, seeds)) + rng.normal(0, of_photographs * 24**0.5, (24, 1))
+        frame = pd.DataFrame(gaps, columns=runs).assign(reference=range(24), mos=0.0, zero=0.0)
+        found = seed_difference(frame, runs, ["zero"] * seeds, mean_score, n=200)
+        hits += found["lo"] <= 0 <= found["hi"]
+    assert 183 <= hits <= 198, why
 
 
 # --- the claim's controls -----------------------------------------------------------------------

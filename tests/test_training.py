@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -291,28 +290,18 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def training_process(config: dict, folder: Path) -> subprocess.Popen:
-    """`vqr1 train` in a process of its own, into folder/run."""
+def training_command(config: dict, folder: Path) -> list[str]:
+    """`vqr1 train` into folder/run."""
     settings = folder / "tiny.yaml"
     settings.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "vqr1.cli", "train", "--config", str(settings), "--out", str(folder / "run")]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [sys.executable, "-m", "vqr1.cli", "train", "--config", str(settings), "--out", str(folder / "run")]
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> None:
-    """Return as soon as the path is there; a process that ends before is an error."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < end, f"{path} did not appear in {seconds} s"
-        time.sleep(0.02)
-
-
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys):
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys, started, wait_until):
     config = tiny(max_steps=4, save_steps=2)
     folder, settings = tmp_path / "run", tmp_path / "tiny.yaml"
-    process = training_process(config, tmp_path)
-    wait_for(folder / "checkpoints" / "checkpoint-2" / "trainer_state.json", process)
+    process = started(training_command(config, tmp_path))
+    wait_until((folder / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists, process)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.communicate()
@@ -545,14 +534,14 @@ def test_nobody_is_told_that_a_training_starts():
 # --- two processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(200)
-def test_a_step_on_two_processes_ends_with_equal_weights(tmp_path):
+def test_a_step_on_two_processes_ends_with_equal_weights(tmp_path, started):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*torchrun, __file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=190)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = started(command, env=environment)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said[-3000:]
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     assert one["world"] == two["world"] == 2
     assert one["before"] == two["before"] and one["after"] == two["after"] != one["before"]

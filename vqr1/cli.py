@@ -235,9 +235,9 @@ def _evaluate(args) -> int:
 
         print(table2(args.policy, args.root, args.estimates or ["expected"], args.limit, args.out))
         return EXIT_OK
-    frames = evaluation_rows(args.sets, args.split, args.limit, args.root)
-    result, tables = evaluate(args.policy, frames, args.estimates or ["expected", "greedy", "sample"])
-    known = {name: frame for name, frame in frames.items() if frame["distortion"].isin(FAMILY).all()}
+    sets = evaluation_rows(args.sets, args.split, args.limit, args.root)
+    result, tables = evaluate(args.policy, sets, args.estimates or ["expected", "greedy", "sample"])
+    known = {name: rows.frame for name, rows in sets.items() if rows.frame["distortion"].isin(FAMILY).all()}
     rated = {name: frame for name, frame in known.items() if frame["mos"].notna().all()}
     gold = pd.DataFrame([{"set": name, "estimate": oracle} | row for name, frame in rated.items() for oracle, row in oracles(frame).items()])
     print(markdown(pd.concat([result, gold], ignore_index=True)))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm import tqdm
 
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.pictures import is_address, open_picture, upright_size
@@ -286,7 +287,8 @@ def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: in
         return list(map(_render, rows, repeat(root), names))
     try:  # spawn: a fork of a process in which torch runs threads can hang
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(_render, rows, repeat(root), names, chunksize=32))
+            rendered = pool.map(_render, rows, repeat(root), names, chunksize=32)
+            return list(tqdm(rendered, "rendering", len(rows), unit=" pictures", dynamic_ncols=True, leave=False))
     except BrokenProcessPool as error:
         raise RuntimeError(
             'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or pass workers=1'

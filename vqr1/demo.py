@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
+from vqr1.data import UNRATED
+from vqr1.evaluation import SETS, Rows, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
 from vqr1.plots import gallery, jpeg, scatter, training_figure
 from vqr1.policy import load_policy
 from vqr1.training import load_config, machine_line, resume_from, train
@@ -23,30 +24,29 @@ def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: i
         settings["grpo"]["max_steps"] = steps
     start = time.time()
     print("Rendering the test pictures and scoring them before training.", flush=True)
-    frames = evaluation_rows(SETS, limit=limit)
-    before, old = evaluate(settings["policy"], frames)
+    sets = evaluation_rows(SETS, limit=limit)
+    before, old = evaluate(settings["policy"], sets)
     evaluated = time.time()
     print(f"Rendered and evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.", flush=True)
     policy = train(settings, output, resume=resume)
     trained = time.time()
     print(f"Trained in {trained - evaluated:.0f} s. Evaluating again.", flush=True)
-    after, new = evaluate(load_policy(policy), frames)
+    after, new = evaluate(load_policy(policy), sets)
     save_scores(old, output / "before")
     save_scores(new, output / "after")
-    figures(output, frames, old, new, settings["thinking"])
-    report = demo_report(before, after, old, new, frames, settings, trained - evaluated)
+    figures(output, sets["sim-kadid"], old, new, settings["thinking"])
+    report = demo_report(before, after, old, new, settings, trained - evaluated)
     (output / "report.md").write_text(report, encoding="utf-8")
     return report
 
 
-def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, frames: dict, settings: dict, seconds: float) -> str:
+def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, settings: dict, seconds: float) -> str:
     """Return the report of a demo in Markdown."""
     columns = ["set", "thinking", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi", "srcc_within_level", "plcc", "plcc_fit", "dominance"]
-    lines = []
-    for key in old:
-        if "srcc" in agreement(old[key]):
-            lines.append({"set": key[0], "thinking": key[2]} | gain(new[key], old[key]))
-    gold = [{"set": name, "oracle": oracle} | row for name, frame in frames.items() if name != "sim-mixed" for oracle, row in oracles(frame).items()]
+    rated = {key: table for key, table in old.items() if key[0] not in UNRATED}
+    lines = [{"set": name, "thinking": thinking} | gain(new[name, estimate, thinking], table) for (name, estimate, thinking), table in rated.items()]
+    known = {name: table for (name, _, _), table in rated.items()}
+    gold = [{"set": name, "oracle": oracle} | row for name, table in known.items() for oracle, row in oracles(table).items()]
     names = [{"policy": which, "well_formed": table["well_formed"].mean()} | naming(table) for which, table in
              (("before", old["sim-kadid", "expected", True]), ("after", new["sim-kadid", "expected", True]))]  # fmt: skip
     parts = [
@@ -63,8 +63,8 @@ def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict,
     return "\n\n".join(parts) + "\n"
 
 
-def figures(output: Path, frames: dict, old: dict, new: dict, thinking: bool) -> None:
-    """Write training.png, scatter.png and pictures.jpg: six pictures with what was thought of them before and after."""
+def figures(output: Path, rows: Rows, old: dict, new: dict, thinking: bool) -> None:
+    """Write training.png, scatter.png and pictures.jpg: six pictures of `sim-kadid` with what was thought of them before and after."""
     training_figure(pd.read_csv(output / "log.csv", comment="#")).savefig(output / "training.png")
     key = ("sim-kadid", "expected", thinking)
     one, two = old[key], new[key]
@@ -76,7 +76,7 @@ def figures(output: Path, frames: dict, old: dict, new: dict, thinking: bool) ->
         f"before {one.score[i]:.2f}: {one.reasoning[i]}\nafter {two.score[i]:.2f}: {two.reasoning[i]}" for i in chosen
     ]
     titles = [f"{one.distortion[i]}, level {one.level[i]}\nsimulated MOS {one.mos[i]:.2f}" for i in chosen]
-    (output / "pictures.jpg").write_bytes(jpeg(gallery([frames["sim-kadid"].attrs["images"][i] for i in chosen], titles, captions), quality=92))
+    (output / "pictures.jpg").write_bytes(jpeg(gallery([rows.images[i] for i in chosen], titles, captions), quality=92))
 
 
 def scatter_pair(one: pd.DataFrame, two: pd.DataFrame):

@@ -2,10 +2,14 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from PIL import Image
+from tqdm import tqdm
 
 from vqr1.data import UNRATED, dominance_pairs, load_ratings, render_rows
 from vqr1.distortions import FAMILIES
@@ -20,22 +24,32 @@ SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
-def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None) -> dict[str, pd.DataFrame]:
-    """Return each set's rows of a split, with the pictures as a list in ``attrs["images"]``: paths where nothing is rendered.
+class Rows(NamedTuple):
+    """Rows of a manifest beside their pictures, one per row: rendered, or paths where nothing is rendered.
+
+    Pictures in ``frame.attrs`` would be copied, every one, at nearly every step that pandas makes.
+    """
+
+    frame: pd.DataFrame
+    images: Sequence[Image.Image | Path]
+
+
+def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None) -> dict[str, Rows]:
+    """Return each set's rows of a split, with their pictures.
 
     split: "all" for every row. limit: at most so many rows of each set, a fixed sample, of whole contents where a set is
     rated per content. root: as for `load_ratings`. Raises ValueError for a set without such rows.
     """
-    frames = {}
+    found = {}
     for name in names:
         frame = load_ratings(name, root)
         rows = frame[frame["split"] == split] if split != "all" else frame
         if rows.empty:
             raise ValueError(f"set {str(name)!r} has no rows with split {split!r}; it has {sorted(frame['split'].unique())}")
         rows = _sample(rows, limit) if limit and limit < len(rows) else rows
-        frames[str(name)] = rows.reset_index(drop=True)
-        frames[str(name)].attrs["images"] = _pictures(frames[str(name)])
-    return frames
+        rows = rows.reset_index(drop=True)
+        found[str(name)] = Rows(rows, _pictures(rows))
+    return found
 
 
 def _sample(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
@@ -54,16 +68,21 @@ def _pictures(rows: pd.DataFrame) -> list:
     return render_rows(rows)
 
 
-def score_rows(scorer: Scorer, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with the columns score, score_std, reasoning, answer, well_formed and error added."""
-    scores = scorer.score(frame.attrs["images"])
-    table = frame.assign(
+def score_rows(scorer: Scorer, rows: Rows, label: str = "scoring") -> pd.DataFrame:
+    """Return the rows with the columns score, score_std, reasoning, answer, well_formed and error added.
+
+    A progress bar with the label goes to stderr meanwhile.
+    """
+    scores: list[Score] = []
+    with tqdm(total=len(rows.images), desc=label, unit=" pictures", dynamic_ncols=True, leave=False) as bar:
+        for window in scorer.batches(rows.images):
+            scores += window
+            bar.update(len(window))
+    return rows.frame.assign(
         score=[s.score for s in scores], score_std=[s.std for s in scores], reasoning=[s.reasoning for s in scores],
         answer=[s.answers[0] if s.answers else "" for s in scores], error=[s.error for s in scores],
         well_formed=[_well_formed(s, scorer.thinking) for s in scores],
     )  # fmt: skip
-    table.attrs = {"root": frame.attrs.get("root")}  # pictures do not travel with scores
-    return table
 
 
 def unread(table: pd.DataFrame) -> list[str]:
@@ -136,10 +155,10 @@ def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
     return row
 
 
-def evaluate(policy, frames: dict[str, pd.DataFrame], estimates=("expected",), modes=(True, False), seed: int = 0) -> tuple[pd.DataFrame, dict]:
+def evaluate(policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), seed: int = 0) -> tuple[pd.DataFrame, dict]:
     """Return (result rows, scored tables): every set by every estimate, thinking and not.
 
-    policy: what `Scorer` takes; frames: from `evaluation_rows`. Tables are keyed by (set, estimate, thinking). An average
+    policy: what `Scorer` takes; sets: from `evaluation_rows`. Tables are keyed by (set, estimate, thinking). An average
     over the rated sets follows for each estimate and mode.
     """
     rows, tables = [], {}
@@ -148,8 +167,8 @@ def evaluate(policy, frames: dict[str, pd.DataFrame], estimates=("expected",), m
         for estimate in estimates:
             scorer = Scorer(pair or policy, thinking, estimate, seed=seed)
             pair = scorer.model, scorer.processor
-            for name, frame in frames.items():
-                table = score_rows(scorer, frame)
+            for name, own in sets.items():
+                table = score_rows(scorer, own, f"{name}, {estimate}, {'thinking' if thinking else 'non-thinking'}")
                 tables[name, estimate, thinking] = table
                 rows.append({"set": name, "estimate": estimate, "thinking": thinking} | agreement(table))
     result = pd.DataFrame(rows)

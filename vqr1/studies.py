@@ -19,7 +19,7 @@ import torch
 
 from vqr1.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
 from vqr1.data import UNRATED, realigned, render_rows
-from vqr1.evaluation import SETS, agreement, evaluate, evaluation_rows, naming
+from vqr1.evaluation import SETS, Rows, agreement, evaluate, evaluation_rows, naming
 from vqr1.metrics import Statistic, frame_srcc, frame_within_level_srcc, over_sets, seed_difference
 from vqr1.policy import load_policy, lora_config
 from vqr1.simulated import MIXTURE
@@ -136,7 +136,7 @@ def changed(config: dict, change: dict, seed: int) -> dict:
 
 
 @cache
-def _test_frames(sets: tuple) -> dict[str, pd.DataFrame]:
+def _test_rows(sets: tuple) -> dict[str, Rows]:
     """Return the test rows with their pictures, once per process: at most so many of each (set, rows)."""
     return {name: evaluation_rows([name], limit=limit)[name] for name, limit in sets}
 
@@ -190,11 +190,11 @@ def run(plan: Study, variant: str, seed: int, output: Path, steps: int | None = 
     start = time.process_time()
     learned = _learned(line.method, config, line.change.get("rows"), output, POOL if plan.config == "cpu-study" else None)
     seconds = time.process_time() - start if line.method not in ("before", "brisque", "piqe") else np.nan
-    frames = _test_frames(tuple(plan.sets.items()))
+    sets = _test_rows(tuple(plan.sets.items()))
     if isinstance(learned, tuple):
-        tables = evaluate(learned, frames, modes=(config["thinking"],))[1]
+        tables = evaluate(learned, sets, modes=(config["thinking"],))[1]
     else:
-        tables = {(name, "score", False): frame.assign(score=learned(frame.attrs["images"]), reasoning="") for name, frame in frames.items()}
+        tables = {(name, "score", False): own.frame.assign(score=learned(own.images), reasoning="") for name, own in sets.items()}
     name = {"variant": variant, "seed": seed}
     rows = [name | {"set": key[0], "estimate": key[1], "seconds": seconds} | agreement(table) | _words(table) for key, table in tables.items()]
     scores = pd.concat([table.assign(set=key[0])[[*ROW, "score"]] for key, table in tables.items()], ignore_index=True)
@@ -298,7 +298,7 @@ def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str, stati
     """Return for each pair of variants the mean of both over their seeds, and their difference with its 95% interval.
 
     set_name: "mean" for the rows of all sets and a statistic that keeps them apart (`metrics.over_sets`). Columns: variant, than, seeds, and those of
-    `seed_difference`: paired over the same photographs, and over the seeds that both have. A variant of one run (before, BRISQUE) is paired with
+    `seed_difference`: over the same photographs, and over the seeds that both have. A variant of one run (before, BRISQUE) is paired with
     every seed of the other.
     """
     table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv.gz"), comment="#")
@@ -308,7 +308,8 @@ def compared(csv: str | Path, pairs: list[tuple[str, str]], set_name: str, stati
         a, b = (_columns(table, variant) for variant in (one, two))
         seeds = sorted(set(a) & set(b)) if len(a) > 1 and len(b) > 1 else sorted(a if len(a) > 1 else b)
         columns = [[side.get(seed, next(iter(side.values()))) for seed in seeds] for side in (a, b)]
-        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | seed_difference(table, *columns, statistic, n=RESAMPLES))
+        needed = table[list(dict.fromkeys([*ROW, *columns[0], *columns[1]]))]
+        rows.append({"variant": one, "than": two, "seeds": len(seeds)} | seed_difference(needed, *columns, statistic, n=RESAMPLES))
     return pd.DataFrame(rows)
 
 

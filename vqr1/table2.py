@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from vqr1.data import data_root
-from vqr1.evaluation import agreement, evaluation_rows, markdown, save_scores, score_rows, unread
+from vqr1.evaluation import Rows, agreement, evaluation_rows, markdown, save_scores, score_rows, unread
 from vqr1.metrics import bootstrap, frame_plcc
 from vqr1.policy import load_policy
 from vqr1.readers import SETS
@@ -30,18 +30,18 @@ def published(table: int) -> pd.DataFrame:
     return pd.read_csv(DATA / f"table{table}.csv", comment="#")
 
 
-def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[str, Rows], dict[str, str]]:
     """Return (rows of the sets that are there, why each other one is not run). All splits: the paper tests zero-shot."""
-    root, frames, missing = root or data_root(), {}, {}
+    root, sets, missing = root or data_root(), {}, {}
     for name in NAMES:
         try:
-            frames |= evaluation_rows([name], "all", limit, root)
+            sets |= evaluation_rows([name], "all", limit, root)
         except (FileNotFoundError, ValueError) as error:  # not there, or not as published
             missing[name] = str(error)
-    return frames, missing
+    return sets, missing
 
 
-def measure(policy, frames: dict[str, pd.DataFrame], estimates=("expected",), modes=(True, False), out: Path | None = None) -> pd.DataFrame:
+def measure(policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), out: Path | None = None) -> pd.DataFrame:
     """Return one row per set, estimate and mode: agreement with intervals, seconds per picture, peak memory in GiB.
 
     policy: what `Scorer` takes. Scores are written into ``out`` as every set is done. Memory is what torch had at most
@@ -51,12 +51,12 @@ def measure(policy, frames: dict[str, pd.DataFrame], estimates=("expected",), mo
     for thinking in modes:
         for estimate in estimates:
             scorer = Scorer(pair, thinking, estimate)
-            for name, frame in frames.items():
+            for name, own in sets.items():
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
-                table = score_rows(scorer, frame)
-                cost = {"seconds": (time.perf_counter() - start) / len(frame), "memory": peak_memory()}
+                table = score_rows(scorer, own, f"{name}, {_mode(thinking)}, {estimate}")
+                cost = {"seconds": (time.perf_counter() - start) / len(table), "memory": peak_memory()}
                 low, high = bootstrap(table[["score", "mos", "reference"]], frame_plcc)
                 row = {"plcc_lo": low, "plcc_hi": high} | agreement(table) | cost | {"unread": len(unread(table))}  # of a set per content, its own interval
                 rows.append({"set": name, "thinking": thinking, "estimate": estimate} | row)
@@ -123,12 +123,12 @@ def table2(policy, root: str | Path | None = None, estimates=("expected",), limi
     policy: name, path or (model, processor). limit: at most so many rows of each set. ``out``: a folder for the scores, the
     report and measured.csv. Raises FileNotFoundError when none of the sets is there.
     """
-    frames, missing = found_sets(root, limit)
-    if not frames:
+    sets, missing = found_sets(root, limit)
+    if not sets:
         raise FileNotFoundError(f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} (`vqr1 data --list` says where each is)")
     pair = policy if isinstance(policy, tuple) else load_policy(policy)
     label = "the given policy" if isinstance(policy, tuple) else Path(policy).name
-    measured = measure(pair, frames, estimates, out=Path(out) if out else None)
+    measured = measure(pair, sets, estimates, out=Path(out) if out else None)
     report = _report(measured, missing, label, pair[0].num_parameters(), limit)
     if out:
         (Path(out) / "table2.md").write_text(report, encoding="utf-8")
