@@ -62,7 +62,13 @@ def ray(monkeypatch):
 
 def test_two_actors_give_the_rows_of_one_process(ray, pictures, tmp_path, capsys):
     out = tmp_path / "rows.csv"
-    assert main([pictures, str(out), "--actors", "2", "--batch-size", "2"]) == 1
+    while True:
+        try:
+            assert main([pictures, str(out), "--actors", "2", "--batch-size", "2"]) == 1
+            break
+        except Exception as error:  # Ray gives its own processes 30 s to start, which a loaded machine can miss
+            if "timed out during startup" not in str(error):
+                raise
     assert "11 pictures, 2 without a score" in capsys.readouterr().out and not ray.is_initialized()
     rows = read(out)
     assert len(rows) == 11 and tuple(rows[0]) == COLUMNS and len({row["score"] for row in rows if row["score"]}) > 5

@@ -13,7 +13,8 @@ from PIL import Image
 
 from vqr1 import data
 from vqr1.data import (
-    COLUMNS, NEEDED, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
+    COLUMNS, NEEDED, PicturesOnDisk, RenderedPictures, data_root, dominance_pairs, load_ratings, one_set_batches,
+    open_picture, pictures_of,
     prompt_rows, read_manifest, realigned, render, render_rows,
 )
 
@@ -79,7 +80,17 @@ def test_pictures_without_a_seed_are_read_when_they_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match="row 1 .*1.png is missing"):
         again[1]
     assert again[-1].tobytes() == now[-1].tobytes()
-    assert type(pictures_of(frame.assign(seed=pd.array([1, 2, 3], "Int64"), image="0.png"))) is list
+    assert type(pictures_of(frame.assign(seed=pd.array([1, 2, 3], "Int64"), image="0.png"))) is RenderedPictures
+
+
+def test_rendered_pictures_are_kept_at_three_bytes_a_pixel():
+    """Pillow takes four. Each is the picture that was rendered, by index and by slice, and one object while it is remembered."""
+    frame = load_ratings("sim-kadid").iloc[[0, 7, 60]]
+    kept, now = pictures_of(frame), render_rows(frame)
+    assert len(kept) == 3 and kept[1] is kept[1] and kept[-1] is kept[2]
+    assert [image.tobytes() for image in kept[:]] == [image.tobytes() for image in kept] == [image.tobytes() for image in now]
+    with pytest.raises(IndexError):
+        kept[3]
 
 
 def test_crop_is_cut_after_the_photograph_was_distorted(small):

@@ -215,6 +215,13 @@ def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, wh
     assert 183 <= hits <= 198, why
 
 
+def test_stored_differences_are_those_of_the_stored_scores():
+    runs = data_root() / "runs"
+    stored = pd.read_csv(runs / "controls-differences.csv", comment="#").query("set == 'sim-kadid' and statistic == 'srcc'").reset_index(drop=True)
+    made = compared(runs / "controls.csv", list(zip(stored["variant"], stored["than"])), "sim-kadid")
+    pd.testing.assert_frame_equal(made, stored[list(made)], atol=1e-4, rtol=0)
+
+
 # --- the claim's controls -----------------------------------------------------------------------
 
 

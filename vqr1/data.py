@@ -14,7 +14,7 @@ import os
 import re
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -279,48 +279,68 @@ def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: in
     ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `data_root`. Fewer than
     `SPAWN_FROM` rows, or ``workers=1``, are rendered in this process. Raises ValueError as `render` does.
     """
+    return list(_rendered(frame, root, workers))
+
+
+def _rendered(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> Iterator[Image.Image]:
     root = Path(root or frame.attrs.get("root") or data_root())
     rows = frame.to_dict("records")
     names = [f"row {label} (counted from 0)" for label in frame.index]
     workers = workers or os.cpu_count() or 1
     if workers == 1 or len(rows) < SPAWN_FROM:
-        return list(map(_render, rows, repeat(root), names))
+        yield from map(_render, rows, repeat(root), names)
+        return
     try:  # spawn: a fork of a process in which torch runs threads can hang
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             rendered = pool.map(_render, rows, repeat(root), names, chunksize=32)
-            return list(tqdm(rendered, "rendering", len(rows), unit=" pictures", dynamic_ncols=True, leave=False))
+            yield from tqdm(rendered, "rendering", len(rows), unit=" pictures", dynamic_ncols=True, leave=False)
     except BrokenProcessPool as error:
         raise RuntimeError(
             'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or pass workers=1'
         ) from error
 
 
-class PicturesOnDisk(Sequence):
+class _Pictures(Sequence):
+    """Pictures that are made when they are asked for, by ``read(i)``; the last 64 are remembered."""
+
+    def __init__(self, count: int, read: Callable[[int], Image.Image]):
+        self.count, self._read = count, lru_cache(64)(read)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int | slice) -> Image.Image | list[Image.Image]:
+        return [self._read(j) for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self._read(range(self.count)[i])
+
+
+class PicturesOnDisk(_Pictures):
     """The pictures of rows that are not rendered, each read when it is asked for; the last 64 are remembered.
 
     A thousand photographs of 12 megapixels would take 36 GB of memory. ``root`` and errors as for `render_rows`.
     """
 
     def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
-        self.rows, self.root = frame, Path(root or frame.attrs.get("root") or data_root())
-        self._read = lru_cache(64)(lambda i: render(self.rows.iloc[i], self.root))
+        root = Path(root or frame.attrs.get("root") or data_root())
+        super().__init__(len(frame), lambda i: render(frame.iloc[i], root))
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, i: int | slice) -> Image.Image | list[Image.Image]:
-        return [self._read(j) for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self._read(i)
+class RenderedPictures(_Pictures):
+    """The rendered pictures of rows, kept as three bytes a pixel: Pillow takes four. Arguments and errors as for `render_rows`."""
+
+    def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
+        kept = [(image.mode, image.size, image.tobytes()) for image in _rendered(frame, root)]
+        super().__init__(len(kept), lambda i: Image.frombytes(*kept[i]))
 
 
 def pictures_of(frame: pd.DataFrame) -> Sequence[Image.Image]:
     """Return the rows' pictures: rendered now if one has a seed, else read from disk as they are needed."""
-    return render_rows(frame) if frame["seed"].notna().any() else PicturesOnDisk(frame)
+    return RenderedPictures(frame) if frame["seed"].notna().any() else PicturesOnDisk(frame)
 
 
 # Rows and batches for TRL
 
 
-class _Pictures:
+class _PromptPictures:
     """The dataset's transform: puts prompt and picture into a batch when it is asked for.
 
     datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not to
@@ -342,10 +362,10 @@ class _Pictures:
         return _same_pictures, (self.token,)
 
 
-_LIVE: weakref.WeakValueDictionary[str, _Pictures] = weakref.WeakValueDictionary()
+_LIVE: weakref.WeakValueDictionary[str, _PromptPictures] = weakref.WeakValueDictionary()
 
 
-def _same_pictures(token: str) -> _Pictures:
+def _same_pictures(token: str) -> _PromptPictures:
     if token not in _LIVE:
         raise RuntimeError("the pictures of prompt_rows stay in their process; use dataloader_num_workers=0")
     return _LIVE[token]
@@ -371,7 +391,7 @@ def prompt_rows(
     uid = list(range(len(frame)))
     mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
     columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
-    return Dataset.from_dict(columns).with_transform(_Pictures(images, partial(messages, thinking, numbered)))
+    return Dataset.from_dict(columns).with_transform(_PromptPictures(images, partial(messages, thinking, numbered)))
 
 
 def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:

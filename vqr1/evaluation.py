@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from vqr1.data import UNRATED, dominance_pairs, load_ratings, render_rows
+from vqr1.data import UNRATED, RenderedPictures, dominance_pairs, load_ratings
 from vqr1.distortions import FAMILIES
 from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
 from vqr1.observers import oracle_scores
@@ -65,7 +65,7 @@ def _pictures(rows: pd.DataFrame) -> list:
     """Return the rows' pictures; where every one is as it is on disk, their paths: a public set would not fit into memory."""
     if rows["seed"].isna().all() and (rows["crop"] == "").all():
         return [Path(rows.attrs["root"]) / image for image in rows["image"]]
-    return render_rows(rows)
+    return RenderedPictures(rows)
 
 
 def score_rows(scorer: Scorer, rows: Rows, label: str = "scoring") -> pd.DataFrame:
