@@ -9,7 +9,7 @@ computes in bf16: its scores are near the transformers engine's, not equal, and 
 import json
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoConfig, ProcessorMixin
 
 from vqr1.answers import BEGINNINGS, COLUMNS, OPENINGS, RARE, closed, columns, likeliest, probabilities
-from vqr1.policy import TINY, load_processor
+from vqr1.policy import TINY, VISION, load_processor, never_sampled, trained_in_4_bits
 
 INSTALL = (
     "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.31.0 peft==0.21.2 bitsandbytes==0.50.2 pandas scipy scikit-image"
@@ -30,6 +30,10 @@ RANKS = (8, 16, 32, 64, 128, 256)
 
 FLOOR = 1e-8
 """Beginnings less likely than this are not asked for; 133 of them change a mean by 2e-5 at most."""
+
+class Refused(ValueError):
+    """vLLM takes none of a call's requests, because of one of them."""
+
 
 Tree = dict[str, dict[str, float]]
 """What follows each beginning: {beginning: {character: probability}}."""
@@ -86,7 +90,8 @@ def reading(tokens: Mapping[str, int]) -> dict:
 def llm_options(policy: str | Path) -> tuple[dict, str | None]:
     """Return the keywords for ``vllm.LLM`` and the path of the adapter, if `policy` is the folder of one.
 
-    The base serves in bf16, the adapter on top of it: nothing is merged.
+    The base serves in bf16, the adapter on top of it: nothing is merged. An adapter that was trained on a base in 4 bits is
+    refused: on another base it gives other scores.
     """
     options = {"max_model_len": MAX_TOKENS, "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": True}
     path = TINY if str(policy) == "tiny-policy" else Path(policy)
@@ -96,6 +101,11 @@ def llm_options(policy: str | Path) -> tuple[dict, str | None]:
     base, rank = adapter["base_model_name_or_path"], min((r for r in RANKS if r >= adapter["r"]), default=None)
     if rank is None:
         raise ValueError(f"{path}: vLLM serves adapters up to rank {RANKS[-1]}, and this one has {adapter['r']}; use engine='transformers'")
+    if trained_in_4_bits(path):
+        raise ValueError(
+            f"{path}: this adapter was trained on a base in 4 bits, and vLLM serves the base in bf16, with which its scores differ; "
+            "write out what it was trained on, vqr1.policy.merge_adapter(folder, output), and serve that; or use engine='transformers'"
+        )
     return options | {"model": base, "enable_lora": True, "max_lora_rank": rank}, str(path)
 
 
@@ -112,23 +122,24 @@ def load_vllm(policy: str | Path | tuple) -> tuple["Vllm", ProcessorMixin]:
             f"engine='vllm' needs vLLM ({error}). It runs on a GPU and wants its own environment: {INSTALL}; or use engine='transformers'"
         ) from error
     if isinstance(policy, tuple):
-        return Vllm(policy[0], SamplingParams), policy[1]
+        return Vllm(policy[0], SamplingParams, never=never_sampled(policy[1])), policy[1]
     options, adapter = llm_options(policy)
     lora = LoRARequest("vqr1", 1, adapter) if adapter else None
     processor = load_processor(options["model"], AutoConfig.from_pretrained(options["model"]).model_type)
-    return Vllm(LLM(**options), SamplingParams, lora), processor
+    return Vllm(LLM(**options), SamplingParams, lora, never_sampled(processor)), processor
 
 
 class Vllm:
     """What the Scorer asks of a model, asked of vLLM: texts, or the distribution of the answer."""
 
-    def __init__(self, llm, sampling_params, lora=None):
-        self.llm, self.sampling_params, self.lora = llm, sampling_params, lora
+    def __init__(self, llm, sampling_params, lora=None, never: Iterable[str] = VISION):
+        self.llm, self.sampling_params, self.lora, self.never = llm, sampling_params, lora, list(never)
 
     def texts(self, prompt: list[int], pictures: list[Image.Image], k: int, max_tokens: int, seed: int) -> list[str]:
         """Return k completions of each picture, one picture after the other: greedy if k is 1, else sampled at temperature 1."""
         how = {"n": k, "temperature": 1.0, "seed": seed} if k > 1 else {"temperature": 0.0}
-        outputs = self._run([request(prompt, picture, uuid.uuid4().hex) for picture in pictures], max_tokens=max_tokens, **how)
+        rows = [request(prompt, picture, uuid.uuid4().hex) for picture in pictures]
+        outputs = self._run(rows, max_tokens=max_tokens, bad_words=self.never, **how)
         return [answer.text for output in outputs for answer in output.outputs]
 
     def distributions(
@@ -145,7 +156,9 @@ class Vllm:
         texts, more = [""] * len(pictures), [[]] * len(pictures)
         if stop:
             first = [request(prompt, picture, name) for picture, name in zip(pictures, names)]
-            outputs = self._run(first, temperature=0.0, max_tokens=max_tokens, stop=[stop], include_stop_str_in_output=True)
+            outputs = self._run(
+                first, temperature=0.0, max_tokens=max_tokens, stop=[stop], include_stop_str_in_output=True, bad_words=self.never
+            )
             texts, more = [output.outputs[0].text for output in outputs], [[*output.outputs[0].token_ids[:-1], tag] for output in outputs]
         trees: list[Tree] = [{} for _ in pictures]
         ready = [i for i, text in enumerate(texts) if text.endswith(stop)]
@@ -156,11 +169,15 @@ class Vllm:
         probability = torch.stack([distribution(tree) for tree in trees])
         starts, written = [likeliest(p) for p in probability], [""] * len(pictures)
         rows = [request(prompt, pictures[i], names[i], more[i] + [tokens[c] for c in starts[i]]) for i in ready]
-        how = {"temperature": 0.0, "max_tokens": ahead, "stop": ["</"], "include_stop_str_in_output": True}
+        how = {"temperature": 0.0, "max_tokens": ahead, "stop": ["</"], "include_stop_str_in_output": True, "bad_words": self.never}
         for i, output in zip(ready, self._run(rows, **how) if rows else []):
             answer = output.outputs[0]
             written[i] = closed(starts[i] + answer.text, answer.finish_reason == "length")
         return texts, probability, written
 
     def _run(self, requests: list[dict], **settings) -> list:
-        return self.llm.generate(requests, self.sampling_params(**settings), use_tqdm=False, lora_request=self.lora)
+        """Return vLLM's outputs; raise Refused where it finds fault with a request, which it does before it computes anything."""
+        try:
+            return self.llm.generate(requests, self.sampling_params(**settings), use_tqdm=False, lora_request=self.lora)
+        except ValueError as error:
+            raise Refused(str(error)) from error

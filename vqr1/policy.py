@@ -1,10 +1,11 @@
 """Policies: the embedded one, Qwen2.5-VL, Qwen3-VL; their processors; 4-bit and LoRA."""
 
 import json
+import logging
 import math
 import re
 from collections import Counter
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -32,6 +33,7 @@ from transformers.utils import is_torchvision_available
 
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
 
+LOG = logging.getLogger(__name__)
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-policy"
 """The embedded policy."""
 
@@ -55,6 +57,10 @@ SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+VISION = SPECIAL[3:]
+"""Tokens that stand for pictures and their borders: a prompt has them, an answer never."""
+BASE = "base.json"
+"""Beside an adapter: whether the base it was trained on was in 4 bits."""
 
 
 class PictureProcessor(Qwen2_5_VLProcessor):
@@ -213,6 +219,26 @@ def keep_gradients(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def never_sampled(processor: ProcessorMixin) -> dict[str, int]:
+    """Return the tokens that no answer may hold, {text: id}: the picture's placeholder and its kin.
+
+    A sampled placeholder has no picture, and the next forward over the answer fails, hours into a run. They are barred where
+    answers are sampled and nowhere else: log-probabilities remain those of the whole vocabulary, so sampling renormalises what
+    is left and log-probabilities do not. Policy, old policy and reference are treated alike: the ratio of an on-policy step
+    is exactly 1 and the KL term is what it was. vLLM's log-probabilities are of what is left; as it samples from just
+    that, the importance weight that TRL makes of both is right.
+
+    Args:
+        processor: of the policy.
+
+    Returns:
+        for transformers the ids (``suppress_tokens``), for vLLM the texts (``bad_words``); both get the logit -inf.
+    """
+    tokenizer = processor.tokenizer
+    found = {text: tokenizer.convert_tokens_to_ids(text) for text in (processor.image_token, *VISION)}
+    return {text: token for text, token in found.items() if token not in (None, tokenizer.unk_token_id)}
+
+
 def default_dtype() -> torch.dtype:
     """Return fp32 on a CPU, bf16 on a GPU that computes in it, else fp16 (a T4 only emulates bf16)."""
     if not torch.cuda.is_available():
@@ -221,14 +247,15 @@ def default_dtype() -> torch.dtype:
 
 
 def load_policy(
-    name_or_path: str | Path = "tiny-policy", quantize: bool = False, dtype: torch.dtype | None = None,
+    name_or_path: str | Path = "tiny-policy", quantize: bool | None = None, dtype: torch.dtype | None = None,
     pixels: list[int] | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:  # fmt: skip
     """Return (model, processor) of the embedded policy, a local folder, an adapter's folder or a hub name.
 
     Hub names: Qwen/Qwen2.5-VL-3B-Instruct, …-7B-Instruct, TianheWu/VisualQuality-R1-7B, Qwen/Qwen3-VL-2B-Instruct, …-4B…,
-    …-8B…. `quantize` loads the language model in 4-bit NF4. dtype: of all other weights, default `default_dtype`; in place of fp16
-    it is fp32 for the vision tower, and with `quantize` for all of them: activations there can leave fp16's range, and give NaN.
+    …-8B…. `quantize` loads the language model in 4-bit NF4; default: as an adapter was trained, and not for a whole model.
+    A base that an adapter was not trained on gives other scores, and a warning. dtype: of all other weights, default `default_dtype`; in
+    place of fp16 it is fp32 for the vision tower, and with `quantize` for all of them: activations there can leave fp16's range, and give NaN.
     pixels: (smallest, largest) number of pixels a picture is scaled to, default the processor's own. A folder with an
     adapter loads its base first, and the adapter can be trained on. Processors pad on the left. Weights are read from safetensors
     alone, and no code that comes with them is run. Raises FileNotFoundError for a folder without a model, and for a name
@@ -240,7 +267,7 @@ def load_policy(
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
         if not (path / "adapter_model.safetensors").is_file():
             raise FileNotFoundError(f"{path} holds no adapter_model.safetensors; other formats can run code when read, and are not")
-        model, processor = load_policy(base, quantize, dtype, pixels)
+        model, processor = load_policy(base, _base_in_4_bits(path, quantize), dtype, pixels)
         return PeftModel.from_pretrained(model, path, is_trainable=True), processor
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no model: no config.json and no adapter_config.json; give a folder that save_pretrained wrote")
@@ -291,12 +318,29 @@ def load_processor(source: str, model_type: str, pixels: list[int] | None = None
     return processor
 
 
-def merge_adapter(folder: str | Path, output: str | Path, quantize: bool = True) -> Path:
+def trained_in_4_bits(folder: str | Path) -> bool | None:
+    """Return whether an adapter's base was in 4 bits when it was trained; None where the folder does not say."""
+    record = Path(folder) / BASE
+    return json.loads(record.read_text(encoding="utf-8"))["quantize"] if record.is_file() else None
+
+
+def _base_in_4_bits(folder: str | Path, quantize: bool | None) -> bool:
+    """Return how to load an adapter's base: as asked for, else as it was trained; warn where the two differ or may."""
+    words, trained = {True: "in 4 bits", False: "in full"}, trained_in_4_bits(folder)
+    if trained is None and quantize is None:
+        LOG.warning("%s does not say whether its base was in 4 bits (no %s): loaded in full; say quantize=True if it was", folder, BASE)
+    if None not in (trained, quantize) and trained != quantize:
+        LOG.warning("%s was trained on a base %s and is loaded on one %s: its scores differ", folder, words[trained], words[quantize])
+    return bool(trained if quantize is None else quantize)
+
+
+def merge_adapter(folder: str | Path, output: str | Path, quantize: bool | None = None) -> Path:
     """Write the policy in an adapter's folder as one model, which needs neither peft nor bitsandbytes; return `output`.
 
-    W + (alpha / r) B A, with the W that the adapter was trained on: `quantize` says whether that was 4-bit. It is written out
-    in full first, for in 4-bit weights the sum would be rounded again, and most of the adapter with it.
+    W + (alpha / r) B A, with the W that the adapter was trained on: `quantize` says whether that was 4-bit, by default as the
+    folder says. It is written out in full first, for in 4-bit weights the sum would be rounded again, and most of the adapter with it.
     """
+    quantize = _base_in_4_bits(folder, quantize)
     model, processor = load_policy(PeftConfig.from_pretrained(folder).base_model_name_or_path, quantize)
     model = model.dequantize() if quantize else model
     PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(output)
@@ -316,6 +360,20 @@ def own_names(model: torch.nn.Module) -> None:
     """
     if isinstance(model, PreTrainedModel):  # an adapter's checkpoint holds its own names already
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+
+
+def note_base(model: torch.nn.Module) -> None:
+    """Let whatever is saved of an adapter in training say whether its base is in 4 bits, for `load_policy` to read."""
+    if not isinstance(model, PeftModel):
+        return
+    save, record = model.save_pretrained, {"quantize": bool(getattr(base_of(model), "is_loaded_in_4bit", False))}
+
+    @wraps(save)
+    def noted(folder, *args, **kwargs):
+        save(folder, *args, **kwargs)
+        Path(folder, BASE).write_text(json.dumps(record), encoding="utf-8")
+
+    model.save_pretrained = noted
 
 
 # The published sizes, and what they take

@@ -3,8 +3,10 @@
 import copy
 import html
 import math
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,9 +20,9 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 
 from vqr1 import answers
 from vqr1.answers import OPENINGS, RARE, VALUES
-from vqr1.engines import Vllm, load_vllm
+from vqr1.engines import Refused, Vllm, load_vllm
 from vqr1.pictures import TAKEN, Picture, is_one, listed, read_picture
-from vqr1.policy import base_of, load_policy
+from vqr1.policy import base_of, load_policy, never_sampled
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.sharing import prefill
 from vqr1.thurstone import comparative_probability
@@ -29,7 +31,11 @@ ESTIMATES = ("expected", "greedy", "sample")
 ENGINES = ("transformers", "vllm")
 OPEN = "<answer>"
 WINDOW = 4
-"""Batches that are decoded, sorted by size and scored together."""
+"""Batches that are decoded, sorted by size and scored together, at most."""
+HELD = 2**30
+"""Bytes of decoded pictures at which a window is full: four of 12 megapixels as Qwen's processor makes them, 288 MB each."""
+PATCHES = 2**16
+"""Of a batch, padding included, at most; a single picture may have more. A picture of 12 megapixels has 61,204."""
 THREADS = 4
 """Pictures decoded at a time."""
 DRAWS = 10_000
@@ -98,7 +104,8 @@ class Scorer:
 
     engine="vllm" asks vLLM instead of transformers; see `vqr1.engines`, also for what was not run.
 
-    Pictures are decoded ahead in background threads, sorted by size into batches, and each goes through the vision tower once.
+    Pictures are decoded ahead in background threads, sorted by size into batches (`batch_size` pictures at most, fewer if they are
+    large), and each goes through the vision tower once.
     """
 
     def __init__(
@@ -142,25 +149,43 @@ class Scorer:
         return [score for window in self.batches(images) for score in window]
 
     def batches(self, images: Picture | Iterable[Picture] | torch.Tensor) -> Iterator[list[Score]]:
-        """Yield scores in the order of the pictures (as `score` takes them), a window of `WINDOW` batches at a time.
+        """Yield scores in the order of the pictures (as `score` takes them), a window at a time.
 
-        While a window is scored the next one is being decoded: two windows of resized pixels and one whole picture per thread
-        are in memory. The pictures of a window are batched by size, so that little is padded.
+        A window is `WINDOW` batches, or as many pictures as take `HELD` bytes.
+
+        While a window is scored the next one is being decoded: in memory are two windows, one more picture per thread, and what
+        was handed over as pictures. The pictures of a window are batched by size, so that little is padded.
         """
-        images = iter(listed(images))
+        images, room, most = enumerate(listed(images)), _Room(2 * HELD), WINDOW * self.batch_size
+        queue = deque()  # of what is decoded or will be, in order
         with ThreadPoolExecutor(THREADS, "decode") as pool:
-            def following() -> list[Future]:
-                return [pool.submit(self._open, image) for image in islice(images, WINDOW * self.batch_size)]
+            def ask() -> None:
+                queue.extend(pool.submit(self._decode, room, *item) for item in islice(images, most - len(queue)))
 
             try:
-                window = following()
-                prefix = self._prefix() if window and not isinstance(self.model, Vllm) else None
-                while window:
-                    ahead = following()
-                    yield self._window([future.result() for future in window], prefix)
-                    window = ahead
+                ask()
+                prefix = self._prefix() if queue and not isinstance(self.model, Vllm) else None
+                while queue:
+                    opened, held = [], 0
+                    while queue and len(opened) < most and held < HELD:
+                        opened.append(queue.popleft().result())
+                        held += _bytes(opened[-1])
+                    ask()
+                    scores = self._window(opened, prefix)
+                    del opened
+                    room.leave(held)
+                    yield scores
             finally:
+                room.close()
                 pool.shutdown(cancel_futures=True)
+
+    def _decode(self, room: "_Room", place: int, image: Picture) -> dict | str:
+        """Return what `_open` does, once there is room for it."""
+        if not room.enter(place):
+            return "not decoded: scoring has ended"
+        opened = self._open(image)
+        room.take(_bytes(opened))
+        return opened
 
     def __call__(self, images: Picture | Iterable[Picture] | torch.Tensor) -> torch.Tensor:
         """Return the scores (B,) as a tensor, without gradients: a reward for other people's training.
@@ -236,14 +261,27 @@ class Scorer:
         if isinstance(self.model, Vllm):
             self._serve([opened[i]["picture"] for i in good], [scores[i] for i in good])
             return scores
-        for batch in _chunks(good, self.batch_size):
+        for batch in _batched(good, [len(opened[i]["pixel_values"]) for i in good], self.batch_size):
             self._batch([opened[i] for i in batch], [scores[i] for i in batch], prefix)
         return scores
 
     def _serve(self, pictures: list[Image.Image], scores: list[Score]) -> None:
-        """Let vLLM answer for a window of pictures."""
+        """Let vLLM answer for a window of pictures; where it refuses one of them, for each half, and so on down to that one."""
         if not scores:
             return
+        try:
+            self._ask(pictures, scores)
+            return
+        except Refused as error:
+            why = str(error)
+        if len(pictures) == 1:
+            scores[0].error = f"vLLM does not take this picture: {why}"
+            return
+        half = len(pictures) // 2
+        self._serve(pictures[:half], scores[:half])
+        self._serve(pictures[half:], scores[half:])
+
+    def _ask(self, pictures: list[Image.Image], scores: list[Score]) -> None:
         prompt = [*self.before.tolist(), self.processor.image_token_id, *self.after.tolist()]
         if self.estimate != "expected":
             k = self.k if self.estimate == "sample" else 1
@@ -257,14 +295,16 @@ class Scorer:
         try:
             with torch.no_grad(), _evaluating(self.model):
                 (self._expected if self.estimate == "expected" else self._parsed)(scores, *self._prefill(pictures, prefix))
+            return
         except torch.OutOfMemoryError:
-            if len(pictures) == 1:
-                scores[0].error = "does not fit into the GPU's memory; use a smaller model, quantize it, or limit the processor's pixels"
-                return
-            torch.cuda.empty_cache()
-            half = len(pictures) // 2
-            self._batch(pictures[:half], scores[:half], prefix)
-            self._batch(pictures[half:], scores[half:], prefix)
+            pass  # go on outside of this clause: in it, the traceback keeps every tensor of the failed try
+        torch.cuda.empty_cache()
+        if len(pictures) == 1:
+            scores[0].error = "does not fit into the GPU's memory; use a smaller model, quantize it, or limit the processor's pixels"
+            return
+        half = len(pictures) // 2
+        self._batch(pictures[:half], scores[:half], prefix)
+        self._batch(pictures[half:], scores[half:], prefix)
 
     def _prefix(self) -> Cache:
         """Return the cache of the prompt before the picture, which is the same for all."""
@@ -298,7 +338,8 @@ class Scorer:
             ids, mask, inner.rope_deltas = (tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas))
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, return_dict_in_generate=True,
-            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, **options,
+            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id,
+            suppress_tokens=list(never_sampled(self.processor).values()), **options,
         )  # fmt: skip
         out = self.model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
@@ -407,6 +448,7 @@ class Scorer:
             width = max(map(len, chains))
             fed = torch.tensor([chain + [0] * (width - len(chain)) for chain in chains], dtype=torch.long).reshape(len(chains), width)
             logits = self._branch(ids, mask, last, cache, fed, torch.arange(width + 1), torch.ones(width + 1, width + 1).tril().bool())
+            logits[..., list(never_sampled(self.processor).values())] = -math.inf
             for i in going:
                 chains[i].append(int(logits[i, len(chains[i])].argmax()))
             going = [i for i in going if chains[i][-1] != tokenizer.eos_token_id and "</" not in tokenizer.decode(chains[i])]
@@ -448,6 +490,61 @@ class OnlyNumbers(LogitsProcessor):
         scores = scores.masked_fill(bad[:, None], -math.inf)
         scores[bad, self.end] = 0
         return scores
+
+
+class _Room:
+    """Lets threads decode while fewer than `limit` bytes are held, in the order of the pictures.
+
+    In order, so that a picture that is waited for is never kept out by later ones.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.held, self.turn, self.open, self.changed = limit, 0, 0, True, threading.Condition()
+
+    def enter(self, place: int) -> bool:
+        """Wait for the turn of this place, and for room; False when there is nothing to be decoded any more."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.open or (self.turn == place and self.held < self.limit))
+            self.turn += 1
+            self.changed.notify_all()
+            return self.open
+
+    def take(self, size: int) -> None:
+        with self.changed:
+            self.held += size
+
+    def leave(self, size: int) -> None:
+        with self.changed:
+            self.held -= size
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        with self.changed:
+            self.open = False
+            self.changed.notify_all()
+
+
+def _bytes(opened: dict | str) -> int:
+    """Return the memory that a picture takes as `_open` gives it."""
+    if isinstance(opened, str):
+        return 0
+    return 3 * math.prod(opened["picture"].size) if "picture" in opened else opened["pixel_values"].nbytes
+
+
+def _batched(items: list, sizes: list[int], most: int) -> list[list]:
+    """Split items into batches of at most `most`, and of at most `PATCHES` when each is padded to the largest.
+
+    sizes: their patches, ascending.
+
+    >>> _batched(["a", "b", "c", "d", "e"], [1000, 1000, 30_000, 30_000, 99_000], most=3)
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    batches: list[list] = []
+    for item, size in zip(items, sizes):
+        if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * size > PATCHES:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
 
 
 def _chunks(items: list, size: int) -> list[list]:

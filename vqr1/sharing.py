@@ -1,7 +1,8 @@
 """One look per picture and one pass per prompt: a GRPO step's K answers share both.
 
 TRL repeats prompt and picture K times through the vision tower, through the prefill of the rollout, and through the forward and backward
-pass of the log-probabilities. The numbers are the same when each distinct picture and prompt is computed once; only the work is shared.
+pass of the log-probabilities. The numbers are the same when each distinct picture and prompt is computed once, to the rounding of the
+numbers' format: in fp32 the same samples, in bf16 other ones after a few steps. Only the work is shared.
 """
 
 from functools import wraps
@@ -18,11 +19,16 @@ SHARED = ("qwen2_5_vl", "qwen3_vl")
 """Model types that this holds for; all others go the stock way."""
 
 
-def share(model: PreTrainedModel) -> None:
-    """Share what K answers have in common, in rollouts and log-probabilities, on a model that TRL has prepared (`fused_lm_head`)."""
+def share(model: PreTrainedModel, prompts: bool = True) -> None:
+    """Share what K answers have in common, in rollouts and log-probabilities, on a model that TRL has prepared (`fused_lm_head`).
+
+    prompts: also in log-probabilities. Not with gradient checkpointing: TRL switches it off for the reference alone, which would
+    share while the policy cannot, and in bf16 two ways round differently: the KL term of the first step would not be 0.
+    """
     look_once(model)
     prefill_once(model)
-    prompt_once(model)
+    if prompts:
+        prompt_once(model)
 
 
 def process_once(processor: ProcessorMixin) -> None:

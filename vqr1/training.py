@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import yaml
 from peft import LoraConfig
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProcessorMixin, ProgressCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOConfig, GRPOTrainer
 
@@ -21,7 +21,7 @@ from vqr1.cards import model_card
 from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
-from vqr1.policy import base_of, load_policy, lora_config, own_names
+from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
 from vqr1.scoring import Scorer
 from vqr1.sharing import SHARED, process_once, share
@@ -275,6 +275,7 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     rows = training_rows(config, args, frame)
     dtype = getattr(torch, config["dtype"]) if config["dtype"] else None
     model, processor = policy or load_policy(config["policy"], config["quantize"], dtype, config["pixels"])
+    bar(args, processor)
     freeze(model, config["frozen"])
     if adapter:
         model.name_or_path = str(config["policy"])  # what peft notes as an adapter's base: the name given, not its folder
@@ -282,18 +283,26 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
         model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor, peft_config=adapter
     )
     own_names(trainer.model)
+    note_base(trainer.model)
     if sharded(trainer):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
         return trainer
     if config["share"] and base_of(trainer.model).config.model_type in SHARED:
         process_once(processor)
         for model in filter(None, (trainer.model, trainer.ref_model)):
-            share(model)
+            share(model, prompts=not args.gradient_checkpointing)
         if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both
             trainer.ref_model.model.visual = trainer.model.model.visual
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away; fp16 training needs fp32, too
             parameter.data = parameter.data.float()
     return trainer
+
+
+def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
+    """Keep TRL from sampling tokens that only a prompt may hold, in the words of what samples: vLLM or transformers."""
+    tokens, own = never_sampled(processor), args.generation_kwargs or {}
+    key, never = ("bad_words", list(tokens)) if args.use_vllm else ("suppress_tokens", list(tokens.values()))
+    args.generation_kwargs = own | {key: [*(own.get(key) or []), *never]}
 
 
 def _adapter(config: dict) -> LoraConfig | None:
