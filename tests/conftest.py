@@ -91,3 +91,17 @@ def untrained_folder(untrained, tmp_path_factory) -> Path:
     copy.deepcopy(model).half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def pushed(model, processor) -> set[int]:
+    """Make a model want nothing but a picture's placeholder and its kin; return their ids."""
+    import torch
+
+    from vqr1.policy import VISION
+
+    ids = processor.tokenizer.convert_tokens_to_ids(list(VISION))
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # not the embeddings', to which it was tied
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight), dtype=head.weight.dtype), requires_grad=False)
+    head.bias.data[ids] = 100.0
+    return set(ids)

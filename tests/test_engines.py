@@ -1,17 +1,21 @@
 """vLLM's side of the Scorer, without vLLM: a stand-in answers its requests with real numbers of the embedded policy, from transformers."""
 
+import copy
 import itertools
+import math
 import sys
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from conftest import pushed
+from PIL import Image
 
 from vqr1 import engines
 from vqr1.answers import ANSWERS, BEGINNINGS, COLUMNS, OPENINGS, VALUES, tokens_of
 from vqr1.engines import RANKS, Vllm, chance, distribution, llm_options, load_vllm, request, unasked
-from vqr1.policy import load_policy, lora_config
+from vqr1.policy import BASE, VISION, load_policy, lora_config
 from vqr1.prompts import messages
 from vqr1.scoring import OPEN, Scorer
 
@@ -24,6 +28,7 @@ class SamplingParams:
     temperature: float = 1.0
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)
     include_stop_str_in_output: bool = False
     max_tokens: int = 16
     logprobs: int | None = None
@@ -35,9 +40,12 @@ class LLM:
     """Answers vLLM's requests with the embedded policy, one plain forward or `generate` of transformers for each length."""
 
     def __init__(self, policy, **options):
-        (self.model, self.processor), self.options, self.calls = policy, options, []
+        (self.model, self.processor), self.options, self.calls, self.ids = policy, options, [], []  # ids: of all completions
 
     def generate(self, requests, params, *, use_tqdm=True, lora_request=None):
+        for one in requests:  # vLLM, too, looks at all requests before it computes anything
+            if self.picture(one).width > 2000:
+                raise ValueError("The decoder prompt is longer than the maximum model length")
         self.calls.append((requests, params))
         if not params.logprob_token_ids:
             return [SimpleNamespace(outputs=self.completions(one, params)) for one in requests]
@@ -75,7 +83,9 @@ class LLM:
         out = self.model.generate(
             **inputs, max_new_tokens=params.max_tokens, tokenizer=tokenizer, stop_strings=params.stop or None,
             do_sample=params.temperature > 0, num_return_sequences=params.n,
+            bad_words_ids=[tokenizer(word).input_ids for word in params.bad_words] or None,
         )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+        self.ids += out.tolist()
         reason = "length" if out.shape[1] == params.max_tokens else "stop"
         return [SimpleNamespace(text=tokenizer.decode(row, skip_special_tokens=True), token_ids=row.tolist(), finish_reason=reason) for row in out]
 
@@ -245,7 +255,45 @@ def test_a_policy_is_loaded_with_its_own_processor(stand_in, policy):
     assert load_vllm((own, processor))[0].llm is own
 
 
+def test_an_adapter_on_a_base_in_4_bits_is_not_served_on_the_one_in_bf16(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Q", "r": 16}')
+    (tmp_path / BASE).write_text('{"quantize": false}')
+    assert llm_options(tmp_path)[0]["model"] == "Qwen/Q"
+    (tmp_path / BASE).write_text('{"quantize": true}')
+    with pytest.raises(ValueError, match="trained on a base in 4 bits.*merge_adapter"):
+        llm_options(tmp_path)
+
+
 # The Scorer
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy"}, {"estimate": "sample", "k": 3}], ids=str)
+def test_a_picture_that_vllm_refuses_costs_its_own_score_alone(stand_in, policy, pictures, options):
+    large = Image.new("RGB", (2001, 20))
+    scorer = Scorer("tiny-policy", engine="vllm", **options)
+    found = scorer.score([pictures[0], large, pictures[1], pictures[0]])
+    alone = [scorer.score([picture])[0] for picture in (*pictures, pictures[0])]
+    assert found[1].error == "vLLM does not take this picture: The decoder prompt is longer than the maximum model length"
+    assert [score.answers for score in found[::2] + found[3:]] == [alone[0].answers, alone[1].answers, alone[2].answers]
+    assert all(math.isfinite(score.score) for score in (found[0], found[2], found[3])) and math.isnan(found[1].score)
+
+
+def test_an_answer_from_vllm_never_holds_a_picture(stand_in, policy, pictures):
+    model, processor = copy.deepcopy(policy[0]), policy[1]
+    barred = pushed(model, processor)
+    vllm = Vllm(LLM((model, processor)), SamplingParams)
+    ids = prompt(processor, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm, "never", [])
+        vllm.texts(ids, pictures, 2, 6, 0)
+        assert set(vllm.llm.ids[-1]) <= barred  # it would
+    vllm.texts(ids, pictures, 2, 6, 0)
+    vllm.texts(ids, pictures, 1, 6, 0)
+    vllm.distributions(ids, pictures, {}, stop=OPEN, max_tokens=6)
+    rows = vllm.llm.ids[-8:]
+    assert len(rows) == 2 * 2 + 2 + 2 and not barred & {token for row in rows for token in row}
+    own, _ = load_vllm((vllm.llm, processor))
+    assert set(own.never) == set(load_vllm("tiny-policy")[0].never) == set(VISION)
 
 
 @pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy", "thinking": True}], ids=str)

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -235,9 +236,9 @@ def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch
 
 def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
     output, model, _ = trained
-    four_bit, processor = load_policy(output / "policy", quantize=True)
+    four_bit, processor = load_policy(output / "policy")
     inputs = asked(processor, pictures())
-    plain, _ = load_policy(output / "policy")
+    plain, _ = load_policy(output / "policy", quantize=False)
     with torch.no_grad():
         assert_close(four_bit.eval()(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=1e-4)
         with plain.eval().disable_adapter():
@@ -251,6 +252,29 @@ def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
         processor.save_pretrained(tmp_path)
         again, _ = load_policy(tmp_path)
         assert_close(again.eval()(**inputs).logits, expected, rtol=0, atol=1e-3)
+
+
+def test_a_trained_folder_says_how_it_was_trained_and_is_loaded_so(trained, tmp_path, caplog):
+    """By its path alone it scores as the trained policy does; on the base in full it does not, and says so."""
+    output, model, _ = trained
+    folder = output / "policy"
+    assert json.loads((folder / policy.BASE).read_text()) == {"quantize": True}
+    _, processor = load_policy(folder)
+    inputs = asked(processor, pictures())
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+        assert_close(load_policy(folder)[0].eval()(**inputs).logits, expected, rtol=0, atol=1e-4)
+        merged = load_policy(policy.merge_adapter(folder, tmp_path / "merged"))[0]  # what it was trained on, by default
+        assert_close(merged.eval()(**inputs).logits, expected, rtol=0, atol=1e-3)
+        assert not caplog.messages
+        other = load_policy(folder, quantize=False)[0]
+        assert (other.eval()(**inputs).logits - expected).abs().max() > 0.05
+    assert "was trained on a base in 4 bits and is loaded on one in full" in caplog.messages[-1]
+    shutil.copytree(folder, tmp_path / "older")
+    (tmp_path / "older" / policy.BASE).unlink()
+    with torch.no_grad():
+        assert_close(load_policy(tmp_path / "older")[0].eval()(**inputs).logits, other(**inputs).logits)
+    assert f"{tmp_path / 'older'} does not say" in caplog.messages[-1] and len(caplog.messages) == 2
 
 
 def test_an_adapter_in_the_vision_tower_is_trained_on_request(folder):

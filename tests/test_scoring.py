@@ -1,21 +1,27 @@
 """The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about failures."""
 
+import copy
 import io
 import math
 import os
 import shutil
+import threading
+import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import pushed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vqr1 import scoring
 from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor, load_policy
 from vqr1.prompts import format_ok, messages, named_distortions, parse_score
 from vqr1.scoring import OPEN, Scorer
@@ -706,6 +712,101 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(known):
     scorer._prefill = small
     one, two, three = scorer.score([picture(0), picture(1), picture(0)])
     assert (one.score, three.score) == (pytest.approx(3.0), pytest.approx(3.0)) and "does not fit" in two.error and math.isnan(two.score)
+
+
+def test_what_did_not_fit_is_freed_before_its_halves_are_tried(known):
+    """In the except clause the traceback would keep the failed tries' tensors, and the halves had less room than the whole."""
+    scorer, tensors, alive = known({"3.00": 1.0}, batch_size=8), [], []
+    real = scorer._prefill
+
+    def short(pictures, prefix):
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        activations = torch.zeros(1000)
+        tensors.append(weakref.ref(activations))
+        if len(pictures) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pictures, prefix)
+
+    scorer._prefill = short
+    assert [score.error for score in scorer.score([picture(0)] * 4)] == [""] * 4
+    assert alive == [0] * 7  # tries: 4, 2, 1, 1, 2, 1, 1
+
+
+def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
+    """Of large pictures fewer are decoded at a time, whatever the batch size: two windows and one per thread at most."""
+    scorer, held, most = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=16), [0], [0]
+    size = scorer._open(picture(0))["pixel_values"].nbytes
+    monkeypatch.setattr(scoring, "HELD", 2 * size)
+    real, window, windows, lock = scorer._open, scorer._window, [], threading.Lock()
+
+    def opened(image):
+        with lock:
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+        return real(image)
+
+    def scored(pictures, prefix):
+        windows.append(len(pictures))
+        time.sleep(0.02)  # the threads have time to decode as much as they may
+        result = window(pictures, prefix)
+        with lock:
+            held[0] -= len(pictures)
+        return result
+
+    scorer._open, scorer._window = opened, scored
+    assert [round(score.score) for score in scorer.score([picture(0)] * 40)] == [3] * 40
+    assert windows == [2] * 20
+    assert 2 < most[0] <= 2 * 2 + scoring.THREADS
+    mixed = [picture(i % 2) for i in range(9)] + ["missing.png"]
+    assert [round(score.score) for score in scorer.score(mixed)[:-1]] == [3, 4] * 4 + [3]  # the order is kept
+
+
+def test_a_stream_of_large_pictures_can_be_left(known, monkeypatch):
+    """Threads that wait for room do not keep the program from going on."""
+    scorer = known({"3.00": 1.0})
+    monkeypatch.setattr(scoring, "HELD", 1)
+    windows = scorer.batches([picture(0)] * 40)
+    assert len(next(windows)) == 1
+    windows.close()
+    scorer._window = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        scorer.score([picture(0)] * 40)
+
+
+def test_large_pictures_make_small_batches(known, monkeypatch):
+    monkeypatch.setattr(scoring, "PATCHES", 50)
+    scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=4)
+    assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [3, 4] * 3 + [3]
+    assert scorer.model.batches == [[4, 4, 4], [4, 6], [6, 6]]  # of 16 and 24 patches, padded
+    monkeypatch.setattr(scoring, "PATCHES", 1)
+    scorer.model.batches.clear()
+    assert [round(score.score) for score in scorer.score([picture(1), picture(0)])] == [4, 3]
+    assert scorer.model.batches == [[4], [6]]  # alone, a picture may be larger
+
+
+def test_twelve_megapixels_are_held_four_at_a_time():
+    """SPAQ's size in Qwen2.5-VL's patches: 288 MB each; two windows of 64 were 34 GiB."""
+    size = 61_204 * 3 * 2 * 14 * 14 * 4
+    assert 3 * size < scoring.HELD < 4 * size and 2 * scoring.HELD + 5 * size < 4 * 2**30
+    assert len(scoring._batched([0, 1], [61_204] * 2, 16)) == 2
+    assert [len(batch) for batch in scoring._batched([*range(40)], [256] * 40, 16)] == [16, 16, 8]  # the embedded policy's largest
+
+
+@pytest.mark.parametrize("options", [{"estimate": "greedy"}, {"estimate": "sample", "k": 3}, {"estimate": "expected"}], ids=str)
+def test_an_answer_never_holds_a_picture(untrained, photo, options):
+    model, processor = copy.deepcopy(untrained[0]), untrained[1]
+    barred, seen = pushed(model, processor), []
+    scorer = Scorer((model, processor), thinking=True, max_new_tokens=8, **options)
+    generate = model.generate
+
+    def watched(**inputs):
+        out = generate(**inputs)
+        seen.append(out.sequences[:, inputs["input_ids"].shape[1] :])
+        return out
+
+    model.generate = watched
+    scorer.score(crops(photo)[:2])
+    assert seen[0].shape == (2 * (3 if "k" in options else 1), 8) and not barred & set(seen[0].flatten().tolist())
 
 
 @pytest.mark.parametrize("size", [0, -1])

@@ -336,6 +336,17 @@ def test_a_run_that_shares_is_the_stock_run(tmp_path, grpo):
         assert torch.cosine_similarity(start[name].flatten(), end[name].flatten(), 0) > 0.999, name
 
 
+@pytest.mark.parametrize("grpo", [{}, MICRO], ids=["one batch", "micro-batches"])
+@pytest.mark.parametrize("share", [False, True])
+def test_with_checkpointing_in_bf16_the_first_steps_kl_is_0(tmp_path, share, grpo):
+    """Policy and reference are one model then, and go one way; 4-bit base, pictures of three sizes."""
+    policy = load_policy("tiny-policy", quantize=True, dtype=torch.bfloat16)
+    options = {"bf16": True, "gradient_checkpointing": True, "beta": 0.1, "max_steps": 1} | grpo
+    _, [log], trainer = one_step(tmp_path, share, policy, **options)
+    assert log["kl"] == 0.0
+    assert patched(trainer) == [share] * 3
+
+
 def test_a_step_processes_each_picture_once(worked, tmp_path):
     model, _ = load_policy("tiny-policy")
     one_step(tmp_path, True, (model, worked[0]), max_steps=1)

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import trl
 import yaml
+from conftest import pushed
 from PIL import Image
 from transformers import TrainerState
 
@@ -27,7 +29,7 @@ from vqr1 import training
 from vqr1.cli import main
 from vqr1.data import load_ratings, render
 from vqr1.plots import LivePlot
-from vqr1.policy import load_policy, merge_adapter
+from vqr1.policy import load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
 from vqr1.scoring import Score, Scorer
 from vqr1.training import CONFIGS, LOG, RunLog, build_trainer, last_checkpoint, load_config, train, training_rows
@@ -200,6 +202,36 @@ def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
     assert {name for name in after if not torch.equal(before[name], after[name])} == {n for n in after if ".lora_" in n}
 
 
+@pytest.mark.parametrize(("share", "checkpointing"), [(True, True), (False, False), (False, True)])
+def test_a_policy_that_wants_to_write_a_picture_never_does(share, checkpointing, rows, tmp_path, monkeypatch):
+    """A sampled placeholder has no picture: the forward for log-probabilities would fail, hours into a run."""
+    model, processor = load_policy()
+    barred, seen = pushed(model, processor), []
+    generate = trl.GRPOTrainer._generate_single_turn
+
+    def watched(*args, **kwargs):
+        found = generate(*args, **kwargs)
+        seen.extend(found[0])
+        return found
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", watched)
+    config = load_config("cpu") | {"share": share}
+    config["grpo"] |= tiny(gradient_checkpointing=checkpointing, save_strategy="no", max_completion_length=6)["grpo"]
+    trainer = build_trainer(config, tmp_path, (model, processor), rows)
+    trainer.train()
+    assert len(seen) == 3 * 12 and not barred & {token for row in seen for token in row}
+    ratios = [value for entry in trainer.state.log_history for key, value in entry.items() if "clip_ratio" in key]
+    assert ratios and not any(ratios)  # log-probabilities are of the whole vocabulary, before and now
+
+
+@pytest.mark.parametrize(("vllm", "key", "never"), [(True, "bad_words", list), (False, "suppress_tokens", dict.values)])
+def test_what_must_not_be_sampled_is_told_to_what_samples(untrained, vllm, key, never):
+    args = SimpleNamespace(use_vllm=vllm, generation_kwargs={"min_new_tokens": 2, key: ["own"]})
+    training.bar(args, untrained[1])
+    assert args.generation_kwargs == {"min_new_tokens": 2, key: ["own", *never(never_sampled(untrained[1]))]}
+    assert set(never_sampled(untrained[1])) == {f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")}
+
+
 # --- the log ------------------------------------------------------------------------------------
 
 
@@ -369,7 +401,8 @@ def test_a_merged_adapter_scores_as_it_was_trained_and_needs_no_4_bit_layer(adap
 
     trained = scores(load_policy(folder / "policy", quantize=True))
     assert scores((model, processor)) == pytest.approx(trained, abs=1e-3)
-    assert scores(folder / "policy") != pytest.approx(trained, abs=1e-3), "weights before rounding are others"
+    assert scores(folder / "policy") == pytest.approx(trained, abs=1e-3)  # the folder says that its base is in 4 bits
+    assert scores(load_policy(folder / "policy", False)) != pytest.approx(trained, abs=1e-3), "weights before rounding are others"
 
 
 def test_a_resumed_adapter_goes_on_as_it_was(adapter, rows, tmp_path):
