@@ -289,7 +289,7 @@ def test_an_answer_from_vllm_never_holds_a_picture(stand_in, policy, pictures):
         assert set(vllm.llm.ids[-1]) <= barred  # it would
     vllm.texts(ids, pictures, 2, 6, 0)
     vllm.texts(ids, pictures, 1, 6, 0)
-    vllm.distributions(ids, pictures, {}, stop=OPEN, max_tokens=6)
+    vllm.distributions(ids, pictures, {}, OPEN, 0, 6, 6)
     rows = vllm.llm.ids[-8:]
     assert len(rows) == 2 * 2 + 2 + 2 and not barred & {token for row in rows for token in row}
     own, _ = load_vllm((vllm.llm, processor))

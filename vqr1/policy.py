@@ -232,7 +232,7 @@ def never_sampled(processor: ProcessorMixin) -> dict[str, int]:
         processor: of the policy.
 
     Returns:
-        for transformers the ids (``suppress_tokens``), for vLLM the texts (``bad_words``); both get the logit -inf.
+        for transformers the ids (to suppress), for vLLM the texts (``bad_words``); both get the logit -inf.
     """
     tokenizer = processor.tokenizer
     found = {text: tokenizer.convert_tokens_to_ids(text) for text in (processor.image_token, *VISION)}

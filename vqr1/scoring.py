@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+    SuppressTokensLogitsProcessor,
+)
 
 from vqr1 import answers
 from vqr1.answers import OPENINGS, RARE, VALUES
@@ -338,12 +346,12 @@ class Scorer:
             ids, mask, inner.rope_deltas = (tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas))
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, return_dict_in_generate=True,
-            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id,
-            suppress_tokens=list(never_sampled(self.processor).values()), **options,
+            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, **options,
         )  # fmt: skip
+        never = SuppressTokensLogitsProcessor(list(never_sampled(self.processor).values()), device=ids.device)
         out = self.model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-            tokenizer=self.processor.tokenizer, logits_processor=LogitsProcessorList([numbers]),
+            tokenizer=self.processor.tokenizer, logits_processor=LogitsProcessorList([numbers, never]),  # NaN is looked for first
         )  # fmt: skip
         for score, copies in zip(scores, _chunks(numbers.failed, k)):
             score.error = NOT_NUMBERS if any(copies) else ""
