@@ -13,11 +13,11 @@ from PIL import Image
 
 from vqr1 import data
 from vqr1.data import (
-    COLUMNS, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
+    COLUMNS, EMBEDDED, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
     prompt_rows, read_manifest, realigned, render, render_rows,
 )
 
-ROOT = data_root()
+ROOT = EMBEDDED
 
 
 @pytest.fixture

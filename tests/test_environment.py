@@ -36,21 +36,23 @@ ROOMS = {
     "prompts": "nothing",
     "metrics": "nothing",
     "distortions": "nothing",
-    "observers": "thurstone",
     "pictures": "nothing",
     "people": "nothing",
     "readers": "distortions people",  # below data, whose load_ratings is the one door to all sets
     "data": "distortions pictures prompts readers",
+    "observers": "data",  # for the folder of what comes with the project
     "simulated": "data distortions observers pictures",
     "rewards": "thurstone prompts",
-    "policy": "prompts",
+    "policy": "data prompts",
     "sharing": "policy",
     "answers": "nothing",
     "engines": "answers policy",
     "scoring": "answers engines pictures prompts policy sharing thurstone",
     "bulk": "scoring",
     "cards": "nothing",
-    "pretraining": "distortions data policy prompts",  # it teaches the words of prompts
+    "config": "policy readers rewards thurstone",
+    "runs": "config",
+    "pretraining": "distortions data policy prompts runs",  # it teaches the words of prompts
     "evaluation": "all above",
     "training": "all above",
     "imaging": "data pretraining",

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.modeling_utils import load_state_dict
 
 from vqr1 import observers, pretraining
-from vqr1.data import HELD_OUT, TRAINED, data_root
+from vqr1.data import EMBEDDED, HELD_OUT, TRAINED
 from vqr1.pretraining import (
     REGIONS, SCORES, STRENGTH, Answers, Pictures, answer, corpus, dead_leaves, perception_batch, pink_textures,
     reasoning, where, pretrain,
@@ -62,9 +62,9 @@ def test_only_training_photographs_and_no_ratings_are_read(monkeypatch):
     monkeypatch.setattr(observers, "human_cells", lambda *_: pytest.fail("the table of human means was read"))
     pretraining._photographs.cache_clear()
     draw(Pictures(NO_PIXELS, 0, procedural=0.2), 3)
-    photos = read_csv(data_root() / "photos.csv")
+    photos = read_csv(EMBEDDED / "photos.csv")
     assert tables == {"photos.csv"} and set(photos["split"]) == {"train", "val", "test"}
-    assert opened == {data_root() / name for name in photos.loc[photos["split"] == "train", "image"]}
+    assert opened == {EMBEDDED / name for name in photos.loc[photos["split"] == "train", "image"]}
 
 
 def test_no_rating_is_imported():

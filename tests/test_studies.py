@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from vqr1 import studies
-from vqr1.data import data_root
+from vqr1.data import EMBEDDED
 from vqr1.metrics import frame_srcc, paired_difference, seed_difference, srcc
 from vqr1.studies import COLUMNS, POOL, ROW, STUDIES, Study, Variant, changed, compared, read_study, study, training_frame
 from vqr1.training import KEYS, grpo_config, images_per_step, load_config, rewards
@@ -191,7 +191,7 @@ def test_a_run_without_scores_leaves_no_interval():
 @pytest.mark.parametrize("variant", ["permuted", "format"])
 def test_what_must_not_learn_quality_did_not(variant):
     """Rows of `vqr1 study controls`: MOS dealt anew, or the format reward alone, do not raise within-level SRCC; the demo's reward does."""
-    runs = data_root() / "runs"
+    runs = EMBEDDED / "runs"
     rows = pd.read_csv(runs / "controls-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
     assert rows.loc[variant, "sim-kadid", "srcc_within_level"]["lo"] <= 0
     demo = pd.read_csv(runs / "demo-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
