@@ -243,6 +243,11 @@ def test_pretraining_again_finds_the_weights_of_every_stage(tmp_path):
 
     first, again = weights(1, 2), weights(1, 2)
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    half = tmp_path / "speak" / "checkpoint-3"  # a kill left it without trainer_state.json
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     further = weights(1, 4)
     moved = [float((further[name].float() - first[name].float()).abs().max()) for name in first]
     assert 0 < max(moved) < 0.02  # two more steps of at most 1e-3 in every weight, not another start
+    with pytest.raises(ValueError, match="was begun with other settings: seed was 0, now 1"):
+        pretrain(tmp_path, (1, 4), batch=2, seed=1)

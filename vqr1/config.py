@@ -199,7 +199,7 @@ def _check_keys(source, section: str, values: dict, required: bool = False) -> N
     """Hold the keys of a section and the types of their values against `HINTS`."""
     hints, where = HINTS[section], f" under {section}" if section else ""
     known = f"the keys are {', '.join(sorted(hints))}" if section != "grpo" else "see trl.GRPOConfig"
-    for problem, keys in (("is unknown", set(values) - set(hints)), ("is missing", set(hints) - set(values))):
+    for problem, keys in (("is missing", set(hints) - set(values)), ("is unknown", set(values) - set(hints))):
         if keys and (required or problem == "is unknown"):
             raise ValueError(f"{source}: key {sorted(keys, key=str)[0]!r}{where} {problem}; {known}")
     for key, value in values.items():

@@ -73,6 +73,8 @@ FULL = dict.fromkeys(SETS)
 ALL = {"sets": list(MIXTURE)}
 AGAIN = {"policy": "runs/pretrain-1/policy"}
 """A second pretraining seed, of half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
+# Rows of data/runs/ whose header names a commit before the configurations became bounded are by the paper's reward, which is
+# not: a row that is made again is compared with those only after all of its study is.
 STUDIES = {
     "demo": Study("cpu", FULL, "before", {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20),
     "controls": Study("cpu-study", {"sim-kadid": 288}, "before", {
