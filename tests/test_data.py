@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vqr1 import baselines, data, observers, policy
+from vqr1 import baselines, data, observers, people, policy
 from vqr1.data import (
     COLUMNS, EMBEDDED, PicturesOnDisk, data_root, dominance_pairs, load_ratings, one_set_batches, open_picture, pictures_of,
     prompt_rows, read_manifest, realigned, render, render_rows,
@@ -254,13 +254,13 @@ def test_what_comes_with_the_project_is_there_whatever_vqr1_data_says(tmp_path, 
 
 
 def test_what_comes_with_the_project_has_one_folder():
-    """No file but data.py works out for itself where it is, and only what reads public sets asks the environment."""
-    places = [policy.TINY, observers.TABLE, baselines.CNN]
+    """No file but places.py works out for itself where it is, and only what reads public sets asks the environment."""
+    places = [policy.TINY, observers.TABLE, baselines.CNN, people.TWINS]
     assert all(path.exists() and path.is_relative_to(EMBEDDED) for path in places)
     package = Path(data.__file__).parent
     texts = {path.name: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
-    assert [name for name, text in texts.items() if "parent.parent" in text] == ["data.py"]
-    assert {name for name, text in texts.items() if "data_root()" in text} == {"data.py", "cli.py", "table2.py"}
+    assert [name for name, text in texts.items() if "parent.parent" in text] == ["places.py"]
+    assert {name for name, text in texts.items() if "data_root()" in text} == {"places.py", "data.py", "cli.py", "table2.py"}
 
 
 # Rows and batches for TRL

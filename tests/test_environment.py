@@ -37,13 +37,14 @@ ROOMS = {
     "metrics": "nothing",
     "distortions": "nothing",
     "pictures": "nothing",
-    "people": "nothing",
+    "places": "nothing",
+    "people": "places",
     "readers": "distortions people",  # below data, whose load_ratings is the one door to all sets
-    "data": "distortions pictures prompts readers",
-    "observers": "data",  # for the folder of what comes with the project
+    "data": "distortions pictures places prompts readers",
+    "observers": "places thurstone",
     "simulated": "data distortions observers pictures",
     "rewards": "thurstone prompts",
-    "policy": "data prompts",
+    "policy": "places prompts",
     "sharing": "policy",
     "answers": "nothing",
     "engines": "answers policy",

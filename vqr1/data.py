@@ -28,6 +28,7 @@ from PIL import Image
 
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.pictures import open_picture, upright_size
+from vqr1.places import EMBEDDED, data_root
 from vqr1.prompts import messages
 from vqr1.readers import SETS, public_name, read_comparisons, read_public
 
@@ -47,24 +48,10 @@ CROP = 192
 SPAWN_FROM = 64
 """Fewer rows than this are rendered in this process: starting workers would take longer."""
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "data"
-"""What comes with the project: photographs, simulated sets, the embedded policy, tables and runs; never elsewhere."""
-
 _CROP = re.compile(r"\d+,\d+,\d+,\d+")
 
 
-# Where the data are
-
-
-def data_root() -> Path:
-    """Return the folder of the public sets: the environment's ``VQR1_DATA``, else `EMBEDDED`.
-
-    Raises FileNotFoundError, saying what to set, when it is not there.
-    """
-    root = Path(os.environ.get("VQR1_DATA") or EMBEDDED)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; set VQR1_DATA to the one that holds the public sets")
-    return root
+# Reading a set
 
 
 def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:

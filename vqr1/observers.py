@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtr
 
-from vqr1.data import EMBEDDED
+from vqr1.places import EMBEDDED
 
 CONTENT_SD = 0.126
 INTERACTION_SD = 0.296
