@@ -13,14 +13,14 @@ from vqr1.baselines import (
     Opinions, SmallCNN, brisque, dct_filters, fit, load_cnn, piqe, pixels, pretrain_cnn, ranking_loss, rating_losses, score_cnn,
     score_head, supervised, tower_features, train_cnn, train_head,
 )  # fmt: skip
-from vqr1.data import data_root
+from vqr1.data import EMBEDDED
 from vqr1.metrics import srcc
 from vqr1.policy import load_policy, lora_config
 from vqr1.scoring import Scorer
 
 
 def photograph(name: str = "photos/red_panda.jpg", side: int = 192) -> np.ndarray:
-    return np.asarray(Image.open(data_root() / name).convert("RGB").crop((128, 64, 128 + side, 64 + side)))
+    return np.asarray(Image.open(EMBEDDED / name).convert("RGB").crop((128, 64, 128 + side, 64 + side)))
 
 
 def blurred(sigma: float, side: int = 64) -> Image.Image:
@@ -102,7 +102,7 @@ def test_the_cnn_is_small_and_starts_from_orthogonal_filters():
 
 def test_the_stored_cnn_is_small_and_has_seen_something():
     assert baselines.CNN.stat().st_size < 300_000
-    log = pd.read_csv(data_root() / "runs" / "pretrain-cnn.csv", comment="#")
+    log = pd.read_csv(EMBEDDED / "runs" / "pretrain-cnn.csv", comment="#")
     assert log["type_accuracy"].iloc[-1] > 3 / 19  # of 19 distortions and none
     assert not torch.equal(load_cnn().maps[0].weight, dct_filters())
 

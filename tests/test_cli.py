@@ -1,6 +1,7 @@
 """The commands as a user types them: what they say, what they write, and their exit codes."""
 
 import csv
+import importlib
 import io
 import os
 import signal
@@ -81,6 +82,59 @@ def refused(arguments: list[str], capsys) -> str:
 )
 def test_what_cannot_be_used_is_named(arguments, said, capsys):
     assert said in refused(arguments, capsys)
+
+
+WORKERS = [
+    (["demo", "--out", "o", "--steps", "3"], "demo.demo", ("o", "cpu", False, 3, None)),
+    (["train", "--seed", "5", "--out", "o"], "training.train", (load_config("cpu") | {"grpo": load_config("cpu")["grpo"] | {"seed": 5}}, "o", False)),
+    (["score", str(PHOTO)], "scoring.Scorer", ("tiny-policy", False, "expected", 6, 16)),
+    (["compare", "a.png", "b.png"], "scoring.Scorer", ("tiny-policy",)),
+    (["describe", "a.png", "--policy", "p"], "scoring.Scorer", ("p",)),
+    (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", ("tiny-policy",)),
+    (["evaluate", "--suite", "table2", "--root", "r"], "table2.table2", ("tiny-policy", "r", ["expected"], None, None)),
+    (["data", "sim-unseen"], "data.load_ratings", ("sim-unseen", None)),
+    (["data", "kadid10k", "--root", "r"], "readers.read_public", ("kadid-10k", "r")),
+    (["sheet", str(PHOTO)], "distortions.contact_sheet", ()),
+    (["pretrain", "--out", "o", "--steps", "2", "1"], "pretraining.pretrain", ("o",)),
+    (["study", "demo", "--seeds", "1"], "studies.study", ("demo", [1], "runs/study", None, None, None)),
+    (["study", "progress"], "progress.study", (("tiny-policy", "ranker"),)),
+    (["study", "progress", "--variants", "ranker"], "progress.study", (["ranker"],)),
+]  # fmt: skip
+"""A call, the function that does its work, and what that is given first."""
+
+
+@pytest.mark.parametrize(("arguments", "worker", "given"), WORKERS, ids=[" ".join(row[0]) for row in WORKERS])
+def test_every_command_hands_its_arguments_to_its_worker(arguments, worker, given, monkeypatch):
+    """The worker itself is replaced: what it does is tested where it lives."""
+
+    class Called(Exception):
+        pass
+
+    def work(*args, **kwargs):
+        raise Called(*args)
+
+    module, name = worker.split(".")
+    monkeypatch.setattr(importlib.import_module(f"vqr1.{module}"), name, work)
+    monkeypatch.setattr(sys, "argv", ["vqr1", *arguments])
+    with pytest.raises(Called) as called:
+        main(arguments)
+    assert called.value.args[: len(given)] == given
+
+
+def test_no_command_is_left_out():
+    assert {arguments[0] for arguments, *_ in WORKERS} == set(COMMANDS)
+
+
+def test_study_progress_refuses_what_it_would_not_heed(capsys):
+    for option in (["--seeds", "1"], ["--steps", "3"], ["--csv", "a.csv"]):
+        assert "study progress has neither seeds, steps nor another table" in refused(["study", "progress", *option], capsys)
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--steps", "0"], ["demo", "--limit", "0"], ["train", "--steps", "-1"], ["evaluate", "--limit", "0"]])
+def test_a_number_that_would_be_taken_for_none_given_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2 and "is below 1" in capsys.readouterr().err
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vqr1 import data
+from vqr1 import baselines, data, observers, people, policy
 from vqr1.data import (
-    COLUMNS, NEEDED, PicturesOnDisk, RenderedPictures, data_root, dominance_pairs, load_ratings, one_set_batches,
+    COLUMNS, EMBEDDED, NEEDED, PicturesOnDisk, RenderedPictures, data_root, dominance_pairs, load_ratings, one_set_batches,
     open_picture, pictures_of,
     prompt_rows, read_manifest, realigned, render, render_rows,
 )
+from vqr1.table2 import found_sets, published
 
-ROOT = data_root()
+ROOT = EMBEDDED
 
 
 @pytest.fixture
@@ -327,8 +329,30 @@ def test_data_root_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("VQR1_DATA", str(tmp_path))
     assert data_root() == tmp_path
     monkeypatch.setenv("VQR1_DATA", str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match="VQR1_DATA names .*gone.*set VQR1_DATA"):
+    with pytest.raises(FileNotFoundError, match="gone is not a folder; set VQR1_DATA to the one"):
         data_root()
+
+
+def test_what_comes_with_the_project_is_there_whatever_vqr1_data_says(tmp_path, monkeypatch):
+    """The README tells people to point VQR1_DATA at their public sets."""
+    monkeypatch.setenv("VQR1_DATA", str(tmp_path))
+    assert len(load_ratings("sim-kadid")) == len(load_ratings("sim-kadid", tmp_path)) == 7695
+    rows = load_ratings("sim-unseen").head(2)
+    rows.attrs = {}  # as after pandas' concat
+    assert [image.size for image in render_rows(rows)] == [(192, 192)] * 2 and render(rows.iloc[0]).size == (192, 192)
+    assert found_sets(None)[0] == {} and published(2) is not None
+    with pytest.raises(FileNotFoundError, match=f"kadid-10k is neither in {tmp_path}"):
+        load_ratings("kadid-10k")
+
+
+def test_what_comes_with_the_project_has_one_folder():
+    """No file but places.py works out for itself where it is, and only what reads public sets asks the environment."""
+    places = [policy.TINY, observers.TABLE, baselines.CNN, people.TWINS]
+    assert all(path.exists() and path.is_relative_to(EMBEDDED) for path in places)
+    package = Path(data.__file__).parent
+    texts = {path.name: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
+    assert [name for name, text in texts.items() if "parent.parent" in text] == ["places.py"]
+    assert {name for name, text in texts.items() if "data_root()" in text} == {"places.py", "data.py", "cli.py", "table2.py"}
 
 
 # Rows and batches for TRL

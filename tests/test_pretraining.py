@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.modeling_utils import load_state_dict
 
 from vqr1 import observers, pretraining
-from vqr1.data import HELD_OUT, TRAINED, data_root
+from vqr1.data import EMBEDDED, HELD_OUT, TRAINED
 from vqr1.pretraining import (
     REGIONS, SCORES, STRENGTH, Answers, Pictures, answer, corpus, dead_leaves, perception_batch, pink_textures,
     reasoning, where, pretrain,
@@ -62,9 +62,9 @@ def test_only_training_photographs_and_no_ratings_are_read(monkeypatch):
     monkeypatch.setattr(observers, "human_cells", lambda *_: pytest.fail("the table of human means was read"))
     pretraining._photographs.cache_clear()
     draw(Pictures(NO_PIXELS, 0, procedural=0.2), 3)
-    photos = read_csv(data_root() / "photos.csv")
+    photos = read_csv(EMBEDDED / "photos.csv")
     assert tables == {"photos.csv"} and set(photos["split"]) == {"train", "val", "test"}
-    assert opened == {data_root() / name for name in photos.loc[photos["split"] == "train", "image"]}
+    assert opened == {EMBEDDED / name for name in photos.loc[photos["split"] == "train", "image"]}
 
 
 def test_no_rating_is_imported():
@@ -243,6 +243,11 @@ def test_pretraining_again_finds_the_weights_of_every_stage(tmp_path):
 
     first, again = weights(1, 2), weights(1, 2)
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    half = tmp_path / "speak" / "checkpoint-3"  # a kill left it without trainer_state.json
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     further = weights(1, 4)
     moved = [float((further[name].float() - first[name].float()).abs().max()) for name in first]
     assert 0 < max(moved) < 0.02  # two more steps of at most 1e-3 in every weight, not another start
+    with pytest.raises(ValueError, match="was begun with other settings: seed was 0, now 1"):
+        pretrain(tmp_path, (1, 4), batch=2, seed=1)

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vqr1 import imaging, progress
-from vqr1.data import data_root
+from vqr1.data import EMBEDDED
 from vqr1.pretraining import dead_leaves, pink_textures
 from vqr1.scoring import Scorer
 
@@ -45,7 +45,7 @@ def test_training_is_repeated_by_its_seed_and_moves_every_weight(name, tmp_path,
 
 
 def test_the_stored_weights_are_there_and_small():
-    folder = data_root() / "progress"
+    folder = EMBEDDED / "progress"
     expected = {f"{name}-{step}.safetensors" for name, steps in imaging.STORED.items() for step in steps}
     assert {path.name for path in folder.iterdir()} == expected
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 300_000
@@ -73,7 +73,7 @@ def test_training_batches_are_of_the_training_split_alone(monkeypatch):
     opened, real = [], Image.open
     monkeypatch.setattr(imaging.Image, "open", lambda path: opened.append(str(path)) or real(path))
     enlarged, original = next(imaging.upscaler_batches(0))
-    splits = pd.read_csv(data_root() / "photos.csv").set_index("image")["split"]
+    splits = pd.read_csv(EMBEDDED / "photos.csv").set_index("image")["split"]
     assert {splits["photos/" + path.rsplit("/", 1)[1]] for path in opened} == {"train"}
     assert enlarged.shape == original.shape == (8, 3, 72, 72) and 0 < (enlarged - original).abs().mean() < 0.2
 
@@ -189,7 +189,7 @@ def test_climbing_never_goes_down_and_repeats(photos, scorer):
 
 def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, monkeypatch):
     """All networks and pictures are there, so that nothing is trained or scored: the stored rows must follow from the stored pictures."""
-    runs = data_root() / "runs"
+    runs = EMBEDDED / "runs"
     monkeypatch.setattr(progress, "measure_part", lambda *a: pytest.fail("scored again"))
     (tmp_path / progress.PICTURES).write_bytes((runs / progress.PICTURES).read_bytes())
     policies = progress.read_table(runs / progress.PICTURES)["policy"].unique()

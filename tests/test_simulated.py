@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vqr1.data import HELD_OUT, TRAINED, data_root, dominance_pairs, load_ratings, open_picture, render_rows
+from vqr1.data import EMBEDDED, HELD_OUT, TRAINED, dominance_pairs, load_ratings, open_picture, read_manifest, render_rows
 from vqr1.observers import human_cells, oracle_srcc
 from vqr1.simulated import MIX_STAGES, MIXTURE, build_sim_sets
 
-ROOT = data_root()
+ROOT = EMBEDDED
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed", *MIXTURE)
 ROW = ["image", "distortion", "level", "seed", "crop"]
 
@@ -82,7 +82,7 @@ def test_a_new_photograph_changes_no_row_of_another(tmp_path, sets):
     (tmp_path / "photos").symlink_to(ROOT / "photos")
     photos.iloc[[5, 2]].to_csv(tmp_path / "photos.csv", index=False)
     build_sim_sets(tmp_path)
-    few, name = load_ratings("sim-kadid", tmp_path), photos.image[5]
+    few, name = read_manifest(tmp_path / "sim-kadid.csv"), photos.image[5]
     full = sets["sim-kadid"]
     assert few[few.image == name].to_csv(index=False) == full[full.image == name].to_csv(index=False)
 

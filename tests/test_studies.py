@@ -1,14 +1,19 @@
 """The grids are what they say, their runs are made once, kept, and compared over the same photographs and seeds."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from vqr1 import studies
-from vqr1.data import data_root
+from vqr1.config import KEYS, check_config, load_config
+from vqr1.data import EMBEDDED
 from vqr1.metrics import frame_srcc, paired_difference, seed_difference, srcc
 from vqr1.studies import COLUMNS, POOL, ROW, STUDIES, Study, Variant, changed, compared, read_study, study, training_frame
-from vqr1.training import KEYS, grpo_config, images_per_step, load_config, rewards
+from vqr1.training import grpo_config, images_per_step, rewards
 
 GRID = [(name, variant) for name, plan in STUDIES.items() for variant, line in plan.variants.items() if line.method == "rl"]
 
@@ -32,7 +37,8 @@ def rollouts(config, folder):
 def test_trl_takes_every_variant(name, variant, tmp_path):
     config = config_of(name, variant)
     args = grpo_config(config, tmp_path)
-    assert set(config) == KEYS and args.seed == 3 and images_per_step(args) >= 2
+    check_config(config)
+    assert args.seed == 3 and images_per_step(args) >= 2
     assert len(rewards(config)) == (1 if config["reward"] == "format" else 2)
 
 
@@ -46,9 +52,10 @@ def test_what_is_compared_at_equal_cost_samples_equally_many_answers(variant, tm
 
 def test_a_change_leaves_the_rest_alone():
     before = load_config("cpu-study")
-    after = changed(before, {"reward": "threshold", "rows": "realigned", "grpo": {"beta": 0.1}}, seed=7)
+    after = changed(before, {"reward": "threshold", "rows": "realigned", "grpo": {"beta": 0.1}, "variant": {"binary": True}}, seed=7)
     assert after["grpo"] == before["grpo"] | {"beta": 0.1, "seed": 7}
-    assert {key for key in after if after[key] != before[key]} == {"reward", "grpo"}
+    assert after["variant"] == {"bounded": True, "binary": True}, "else it would differ from its control in two things"
+    assert {key for key in after if after[key] != before[key]} == {"reward", "grpo", "variant"}
 
 
 def test_the_short_run_is_the_demos_made_short():
@@ -73,6 +80,22 @@ def test_permuted_mos_stay_within_their_photograph():
         assert sorted(rows["mos"]) == sorted(dealt.loc[rows.index, "mos"]), name
     assert abs(srcc(plain["mos"], dealt["mos"])) < 0.3
     pd.testing.assert_frame_equal(plain.drop(columns="mos"), dealt.drop(columns="mos"))
+
+
+def test_a_mistyped_control_is_named():
+    with pytest.raises(ValueError, match="rows 'permutted' are unknown; use one of None, permuted, realigned, across"):
+        training_frame(config_of("controls", "permuted"), "permutted")
+
+
+@pytest.mark.parametrize("method", ["tower rankr", "cn ranker", "RL"])
+def test_a_mistyped_method_is_named(method, tmp_path):
+    with pytest.raises(ValueError, match=f"method '{method}' is unknown; use one of rl, before, supervised, brisque, piqe, cnn"):
+        studies.run(replace(SMALL, variants={"x": Variant(1, method=method)}), "x", 0, tmp_path)
+
+
+def test_a_mistyped_change_is_named(tmp_path):
+    with pytest.raises(ValueError, match="variant x: key 'rewrad' is unknown"):
+        studies.run(replace(SMALL, variants={"x": Variant(1, {"rewrad": "format"})}), "x", 0, tmp_path)
 
 
 def test_across_compares_raw_mos_of_all_sets_and_realigned_stretches_each():
@@ -125,6 +148,37 @@ def test_runs_that_are_there_are_not_made_again(made, capsys, monkeypatch):
     assert "0 of 4 runs to make" in capsys.readouterr().out and (made / "small.csv").read_bytes() == before
 
 
+def test_a_run_leaves_the_threads_of_its_caller_as_they_were(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        studies.run(SMALL, "PIQE", 0, tmp_path)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path, monkeypatch, capsys):
+    """Eight seeds are eight runs; the table is the project's, whatever the current folder."""
+    pools = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, context, initializer, arguments):
+            pools.append((workers, initializer, arguments))
+            super().__init__(1)
+
+    asked = []
+    monkeypatch.setitem(STUDIES, "eight", replace(SMALL, variants={"PIQE": Variant(8, method="piqe")}))
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(studies, "run", lambda plan, variant, seed, *rest: asked.append(seed))
+    monkeypatch.setattr(studies, "_keep", lambda csv, which, found, made: asked.append(csv) or made)
+    monkeypatch.chdir(tmp_path)
+    study("eight", output=tmp_path)
+    assert {value for value in asked if isinstance(value, int)} == set(range(8))
+    assert {value for value in asked if not isinstance(value, int)} == {EMBEDDED / "runs" / "eight.csv"}
+    assert pools == [(2, torch.set_num_threads, (1,))] and "8 of 8 runs to make" in capsys.readouterr().out
+
+
 def test_differences_are_paired_with_the_one_run_of_a_variant_without_seeds(made):
     table = pd.read_csv(made / "small-differences.csv", comment="#").set_index(["set", "variant", "statistic"])
     assert (table.xs("tower ranker", level="variant")["seeds"] == 2).all() and set(table["than"]) == {"PIQE"}
@@ -138,6 +192,10 @@ def test_an_unknown_study_or_variant_is_named():
         study("demos")
     with pytest.raises(ValueError, match="study demo has no variant 'rank'; it has before, ranking"):
         study("demo", variants=["rank"])
+    with pytest.raises(ValueError, match="study demo has no seed 3; it has 0, 1, 2"):
+        study("demo", seeds=[3])
+    with pytest.raises(ValueError, match="runs of 5 steps are no rows of study demo; give them a table of their own"):
+        study("demo", steps=5)
 
 
 def test_scores_that_are_not_there_are_asked_for(made):
@@ -216,7 +274,7 @@ def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, wh
 
 
 def test_stored_differences_are_those_of_the_stored_scores():
-    runs = data_root() / "runs"
+    runs = EMBEDDED / "runs"
     stored = pd.read_csv(runs / "controls-differences.csv", comment="#").query("set == 'sim-kadid' and statistic == 'srcc'").reset_index(drop=True)
     made = compared(runs / "controls.csv", list(zip(stored["variant"], stored["than"])), "sim-kadid")
     pd.testing.assert_frame_equal(made, stored[list(made)], atol=1e-4, rtol=0)
@@ -228,7 +286,7 @@ def test_stored_differences_are_those_of_the_stored_scores():
 @pytest.mark.parametrize("variant", ["permuted", "format"])
 def test_what_must_not_learn_quality_did_not(variant):
     """Rows of `vqr1 study controls`: MOS dealt anew, or the format reward alone, do not raise within-level SRCC; the demo's reward does."""
-    runs = data_root() / "runs"
+    runs = EMBEDDED / "runs"
     rows = pd.read_csv(runs / "controls-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
     assert rows.loc[variant, "sim-kadid", "srcc_within_level"]["lo"] <= 0
     demo = pd.read_csv(runs / "demo-differences.csv", comment="#").set_index(["variant", "set", "statistic"])

@@ -161,7 +161,7 @@ def question(rows):
 
 
 def test_a_validation_pass_leaves_the_gradients_of_a_4_bit_model_as_they_were(adapter, question):
-    """bitsandbytes packs the weights for inference in an eval-mode forward, and never unpacks them (facts: trap 3)."""
+    """bitsandbytes packs the weights for inference in an eval-mode forward, and never unpacks them."""
     folder, *_ = adapter
     model, processor = load_policy(folder / "policy", quantize=True)
     inputs = question(processor)
@@ -311,17 +311,6 @@ def test_only_the_first_of_several_processes_validates_and_writes(tmp_path, rows
 # --- interrupted, and resumed -------------------------------------------------------------------
 
 
-def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(tmp_path / "no such folder") is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-20"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").touch()
-    assert last_checkpoint(tmp_path) is None
-    for name in ("checkpoint-9", "checkpoint-10"):  # the Trainer writes this file last
-        (tmp_path / name / "trainer_state.json").touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
 def training_command(config: dict, folder: Path) -> list[str]:
     """`vqr1 train` into folder/run."""
     settings = folder / "tiny.yaml"
@@ -412,6 +401,17 @@ def test_a_resumed_adapter_goes_on_as_it_was(adapter, rows, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in weights(model).items())
 
 
+def test_a_run_of_weights_alone_does_not_go_on_but_can_be_trained_from(rows, tmp_path):
+    config = tiny(max_steps=2, save_steps=1, save_only_model=True)
+    train(config, tmp_path, frame=rows)
+    found = last_checkpoint(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=f"no state of the optimizer .* policy: {found}, and another folder"):
+        train(config, tmp_path, resume=True, frame=rows)
+    model, _ = load_policy(found)
+    saved = weights(load_policy(tmp_path / "policy")[0])
+    assert all(torch.equal(saved[name], value) for name, value in weights(model).items())
+
+
 # --- what cannot be trained ---------------------------------------------------------------------
 
 
@@ -423,12 +423,12 @@ def changed(config: dict, **changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grpo": {"num_generations": 1}}, "num_generations is 1: a group needs at least 2"),
+        ({"grpo": {"num_generations": 1}}, "num_generations 1 is below 2"),
         ({"grpo": {"per_device_train_batch_size": 3}}, "ranking compares pictures, use at least 2"),
         ({"grpo": {"per_device_train_batch_size": 10}}, "divisible by num_generations"),
-        ({"grpo": {"max_steps": 0}}, "max_steps is 0"),
+        ({"grpo": {"max_steps": 0}}, "max_steps 0 is below 1"),
         ({"grpo": {"per_device_train_batch_size": 600}}, "fewer than the 200 images of a batch"),
-        ({"reward": "rank"}, "reward 'rank' is unknown; use one of ranking, threshold"),
+        ({"reward": "rank"}, "reward 'rank' is not one of ranking, threshold"),
         ({"variant": {"binray": True}}, "binray"),
         ({"variant": {"scope": "everywhere"}}, "everywhere"),
     ],

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vqr1 import widgets
-from vqr1.data import data_root, load_ratings, render_rows
+from vqr1.data import EMBEDDED, load_ratings, render_rows
 from vqr1.observers import pairwise_votes
 from vqr1.prompts import parse_score
 from vqr1.scoring import Score, Scorer
@@ -33,7 +33,7 @@ def rated() -> pd.DataFrame:
 
 @pytest.fixture
 def photographs():
-    return [data_root() / "photos" / name for name in ("kitten.jpg", "dolphin.jpg")]
+    return [EMBEDDED / "photos" / name for name in ("kitten.jpg", "dolphin.jpg")]
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_votes_become_a_manifest_of_the_same_pictures(rated, tmp_path):
     saved = widgets.save_votes(rated, wins, tmp_path / "new" / "votes.csv", "simulated-votes")
     assert np.allclose(saved["mos"], widgets.scale_votes(wins)["quality"], atol=1e-4)
     assert saved["dataset"].unique().tolist() == ["simulated-votes"] and saved["std"].isna().all()
-    again = load_ratings(tmp_path / "new" / "votes.csv", data_root())
+    again = load_ratings(tmp_path / "new" / "votes.csv", EMBEDDED)
     assert [i.tobytes() for i in render_rows(again)] == [i.tobytes() for i in render_rows(rated)]
 
 
@@ -364,4 +364,4 @@ def test_voting_by_click_and_key_then_scaling_and_saving(scorer, rated, tmp_path
     assert f"{widgets.vote_agreement(ballot.wins, model)['srcc']:.2f}" in named(app, "scale").value
     assert named(app, "scale").value.count("<img") == 6 and named(app, "message").value == ""
     named(app, "save").click()
-    assert len(load_ratings(tmp_path / "votes.csv", data_root())) == 6
+    assert len(load_ratings(tmp_path / "votes.csv", EMBEDDED)) == 6

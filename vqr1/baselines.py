@@ -21,14 +21,14 @@ from scipy.fft import idct
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from vqr1.data import CROP, TRAINED, data_root, one_set_batches
+from vqr1.data import CROP, EMBEDDED, TRAINED, one_set_batches
 from vqr1.policy import base_of
 from vqr1.pretraining import Answers, Pictures, looked, naming_loss, perception_batch
 from vqr1.scoring import Scorer
 from vqr1.thurstone import comparative_probability, fidelity, true_preference
 from vqr1.training import freeze, machine_line
 
-CNN = Path(__file__).resolve().parent.parent / "data" / "cnn" / "model.safetensors"
+CNN = EMBEDDED / "cnn" / "model.safetensors"
 """The pretrained CNN."""
 
 
@@ -301,7 +301,7 @@ def supervised(
 
 def main() -> None:
     """Make data/cnn/model.safetensors and its log again."""
-    pretrain_cnn(CNN, data_root() / "runs" / "pretrain-cnn.csv")
+    pretrain_cnn(CNN, EMBEDDED / "runs" / "pretrain-cnn.csv")
 
 
 if __name__ == "__main__":

@@ -38,14 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="folder for log, checkpoints, plots and report.md (%(default)s)")
     demo.add_argument("--config", default="cpu", help="name or path of a configuration (%(default)s)")
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo from its last checkpoint")
-    demo.add_argument("--steps", type=int, help="train fewer steps than the configuration says")
-    demo.add_argument("--limit", type=int, help="evaluate at most so many rows of each set")
+    demo.add_argument("--steps", type=_count, help="train fewer steps than the configuration says")
+    demo.add_argument("--limit", type=_count, help="evaluate at most so many rows of each set")
 
     train = command("train", "Train a policy by RL to rank.")
     train.add_argument("--config", default="cpu", help="name or path of a configuration (%(default)s)")
     train.add_argument("--out", default="runs/train", help="folder of the run (%(default)s)")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
-    train.add_argument("--steps", type=int, help="train fewer steps than the configuration says")
+    train.add_argument("--steps", type=_count, help="train fewer steps than the configuration says")
     train.add_argument("--seed", type=int, help="another seed than the configuration's")
 
     score = command("score", "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation.", SCORE_HELP)
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _root(evaluate)
     evaluate.add_argument("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
     evaluate.add_argument("--estimates", nargs="+", choices=("expected", "greedy", "sample"), help="how scores are read off (all three; of a suite: expected)")
-    evaluate.add_argument("--limit", type=int, help="at most so many rows of each set, a fixed sample")
+    evaluate.add_argument("--limit", type=_count, help="at most so many rows of each set, a fixed sample")
     evaluate.add_argument("--out", help="write the tables into this folder")
 
     data = command("data", "Check a data set: rows, range, splits, missing pictures; or list the public sets.")
@@ -90,17 +90,24 @@ def _parser() -> argparse.ArgumentParser:
 
     pretrain = command("pretrain", "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself.")
     pretrain.add_argument("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
-    pretrain.add_argument("--steps", type=int, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages")
+    pretrain.add_argument("--steps", type=_count, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages")
     pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
 
     study = command("study", "Make the rows of a study, one per variant, seed and set; rows that are there are kept.")
     study.add_argument("name", choices=("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress"), help="which; data/runs/NAME.csv has its rows")
     study.add_argument("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
-    study.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these (default: all of the study's)")
-    study.add_argument("--steps", type=int, help="train fewer steps than the study says, for a look; give another --csv")
+    study.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these (default: all of the study's); of progress: policies")
+    study.add_argument("--steps", type=_count, help="train fewer steps than the study says, for a look; needs a --csv of its own")
     study.add_argument("--out", default="runs/study", help="folder of the runs (%(default)s)")
     study.add_argument("--csv", help="table to add to (data/runs/NAME.csv)")
     return parser
+
+
+def _count(text: str) -> int:
+    """Return a number of steps or rows: 0 would be taken for none given."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
 
 
 def _policy(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +115,7 @@ def _policy(parser: argparse.ArgumentParser) -> None:
 
 
 def _root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", metavar="DIR", help="where the data are: a set's folder, or one that holds folders of sets (VQR1_DATA)")
+    parser.add_argument("--root", metavar="DIR", help="where the public sets are: a set's folder, or one that holds folders of sets (VQR1_DATA)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,15 +323,23 @@ def _pretrain(args) -> int:
 
 
 def _study(args) -> int:
+    if args.name == "progress":  # no grid of trainings
+        return _progress(args)
+
     from vqr1.evaluation import markdown
     from vqr1.studies import study
 
-    if args.name == "progress":  # no grid of trainings
-        from vqr1.progress import main
-
-        main()
-        return EXIT_OK
     print(markdown(study(args.name, args.seeds, args.out, args.csv, args.variants, args.steps)))
+    return EXIT_OK
+
+
+def _progress(args) -> int:
+    from vqr1.evaluation import markdown
+    from vqr1.progress import POLICIES, study
+
+    if args.seeds or args.steps or args.csv:
+        raise ValueError("study progress has neither seeds, steps nor another table; only --variants, the policies, can be given")
+    print(markdown(study(args.variants or POLICIES)))
     return EXIT_OK
 
 

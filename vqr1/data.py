@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.pictures import is_address, open_picture, upright_size
+from vqr1.places import EMBEDDED, data_root
 from vqr1.prompts import messages
 from vqr1.readers import (
     SETS, lacks, meant, public_name, read_comparisons, read_public, read_table,
@@ -55,46 +56,30 @@ SPAWN_FROM = 64
 _CROP = re.compile(r"\d+,\d+,\d+,\d+")
 
 
-# Where the data are
-
-
-def data_root() -> Path:
-    """Return the data folder: the environment's ``VQR1_DATA``, else ``data/`` of the repository.
-
-    Raises FileNotFoundError, saying what to set, when it is not there.
-    """
-    chosen = os.environ.get("VQR1_DATA")
-    root = Path(chosen) if chosen else Path(__file__).resolve().parent.parent / "data"
-    if not root.is_dir():
-        why = "VQR1_DATA names" if chosen else "VQR1_DATA is not set, and beside the package there should be"
-        raise FileNotFoundError(
-            f"{why} {root}, which is not a folder; set VQR1_DATA to the folder that holds photos/ and sim-kadid.csv"
-        )
-    return root
+# Reading a set
 
 
 def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
     """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or by a manifest's path.
 
-    ``root`` is where its images are: by default `data_root` for a name, the manifest's folder for a path. A public set
-    (`vqr1.readers.SETS`, in any spelling: KADID10k) is looked for in ``root`` and in a folder of its name below it.
-    A missing picture of a public set is an error; with ``strict=False`` its row is left out.
+    ``root`` is where its images are: by default `data_root` for a public set, the manifest's folder for a path; an embedded set
+    is always in `EMBEDDED`. A public set (`vqr1.readers.SETS`, in any spelling: KADID10k) is looked for in ``root`` and in a
+    folder of its name below it. A missing picture of a public set is an error; with ``strict=False`` its row is left out.
     ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever
     `read_manifest` and `read_public` raise.
     """
     if str(name).lower().endswith(".csv"):
         return read_manifest(name, root)
-    folder = Path(root) if root else data_root()
     if public := public_name(name):
-        frame = read_public(public, folder, strict)
+        frame = read_public(public, Path(root or data_root()), strict)
         return _kept_columns(frame[frame["image"] != ""].reset_index(drop=True))
-    known = sorted(path.stem for path in folder.glob("sim-*.csv"))
+    known = sorted(path.stem for path in EMBEDDED.glob("sim-*.csv"))
     if name not in known:
         raise ValueError(
-            f"unknown set {str(name)!r}; {folder} has: {', '.join(known) or 'none'}. Public sets: {', '.join(SETS)}. "
+            f"unknown set {str(name)!r}; {EMBEDDED} has: {', '.join(known) or 'none'}. Public sets: {', '.join(SETS)}. "
             "Or give a manifest's path, ….csv"
         )
-    return read_manifest(folder / f"{name}.csv", folder)
+    return read_manifest(EMBEDDED / f"{name}.csv")
 
 
 def load_comparisons(name: str, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
@@ -254,11 +239,11 @@ def _fits(crop: str, size: tuple[int, int]) -> bool:
 def render(row: pd.Series | dict, root: str | Path | None = None) -> Image.Image:
     """Return the row's picture: photograph, distorted at full size, then cropped; the same every time.
 
-    ``row`` is a row of a frame of `read_manifest`, ``root`` the folder of its images (default `data_root`).
+    ``row`` is a row of a frame of `read_manifest`, ``root`` the folder of its images (default `EMBEDDED`).
     Raises ValueError as `open_picture` does, naming the row by its index in the frame.
     """
     where = f"row {row.name} (counted from 0)" if isinstance(row, pd.Series) and row.name is not None else ""
-    return _render(dict(row), Path(root) if root else data_root(), where)
+    return _render(dict(row), Path(root or EMBEDDED), where)
 
 
 def _render(row: dict, root: Path, where: str) -> Image.Image:
@@ -276,14 +261,14 @@ def _render(row: dict, root: Path, where: str) -> Image.Image:
 def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> list[Image.Image]:
     """Return the pictures of all rows, in order, rendered by ``workers`` processes (default: one per core).
 
-    ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `data_root`. Fewer than
+    ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `EMBEDDED`. Fewer than
     `SPAWN_FROM` rows, or ``workers=1``, are rendered in this process. Raises ValueError as `render` does.
     """
     return list(_rendered(frame, root, workers))
 
 
 def _rendered(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> Iterator[Image.Image]:
-    root = Path(root or frame.attrs.get("root") or data_root())
+    root = Path(root or frame.attrs.get("root") or EMBEDDED)
     rows = frame.to_dict("records")
     names = [f"row {label} (counted from 0)" for label in frame.index]
     workers = workers or os.cpu_count() or 1
@@ -320,7 +305,7 @@ class PicturesOnDisk(_Pictures):
     """
 
     def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
-        root = Path(root or frame.attrs.get("root") or data_root())
+        root = Path(root or frame.attrs.get("root") or EMBEDDED)
         super().__init__(len(frame), lambda i: render(frame.iloc[i], root))
 
 

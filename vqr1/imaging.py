@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from vqr1.data import data_root
+from vqr1.data import EMBEDDED
 from vqr1.pretraining import dead_leaves, pink_textures
 
 FILTERS = {
@@ -82,14 +82,13 @@ class Painter(nn.Module):
         return nn.functional.pixel_shuffle(self.out(fine), 2)
 
 
-
 # How the networks were trained
 
 
 def upscaler_batches(seed: int, size: int = 72, batch: int = 8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (enlarged, original), (B, 3, size, size) each: pieces of training photographs, at a random scale."""
-    rng, table = np.random.default_rng(seed), pd.read_csv(data_root() / "photos.csv")
-    photos = [Image.open(data_root() / name).convert("RGB") for name in table.image[table.split == "train"]]
+    rng, table = np.random.default_rng(seed), pd.read_csv(EMBEDDED / "photos.csv")
+    photos = [Image.open(EMBEDDED / name).convert("RGB") for name in table.image[table.split == "train"]]
     while True:
         pieces, scale = [], int(rng.choice(SCALES))
         for photo in (photos[i] for i in rng.integers(len(photos), size=batch)):
@@ -162,7 +161,7 @@ def load_network(name: str, step: int, seed: int = 0) -> nn.Module:
 
     Raises FileNotFoundError for a step that is not stored.
     """
-    path = data_root() / "progress" / f"{name}-{step}.safetensors"
+    path = EMBEDDED / "progress" / f"{name}-{step}.safetensors"
     if step and not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights; stored steps of {name}: 0, {', '.join(map(str, STORED[name]))}")
     with torch.random.fork_rng(devices=[]):

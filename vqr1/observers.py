@@ -31,6 +31,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtr
 
+from vqr1.places import EMBEDDED
+
 CONTENT_SD = 0.126
 INTERACTION_SD = 0.296
 OBSERVERS = 30
@@ -38,7 +40,7 @@ OBSERVER_SD = 0.86
 """Mean of the published observers' standard deviations, in points of the 5-point scale."""
 SEED = 20190605
 MEAN_LIMITS = (1.02, 4.98)
-TABLE = Path(__file__).resolve().parent.parent / "data" / "kadid10k_type_level_mos.csv"
+TABLE = EMBEDDED / "kadid10k_type_level_mos.csv"
 
 
 @functools.cache

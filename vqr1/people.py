@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-TWINS = Path(__file__).resolve().parent.parent / "data" / "biq2021_twins.csv"
+from vqr1.places import EMBEDDED
+
+TWINS = EMBEDDED / "biq2021_twins.csv"
 """BIQ2021's pictures with a near twin: image, group, nearest; printed by `vqr1 data biq2021 --twins`."""
 TWIN_BITS = 35
 """Near twins differ in at most so many of the 256 bits of their dHash,"""

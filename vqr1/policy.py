@@ -31,10 +31,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import is_torchvision_available
 
+from vqr1.places import EMBEDDED
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
 
 LOG = logging.getLogger(__name__)
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-policy"
+TINY = EMBEDDED / "tiny-policy"
 """The embedded policy."""
 
 PATCH = 16

@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import load_state_dict
-from transformers.trainer_utils import get_last_checkpoint
 
-from vqr1.data import CROP, TRAINED, data_root
+from vqr1.data import CROP, EMBEDDED, TRAINED
 from vqr1.distortions import distort
 from vqr1.policy import build_policy, own_names, start_from_energies
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
+from vqr1.runs import last_checkpoint, same_settings, save_settings, step_of
 
 STRENGTH = {"mean_shift": (3, 2, 0, 2, 3), "contrast_change": (4, 3, 2, 2, 3)}
 """Strength of levels 1..5 where the level is not the strength."""
@@ -137,9 +137,9 @@ def corpus() -> list[str]:
 
 @lru_cache(maxsize=1)
 def _photographs(splits: tuple[str, ...]) -> list[np.ndarray]:
-    table = pd.read_csv(data_root() / "photos.csv")
+    table = pd.read_csv(EMBEDDED / "photos.csv")
     names = table.image[table.split.isin(splits)]
-    return [np.asarray(Image.open(data_root() / name).convert("RGB")) for name in names]
+    return [np.asarray(Image.open(EMBEDDED / name).convert("RGB")) for name in names]
 
 
 class Pictures(IterableDataset):
@@ -250,8 +250,8 @@ class Answers:
 
 
 def _train(model: nn.Module, pictures: Pictures, collate, output: Path, steps: int, batch: int, lr: float, seed: int) -> None:
-    found = get_last_checkpoint(output) if output.is_dir() else None
-    done = int(found.rsplit("-", 1)[1]) if found else 0
+    found = last_checkpoint(output)
+    done = step_of(found)
     if done >= steps:
         model.load_state_dict(load_state_dict(f"{found}/model.safetensors"), strict=False)  # tied weights are there once
         return
@@ -265,7 +265,7 @@ def _train(model: nn.Module, pictures: Pictures, collate, output: Path, steps: i
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=pictures, data_collator=collate)
-    trainer.train(resume_from_checkpoint=found)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
     pd.DataFrame(trainer.state.log_history).to_csv(output / "log.csv", index=False)
 
 
@@ -273,9 +273,13 @@ def pretrain(output: str | Path, steps: tuple[int, int] = (2400, 700), batch: in
     """Make the embedded policy again and return the folder of its fp16 checkpoint.
 
     Two stages of `steps` optimizer steps: the vision tower alone, then the language model on what the tower sees.
-    Resumes where it stopped; `output` receives see/, speak/ (checkpoints, log.csv) and policy/.
+    Resumes where it stopped; `output` receives config.yaml, see/, speak/ (checkpoints, log.csv) and policy/.
+    Raises ValueError for a folder that was begun with another batch or seed.
     """
-    output = Path(output)
+    output, settings = Path(output), {"batch": batch, "seed": seed}
+    if last_checkpoint(output / "see"):
+        same_settings(output, settings)
+    save_settings(output, settings)
     model, processor = build_policy(corpus(), seed)
     rows = [row for row, _ in zip(Pictures(processor, seed, procedural=1.0), range(64))]
     start_from_energies(model, _stack(rows)["pixel_values"])

@@ -1,9 +1,8 @@
 """The scorer as a yardstick of progress: how well scores find orders of pictures that are known or assumed, and what misleads them.
 
-``python -m vqr1.progress`` makes what is missing of data/progress/ (networks) and data/runs/progress*.csv (tables).
+``vqr1 study progress`` makes what is missing of data/progress/ (networks) and data/runs/progress*.csv (tables).
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vqr1.data import CROP, data_root
-from vqr1.evaluation import markdown
+from vqr1.data import CROP, EMBEDDED
 from vqr1.imaging import FILTERS, SCALES, STORED, enlarge, leaf_picture, load_network, paint, retouch, shrink, train_network
 from vqr1.metrics import bootstrap, content_agreement, srcc
 from vqr1.pretraining import pink_textures
@@ -41,8 +39,8 @@ def likeness(picture: Image.Image, original: Image.Image) -> tuple[float, float]
 
 def photographs(split: str) -> dict[str, Image.Image]:
     """Return the middle 192x192 px of every photograph of a split, by name."""
-    table = pd.read_csv(data_root() / "photos.csv")
-    return {name: _middle(Image.open(data_root() / name).convert("RGB")) for name in table.image[table.split == split]}
+    table = pd.read_csv(EMBEDDED / "photos.csv")
+    return {name: _middle(Image.open(EMBEDDED / name).convert("RGB")) for name in table.image[table.split == split]}
 
 
 def _middle(photo: Image.Image) -> Image.Image:
@@ -216,7 +214,7 @@ PICTURES, ROUNDS, TRAINING = "progress-pictures.csv", "progress-reward.csv", "pr
 
 def policy_path(name: str) -> str:
     """Return where a policy of the study is: "ranker" in the data folder, everything else by its own name."""
-    return str(data_root() / name) if name == "ranker" else name
+    return str(EMBEDDED / name) if name == "ranker" else name
 
 
 def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
@@ -224,11 +222,13 @@ def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, stored in STORED.items():
-        if not all((folder / f"{name}-{step}.safetensors").is_file() for step in stored):
-            old = read_table(log)
-            _write(log, pd.concat([old[old["network"] != name] if len(old) else old, train_network(name, folder, stored, seed)]), seed)
-    torch.set_num_threads(threads)
+    try:
+        for name, stored in STORED.items():
+            if not all((folder / f"{name}-{step}.safetensors").is_file() for step in stored):
+                old = read_table(log)
+                _write(log, pd.concat([old[old["network"] != name] if len(old) else old, train_network(name, folder, stored, seed)]), seed)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure_part(part: str, name: str, scorer: Scorer, runs: Path) -> None:
@@ -241,7 +241,7 @@ def measure_part(part: str, name: str, scorer: Scorer, runs: Path) -> None:
         rows = upscalings(photographs("test")) + upscalings(photographs("val"), scales=(3,))
     else:
         rows = paintings() if part == "painting" else retouchings(photographs("test"))
-    splits = pd.read_csv(data_root() / "photos.csv").set_index("image")["split"]
+    splits = pd.read_csv(EMBEDDED / "photos.csv").set_index("image")["split"]
     table = measured(rows, scorer)
     _add(runs / PICTURES, table.assign(split=table["reference"].map(splits)), part, name)
 
@@ -273,8 +273,8 @@ def study(policies: Sequence[str] = POLICIES, runs: Path | None = None) -> pd.Da
 
     runs: folder of the tables, data/runs by default. What has its rows is not scored again.
     """
-    runs = runs or data_root() / "runs"
-    make_networks(data_root() / "progress", runs / TRAINING)
+    runs = runs or EMBEDDED / "runs"
+    make_networks(EMBEDDED / "progress", runs / TRAINING)
     done = read_table(runs / PICTURES)
     todo = {(name, part) for name in policies for part in PARTS} - set(zip(done.get("policy", []), done.get("part", [])))
     print(f"{len(todo)} parts to be scored: about {len(todo)} minutes on two cores", flush=True)
@@ -296,12 +296,3 @@ def _write(path: Path, table: pd.DataFrame, seed: int = 0) -> None:
     part = path.with_suffix(".tmp")
     part.write_text(f"# {machine_line(seed)}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
     part.replace(path)
-
-
-def main() -> None:
-    """Make what is missing of networks and tables for the policies named on the command line, or for all; print the agreement."""
-    print(markdown(study(sys.argv[1:] or POLICIES)))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vqr1.data import COLUMNS, CROP, HELD_OUT, TRAINED, UNRATED, data_root
+from vqr1.data import COLUMNS, CROP, EMBEDDED, HELD_OUT, TRAINED, UNRATED
 from vqr1.distortions import distort
 from vqr1.observers import SEED, photograph_rng, rate
 from vqr1.pictures import upright_size
@@ -55,7 +55,7 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
     depends on ``seed`` and the photograph's name and size alone. sim-five, sim-hundred, sim-elo: rows of sim-kadid,
     rated on other scales (`mixture_set`), each photograph in one of them.
     """
-    root = Path(root) if root else data_root()
+    root = Path(root or EMBEDDED)
     photos = pd.read_csv(root / "photos.csv", dtype=str)
     sizes = {name: upright_size(root / name, str(root / "photos.csv")) for name in photos["image"]}
     rows = pd.concat([_all_cells(name, sizes[name], seed) for name in photos["image"]])
@@ -98,7 +98,7 @@ def mixture_set(rows: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def build_sim_sets(root: str | Path | None = None, out: str | Path | None = None) -> dict[str, int]:
     """Write the manifests into ``out`` (default: ``root``), always the same bytes; return the row counts."""
-    root = Path(root) if root else data_root()
+    root = Path(root or EMBEDDED)
     sets = sim_sets(root)
     for name, frame in sets.items():
         path = Path(out or root) / f"{name}.csv"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ import pandas as pd
 import torch
 
 from vqr1.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
-from vqr1.data import UNRATED, realigned, render_rows
+from vqr1.config import check_config, load_config
+from vqr1.data import EMBEDDED, UNRATED, realigned, render_rows
 from vqr1.evaluation import SETS, Rows, agreement, evaluate, evaluation_rows, naming
 from vqr1.metrics import Statistic, frame_srcc, frame_within_level_srcc, over_sets, seed_difference
 from vqr1.policy import load_policy, lora_config
 from vqr1.simulated import MIXTURE
-from vqr1.training import grpo_config, images_per_step, load_config, machine_line, set_rows, train
+from vqr1.training import grpo_config, images_per_step, machine_line, set_rows, train
 
 COLUMNS = [
     "study", "variant", "seed", "set", "estimate", "photographs", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi",
@@ -72,6 +73,8 @@ FULL = dict.fromkeys(SETS)
 ALL = {"sets": list(MIXTURE)}
 AGAIN = {"policy": "runs/pretrain-1/policy"}
 """A second pretraining seed, of half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
+# Rows of data/runs/ whose header names a commit before the configurations became bounded are by the paper's reward, which is
+# not: a row that is made again is compared with those only after all of its study is.
 STUDIES = {
     "demo": Study("cpu", FULL, "before", {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20),
     "controls": Study("cpu-study", {"sim-kadid": 288}, "before", {
@@ -123,16 +126,17 @@ STUDIES = {
     }),
     "pretraining-long": Study("cpu", dict.fromkeys(("sim-kadid", "sim-unseen")), "before", {
         "before": Variant(1, AGAIN, method="before"),
-        "ranking": Variant(2, AGAIN),
-        "bounded": Variant(2, AGAIN | {"variant": {"bounded": True}}),
+        "ranking": Variant(2, AGAIN | {"variant": {"bounded": False}}),
+        "bounded": Variant(2, AGAIN),
     }, minutes=9),
 }  # fmt: skip
 
 
 def changed(config: dict, change: dict, seed: int) -> dict:
-    """Return a configuration with a variant's changes (grpo: key by key) and a seed."""
-    grpo = config["grpo"] | change.get("grpo", {}) | {"seed": seed}
-    return config | {key: value for key, value in change.items() if key != "rows"} | {"grpo": grpo}
+    """Return a configuration with a variant's changes (grpo and variant: key by key) and a seed."""
+    merged = {key: config[key] | change.get(key, {}) for key in ("grpo", "variant")}
+    merged["grpo"] |= {"seed": seed}
+    return config | {key: value for key, value in change.items() if key != "rows"} | merged
 
 
 @cache
@@ -144,37 +148,70 @@ def _test_rows(sets: tuple) -> dict[str, Rows]:
 def training_frame(config: dict, kind: str | None = None, pool: int | None = POOL) -> pd.DataFrame:
     """Return the rows that a variant is trained on: at most `pool` of each set, a fixed sample; None: all.
 
-    kind: "permuted" deals each photograph's MOS anew to its pairs of distortion and level, which leaves nothing to learn; "realigned" stretches
-    each set to 1..5; "across" gives all sets one name, so that their raw MOS are compared.
+    kind: of `ROWS`. Raises ValueError for another.
     """
+    if kind not in ROWS:
+        raise ValueError(f"rows {kind!r} are unknown; use one of {', '.join(map(str, ROWS))}")
     rows = set_rows(config, "train")
     if pool:
         each = pool // len(config["sets"])
         rows = pd.concat([group.sample(min(len(group), each), random_state=0) for _, group in rows.groupby("dataset")], ignore_index=True)
-    if kind == "permuted":
-        deal = np.random.default_rng(config["grpo"]["seed"]).permutation
-        return rows.assign(mos=rows.groupby("reference")["mos"].transform(deal))
-    return {"realigned": realigned, "across": lambda frame: frame.assign(dataset="all")}.get(kind, lambda frame: frame)(rows)
+    return ROWS[kind](rows, config["grpo"]["seed"])
+
+
+def _permuted(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Deal each photograph's MOS anew to its pairs of distortion and level, which leaves nothing to learn."""
+    deal = np.random.default_rng(seed).permutation
+    return rows.assign(mos=rows.groupby("reference")["mos"].transform(deal))
+
+
+ROWS = {
+    None: lambda rows, seed: rows,
+    "permuted": _permuted,
+    "realigned": lambda rows, seed: realigned(rows),
+    "across": lambda rows, seed: rows.assign(dataset="all"),
+}
+"""What a variant may do to its training rows. realigned: each set stretched to 1..5; across: all sets get one name, so that
+their raw MOS are compared."""
+
+
+def _cnn(policy, frame, images, ranker: bool, seed: int) -> Callable:
+    model = train_cnn(frame, images, ranker=ranker, steps=120, seed=seed)
+    return lambda pictures: score_cnn(model, pictures)
+
+
+def _tower(policy, frame, images, ranker: bool, seed: int) -> Callable:
+    head = train_head(policy, frame, images, ranker=ranker, steps=300, seed=seed)
+    return lambda pictures: score_head(policy, head, pictures)
+
+
+SCORERS = {"brisque": brisque, "piqe": piqe}
+NETWORKS = {
+    f"{name} {how}": partial(make, ranker=how == "ranker")
+    for name, make in (("cnn", _cnn), ("tower", _tower)) for how in ("regressor", "ranker")
+}  # fmt: skip
+METHODS = ("rl", "before", "supervised", *SCORERS, *NETWORKS)
+"""How a variant comes to scores."""
 
 
 def _learned(method: str, config: dict, rows: str | None, output: Path, pool: int | None) -> tuple | Callable:
-    """Return what a variant's training leaves: a policy (model, processor), or a function from pictures to scores."""
+    """Return what a variant's training leaves: a policy (model, processor), or a function from pictures to scores.
+
+    Raises ValueError for a method that is none of `METHODS`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
     if method == "before":
         return load_policy(config["policy"])
-    if method in ("brisque", "piqe"):
-        return {"brisque": brisque, "piqe": piqe}[method]
+    if method in SCORERS:
+        return SCORERS[method]
     frame, seed = training_frame(config, rows, pool), config["grpo"]["seed"]
     if method == "rl":
         return load_policy(train(config, output, resume=True, frame=frame))
     policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
     if method == "supervised":
         return supervised(policy, frame, images, steps=150, seed=seed, adapter=lora_config(**config["lora"]))
-    kind, how = method.split()
-    if kind == "cnn":
-        model = train_cnn(frame, images, ranker=how == "ranker", steps=120, seed=seed)
-        return lambda pictures: score_cnn(model, pictures)
-    head = train_head(policy, frame, images, ranker=how == "ranker", steps=300, seed=seed)
-    return lambda pictures: score_head(policy, head, pictures)
+    return NETWORKS[method](policy, frame, images, seed=seed)
 
 
 def run(plan: Study, variant: str, seed: int, output: Path, steps: int | None = None) -> dict[str, pd.DataFrame]:
@@ -182,14 +219,14 @@ def run(plan: Study, variant: str, seed: int, output: Path, steps: int | None = 
 
     steps: fewer than the configuration's, for a quick look.
     """
-    torch.set_num_threads(1)  # there is a process for every core
     line = plan.variants[variant]
     config = changed(load_config(plan.config), line.change, seed)
     if steps:
         config["grpo"] |= {"max_steps": steps}
+    check_config(config, f"variant {variant}")
     start = time.process_time()
     learned = _learned(line.method, config, line.change.get("rows"), output, POOL if plan.config == "cpu-study" else None)
-    seconds = time.process_time() - start if line.method not in ("before", "brisque", "piqe") else np.nan
+    seconds = time.process_time() - start if line.method not in ("before", *SCORERS) else np.nan
     sets = _test_rows(tuple(plan.sets.items()))
     if isinstance(learned, tuple):
         tables = evaluate(learned, sets, modes=(config["thinking"],))[1]
@@ -218,21 +255,25 @@ def study(name: str, seeds: list[int] | None = None, output: str | Path = "runs/
           variants: list[str] | None = None, steps: int | None = None, processes: int = 2) -> pd.DataFrame:  # fmt: skip
     """Make what is missing of a study's rows, `processes` runs at a time, and return all of them.
 
-    seeds, variants: only these, default all of the study's. csv: where the rows are kept, default data/runs/NAME.csv. A row is written as
-    soon as it is made; stopped, the same command goes on. Raises ValueError for an unknown study or variant.
+    seeds, variants: only these, default all of the study's. csv: where the rows are kept, default data/runs/NAME.csv of the
+    project. A row is written as soon as it is made; stopped, the same command goes on. Raises ValueError for a study, variant or
+    seed that there is not, and for `steps` without a `csv`: short runs are no rows of the study.
     """
-    plan, csv = _plan(name), Path(csv or Path("data/runs") / f"{name}.csv")
-    unknown = set(variants or ()) - set(plan.variants)
-    if unknown:
-        raise ValueError(f"study {name} has no variant {sorted(unknown)[0]!r}; it has {', '.join(plan.variants)}")
+    plan = _plan(name)
+    _check_wanted(name, plan, variants, seeds)
+    if steps and not csv:
+        raise ValueError(f"runs of {steps} steps are no rows of study {name}; give them a table of their own, by --csv")
+    csv = Path(csv or EMBEDDED / "runs" / f"{name}.csv")
     made = read_study(csv)
     done = set(zip(made["variant"], made["seed"]))
-    todo = [(variant, seed) for seed in range(5) for variant, line in plan.variants.items()
+    todo = [(variant, seed) for seed in _seeds(plan) for variant, line in plan.variants.items()
             if seed < line.seeds and (not variants or variant in variants) and (seeds is None or seed in seeds) and (variant, seed) not in done]  # fmt: skip
     print(f"{len(todo)} of {sum(line.seeds for line in plan.variants.values())} runs to make, about {len(todo) * plan.minutes / processes / 60:.1f} hours", flush=True)
     if not todo:
         return made
-    with ProcessPoolExecutor(min(processes, len(todo)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(processes, len(todo)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:  # a process for every core
         jobs = {pool.submit(run, plan, variant, seed, _folder(Path(output), name, variant, seed), steps): (variant, seed) for variant, seed in todo}
         for job in as_completed(jobs):
             made = _keep(csv, jobs[job], job.result(), made)
@@ -246,6 +287,17 @@ def _plan(name: str) -> Study:
     if name not in STUDIES:
         raise ValueError(f"study {name!r} is unknown; use one of {', '.join(STUDIES)}")
     return STUDIES[name]
+
+
+def _seeds(plan: Study) -> range:
+    return range(max(line.seeds for line in plan.variants.values()))
+
+
+def _check_wanted(name: str, plan: Study, variants: list[str] | None, seeds: list[int] | None) -> None:
+    for what, given, there in (("variant", variants, list(plan.variants)), ("seed", seeds, list(_seeds(plan)))):
+        for value in given or ():
+            if value not in there:
+                raise ValueError(f"study {name} has no {what} {value!r}; it has {', '.join(map(str, there))}")
 
 
 def _folder(output: Path, study: str, variant: str, seed: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from vqr1.data import data_root
+from vqr1.data import EMBEDDED, data_root
 from vqr1.evaluation import Rows, agreement, evaluation_rows, markdown, save_scores, score_rows, unread
 from vqr1.metrics import bootstrap, frame_plcc
 from vqr1.policy import load_policy
@@ -15,7 +15,6 @@ from vqr1.readers import SETS
 from vqr1.scoring import Scorer
 from vqr1.training import machine_line
 
-DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = ("bid", "clive", "koniq-10k", "spaq", "liu13", "sriqa-bench", "min19", "agiqa-3k")
 """The sets of Table 2, in its order."""
 GIB = 2**30
@@ -27,7 +26,7 @@ def published(table: int) -> pd.DataFrame:
     >>> published(2).query("metric == 'srcc' and method == 'VisualQuality-R1'")["koniq-10k"].item()
     0.83
     """
-    return pd.read_csv(DATA / f"table{table}.csv", comment="#")
+    return pd.read_csv(EMBEDDED / f"table{table}.csv", comment="#")
 
 
 def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[str, Rows], dict[str, str]]:

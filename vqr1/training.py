@@ -5,69 +5,32 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
-from peft import LoraConfig
 from transformers import ProcessorMixin, ProgressCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.cards import model_card
+from vqr1.config import CONFIGS, TRL_DEFAULTS, check_config, load_config  # noqa: F401: notebooks know them from here
 from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
 from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
+from vqr1.runs import last_checkpoint, resume_from, save_settings, step_of  # noqa: F401
 from vqr1.scoring import Scorer
 from vqr1.sharing import SHARED, process_once, share
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
-KEYS = {
-    "policy", "quantize", "dtype", "pixels", "lora", "frozen", "sets", "root", "thinking", "numbered", "reward", "variant",
-    "share", "validation", "grpo",
-}  # fmt: skip
 LOG = {
     "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
     "length": "completions/mean_length", "kl": "kl", "unparseable": "unparseable", "score_std": "score_std",
     "val_srcc": "val_srcc", "val_plcc": "val_plcc", "val_family": "val_family", "val_unscored": "val_unscored", "seconds": "seconds",
 }  # fmt: skip
 """Column of log.csv -> key in TRL's logs."""
-
-
-def load_config(name_or_path: str | Path) -> dict:
-    """Return a training configuration by its name (cpu) or its path, checked.
-
-    Raises FileNotFoundError listing the names, and ValueError naming the file and a key that is missing or unknown,
-    in it or among GRPOConfig's under ``grpo``.
-
-    >>> load_config("cpu")["grpo"]["num_generations"]
-    6
-    """
-    path = CONFIGS / f"{name_or_path}.yaml"
-    path = path if path.is_file() else Path(name_or_path)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise FileNotFoundError(f"no configuration {str(name_or_path)!r}; give one of {names}, or the path of a YAML file")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML in UTF-8 ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("grpo", {}), dict):
-        raise ValueError(f"{path}: not a mapping of keys, with one of trl.GRPOConfig's under grpo")
-    for problem, keys in (("is missing", KEYS - set(config)), ("is unknown", set(config) - KEYS)):
-        if keys:
-            raise ValueError(f"{path}: key {sorted(keys)[0]!r} {problem}; the keys are {', '.join(sorted(KEYS))}")
-    unknown = set(config["grpo"]) - {field.name for field in fields(GRPOConfig)}
-    if unknown:
-        raise ValueError(f"{path}: key {sorted(unknown)[0]!r} under grpo is unknown to trl.GRPOConfig")
-    if config["dtype"] not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"{path}: dtype {config['dtype']!r} is not one of float32, bfloat16, float16, null")
-    return config
 
 
 def config_for_device() -> str:
@@ -82,40 +45,31 @@ def config_for_device() -> str:
 
 
 def grpo_config(config: dict, output: Path) -> GRPOConfig:
-    """Return TRL's settings for a configuration; ValueError for those that cannot rank or need a GPU that is not there."""
+    """Return TRL's settings for a configuration; ValueError for what TRL does not take, or a GPU that is not there."""
     grpo = {"report_to": "none"} | config["grpo"]
-    if grpo.get("num_generations", 8) < 2:
-        raise ValueError(f"num_generations is {grpo['num_generations']}: a group needs at least 2 answers to have a mean and a variance")
+    if "max_steps" not in grpo:
+        raise ValueError("max_steps is missing: say under grpo, or by --steps, for how many steps to train")
     if not grpo.get("use_cpu") and not torch.cuda.is_available():
         raise ValueError(
             "this configuration is for a GPU, and torch sees none; on a CPU use --config cpu, or set use_cpu: true and bf16: false under grpo"
         )
-    args = GRPOConfig(output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, **grpo)
-    if args.max_steps < 1:
-        raise ValueError(f"max_steps is {args.max_steps}: say under grpo, or by --steps, for how many steps to train")
-    return args
+    try:
+        return GRPOConfig(output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, **grpo)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ValueError(f"trl.GRPOConfig does not take what is under grpo: {' '.join(str(error).split())}") from error
 
 
 def rewards(config: dict) -> list:
     """Return the reward functions of a configuration: what is to be learned, and the format, 1:1 as in the official code."""
     form = format_reward if config["thinking"] else answer_format_reward
-    k = config["grpo"].get("num_generations", 8)  # TRL's default
+    k = config["grpo"].get("num_generations", TRL_DEFAULTS["num_generations"])
     chosen = {
-        "ranking": lambda: [_ranking(k, config["variant"])],
+        "ranking": lambda: [RankingReward(k, **config["variant"])],
         "threshold": lambda: [ThresholdReward()],
         "absolute": lambda: [absolute_error_reward],
         "format": lambda: [],
     }
-    if config["reward"] not in chosen:
-        raise ValueError(f"reward {config['reward']!r} is unknown; use one of {', '.join(chosen)}")
     return chosen[config["reward"]]() + [form]
-
-
-def _ranking(k: int, variant: dict) -> RankingReward:
-    try:
-        return RankingReward(k, **variant)
-    except TypeError as error:
-        raise ValueError(f"variant {variant}: {error}") from error
 
 
 def images_per_step(args: GRPOConfig) -> int:
@@ -238,26 +192,16 @@ def machine_line(seed: int | str) -> str:
     return f"{where}; Python {platform.python_version()}, {versions}; seed {seed}; commit {commit}; {time.strftime('%Y-%m-%d')}"
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint; one that a kill left half written has no trainer_state.json yet."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def resume_from(output: Path, resume: bool) -> Path | None:
-    """Return the checkpoint of a run's folder to go on from; FileExistsError if there is one and `resume` was not asked for."""
-    found = last_checkpoint(output / "checkpoints")
-    if found and not resume:
-        raise FileExistsError(f"{output} already holds a run, at {found.name}; go on with it by --resume, or give another folder")
-    return found
-
-
 def freeze(model: torch.nn.Module, names: list[str]) -> None:
-    """Stop training the parameters with one of `names` in their path.
+    """Stop training the parameters with one of `names` in their path; ValueError for a name that none has.
 
     A frozen vision tower must not ask for input gradients either: with gradient checkpointing the backward pass would
     run through all of it for nothing.
     """
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    unknown = set(names) - parts
+    if unknown:
+        raise ValueError(f"frozen {sorted(unknown)[0]!r} is no part of the policy; name visual, language_model, …")
     for name, parameter in model.named_parameters():
         if any(part in name.split(".") for part in names):
             parameter.requires_grad = False
@@ -269,14 +213,18 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     """Return the configured trainer: TRL's own, with our rewards, rows and settings.
 
     policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the sets'.
-    Raises ValueError for settings that cannot rank (K = 1, one image per batch, an unknown reward) before the model is loaded.
+    Raises ValueError for settings that cannot be meant (`check_config`) before the model is loaded.
     """
-    args, functions, adapter = grpo_config(config, output), rewards(config), _adapter(config)
+    check_config(config)
+    args, functions = grpo_config(config, output), rewards(config)
+    adapter = None if config["lora"] is None else lora_config(**config["lora"])
     rows = training_rows(config, args, frame)
     dtype = getattr(torch, config["dtype"]) if config["dtype"] else None
     model, processor = policy or load_policy(config["policy"], config["quantize"], dtype, config["pixels"])
     bar(args, processor)
     freeze(model, config["frozen"])
+    if not adapter and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"frozen {config['frozen']} leaves nothing to train; freeze less, or give lora")
     if adapter:
         model.name_or_path = str(config["policy"])  # what peft notes as an adapter's base: the name given, not its folder
     trainer = GRPOTrainer(
@@ -305,13 +253,6 @@ def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
     args.generation_kwargs = own | {key: [*(own.get(key) or []), *never]}
 
 
-def _adapter(config: dict) -> LoraConfig | None:
-    try:
-        return lora_config(**config["lora"]) if config["lora"] else None
-    except TypeError as error:
-        raise ValueError(f"lora {config['lora']}: {error}") from error
-
-
 def sharded(trainer: GRPOTrainer) -> bool:
     """Tell whether the weights are spread over the processes."""
     return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -328,21 +269,21 @@ def train(
 ) -> Path:
     """Train and return the folder of the trained policy; see `build_trainer` for policy and frame.
 
-    Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes on from the last checkpoint.
+    Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes on from the last checkpoint,
+    with the settings that the run was begun with (`vqr1.runs.resume_from`; rows given as `frame` are not compared).
     shown: a callback that shows how far it is, instead of the progress bar.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    found = resume_from(output, resume)
-    (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    check_config(config)
+    found = resume_from(output, resume, config)
+    save_settings(output, config)
     trainer = build_trainer(config, output, policy, frame)
     scorer = Scorer(
         (trainer.model, trainer.processing_class), config["thinking"], numbered=config["numbered"],
         max_new_tokens=trainer.args.max_completion_length, seed=trainer.args.seed,
     )  # fmt: skip
-    resumed_at = int(found.name.split("-")[1]) if found else 0
     rows = validation_rows(config)
-    log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], resumed_at, sharded(trainer))
+    log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], step_of(found), sharded(trainer))
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another class in notebooks
     trainer.add_callback(log)
     trainer.add_callback(shown or Progress(log))
