@@ -77,7 +77,7 @@ def real_sets() -> Path:
 def untrained():
     """(model, processor) of the embedded policy before any training. Shared: copy the model to change it."""
     from vqr1.policy import build_policy
-    from vqr1.pretraining import corpus
+    from vqr1.experiments.pretraining import corpus
 
     model, processor = build_policy(corpus(), 0)
     return model.eval(), processor

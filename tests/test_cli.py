@@ -13,9 +13,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from vqr1 import demo, training
+from vqr1 import training
+from vqr1.experiments import demo
 from vqr1.cli import _parser, main
-from vqr1.data import COLUMNS
+from vqr1.data.manifests import COLUMNS
 from vqr1.training import last_checkpoint, load_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -97,7 +97,7 @@ def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:
-    """The absolute names that a file imports, "vqr1.data" for ``from vqr1 import data`` too."""
+    """The absolute names that a file imports, "vqr1.data.manifests" for ``from vqr1 import data`` too."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     names = set()
     for node in tree.body if top_level else ast.walk(tree):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vqr1 import evaluation
-from vqr1.data import COLUMNS, open_picture
+from vqr1.data.manifests import COLUMNS, open_picture
 from vqr1.evaluation import Rows, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores, score_rows
 from vqr1.scoring import OPEN, Score
 

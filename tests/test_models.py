@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from vqr1 import policy, training
 from vqr1.cards import model_card
-from vqr1.data import COLUMNS, load_ratings
+from vqr1.data.manifests import COLUMNS, load_ratings
 from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor, load_policy, lora_config, memory_by_part, qwen_config
 from vqr1.prompts import messages
 from vqr1.scoring import Scorer

@@ -193,8 +193,8 @@ sys.modules["google.colab"] = types.ModuleType("google.colab")
 before = importlib.metadata.version("torch")
 {setup_cell(NOTEBOOKS[0]).replace("/content", str(tmp_path))}
 assert importlib.metadata.version("torch") == before and "torch" not in sys.modules
-import vqr1, vqr1.data
-print(vqr1.__file__, vqr1.data.data_root(), os.getcwd(), len(pins), sep="\\n")
+import vqr1, vqr1.data.manifests
+print(vqr1.__file__, vqr1.data.manifests.data_root(), os.getcwd(), len(pins), sep="\\n")
 """
     replaced = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf", "GIT_CONFIG_VALUE_0": REPOSITORY}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | replaced

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from vqr1.cli import main
-from vqr1.data import load_comparisons, load_ratings, render
+from vqr1.data.manifests import load_comparisons, load_ratings, render
 from vqr1.metrics import srcc
-from vqr1.people import TWINS
-from vqr1.readers import SETS, home, read_public
+from vqr1.data.people_sets import TWINS
+from vqr1.data.public_sets import SETS, home, read_public
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import GenerationConfig, ProcessorMixin
 
-from vqr1.data import load_ratings
+from vqr1.data.manifests import load_ratings
 from vqr1.policy import base_of, load_policy, load_processor, lora_config
 from vqr1.prompts import messages
 from vqr1.sharing import look_once, prefill_once, process_once, prompt_once

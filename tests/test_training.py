@@ -27,7 +27,7 @@ from transformers import TrainerState
 
 from vqr1 import training
 from vqr1.cli import main
-from vqr1.data import load_ratings, render
+from vqr1.data.manifests import load_ratings, render
 from vqr1.plots import LivePlot
 from vqr1.policy import load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING

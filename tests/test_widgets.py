@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vqr1 import widgets
-from vqr1.data import EMBEDDED, load_ratings, render_rows
-from vqr1.observers import pairwise_votes
+from vqr1.data.manifests import EMBEDDED, load_ratings, render_rows
+from vqr1.data.observers import pairwise_votes
 from vqr1.prompts import parse_score
 from vqr1.scoring import Score, Scorer
 from vqr1.training import load_config, train

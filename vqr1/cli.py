@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(args) -> int:
-    from vqr1.demo import demo
+    from vqr1.experiments.demo import demo
 
     print(demo(args.out, args.config, args.resume, args.steps, args.limit))
     print(f"Written to {args.out}: report.md, log.csv, policy/, training.png, scatter.png, pictures.jpg")
@@ -158,7 +158,7 @@ def _train(args) -> int:
 def _score(args) -> int:
     import warnings
 
-    from vqr1.bulk import RowFile, find_pictures, shard
+    from vqr1.serving.bulk import RowFile, find_pictures, shard
     from vqr1.scoring import WINDOW, Scorer
 
     warnings.filterwarnings("ignore", module="PIL")  # what it says of damaged or large files stands in their rows
@@ -175,7 +175,7 @@ def _score(args) -> int:
 
 
 def _print_scores(scorer, pictures: list[str], settings: dict) -> int:
-    from vqr1.bulk import COLUMNS, score_rows, to_csv
+    from vqr1.serving.bulk import COLUMNS, score_rows, to_csv
 
     failed = False
     try:
@@ -194,7 +194,7 @@ def _print_scores(scorer, pictures: list[str], settings: dict) -> int:
 def _write_scores(file, scorer, pictures: list[str]) -> int:
     from tqdm import tqdm
 
-    from vqr1.bulk import plain, score_rows
+    from vqr1.serving.bulk import plain, score_rows
 
     left = [picture for picture in pictures if plain(picture) not in file.done]
     here = len(pictures) - len(left)
@@ -238,7 +238,7 @@ def _evaluate(args) -> int:
     from vqr1.evaluation import FAMILY, evaluate, evaluation_rows, markdown, oracles, save_scores, unread
 
     if args.suite:
-        from vqr1.table2 import table2
+        from vqr1.experiments.table2 import table2
 
         print(table2(args.policy, args.root, args.estimates or ["expected"], args.limit, args.out))
         return EXIT_OK
@@ -258,8 +258,8 @@ def _evaluate(args) -> int:
 
 
 def _data(args) -> int:
-    from vqr1.data import data_root, load_ratings
-    from vqr1.readers import SETS, public_name, read_public
+    from vqr1.data.manifests import data_root, load_ratings
+    from vqr1.data.public_sets import SETS, public_name, read_public
 
     if args.list or not args.name:
         print(*(f"{name}: {s.title}; {s.rows} pictures\n    where: {s.source}\n    size: {s.size}; licence: {s.licence}\n    expected: {s.layout}\n"
@@ -291,8 +291,8 @@ def _data(args) -> int:
 
 
 def _twins(name: str | None, root: str | Path) -> int:
-    from vqr1.people import TWIN_BITS, TWIN_CORRELATION, near_twins
-    from vqr1.readers import read_public
+    from vqr1.data.people_sets import TWIN_BITS, TWIN_CORRELATION, near_twins
+    from vqr1.data.public_sets import read_public
 
     if name != "biq2021":
         raise ValueError("--twins is for biq2021 alone: its official split is known to have them")
@@ -306,7 +306,7 @@ def _twins(name: str | None, root: str | Path) -> int:
 
 
 def _sheet(args) -> int:
-    from vqr1.data import open_picture
+    from vqr1.data.manifests import open_picture
     from vqr1.distortions import contact_sheet
 
     contact_sheet(open_picture(args.images[0])).save(args.out)
@@ -315,7 +315,7 @@ def _sheet(args) -> int:
 
 
 def _pretrain(args) -> int:
-    from vqr1.pretraining import pretrain
+    from vqr1.experiments.pretraining import pretrain
 
     options = {"steps": tuple(args.steps)} if args.steps else {}
     print(f"The policy is in {pretrain(args.out, seed=args.seed, **options)}")
@@ -327,7 +327,7 @@ def _study(args) -> int:
         return _progress(args)
 
     from vqr1.evaluation import markdown
-    from vqr1.studies import study
+    from vqr1.experiments.studies import study
 
     print(markdown(study(args.name, args.seeds, args.out, args.csv, args.variants, args.steps)))
     return EXIT_OK
@@ -335,7 +335,7 @@ def _study(args) -> int:
 
 def _progress(args) -> int:
     from vqr1.evaluation import markdown
-    from vqr1.progress import POLICIES, study
+    from vqr1.experiments.yardstick import POLICIES, study
 
     if args.seeds or args.steps or args.csv:
         raise ValueError("study progress has neither seeds, steps nor another table; only --variants, the policies, can be given")

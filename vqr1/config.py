@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from trl import GRPOConfig
 
 from vqr1.policy import lora_config
-from vqr1.readers import public_name
+from vqr1.data.public_sets import public_name
 from vqr1.rewards import RankingReward
 from vqr1.thurstone import ranking_reward
 

@@ -11,13 +11,13 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from vqr1.data import UNRATED, RenderedPictures, dominance_pairs, load_ratings
+from vqr1.data.manifests import UNRATED, RenderedPictures, dominance_pairs, load_ratings
 from vqr1.distortions import FAMILIES
 from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
-from vqr1.observers import oracle_scores
-from vqr1.pretraining import true_strength
+from vqr1.data.observers import oracle_scores
+from vqr1.experiments.pretraining import true_strength
 from vqr1.prompts import format_ok, named_distortions, named_severity
-from vqr1.readers import PER_CONTENT
+from vqr1.data.public_sets import PER_CONTENT
 from vqr1.scoring import Score, Scorer
 
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed")

@@ -26,10 +26,10 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from vqr1 import answers
-from vqr1.answers import OPENINGS, RARE, VALUES
-from vqr1.engines import Refused, Vllm, load_vllm
-from vqr1.pictures import TAKEN, Picture, is_one, listed, read_picture
+from vqr1.engines import answers
+from vqr1.engines.answers import OPENINGS, RARE, VALUES
+from vqr1.engines.vllm import Refused, Vllm, load_vllm
+from vqr1.data.images import TAKEN, Picture, is_one, listed, read_picture
 from vqr1.policy import base_of, load_policy, never_sampled
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.sharing import prefill
@@ -99,7 +99,7 @@ class Scorer:
     """Score pictures with a policy.
 
     estimate="expected": the mean and deviation of the model's own distribution over the answers that `parse_score` reads and that
-    begin with their number: 0 to 10 with up to two decimals (`vqr1.answers`), exact, from token probabilities. A number counts
+    begin with their number: 0 to 10 with up to two decimals (`vqr1.engines.answers`), exact, from token probabilities. A number counts
     where no digit, point or sign of doubt follows it; what comes later is not looked at, so `mass` is too large by the
     probability of answers as `3.5 or 4`, and the likeliest answer alone is followed to its end: if `parse_score` does not read it,
     the row is an error. With thinking, the reasoning is generated greedily first, and mean and deviation are given that reasoning:
@@ -110,7 +110,7 @@ class Scorer:
     score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
     numbered: "Picture 1: " before the picture (`prompts.messages`).
 
-    engine="vllm" asks vLLM instead of transformers; see `vqr1.engines`, also for what was not run.
+    engine="vllm" asks vLLM instead of transformers; see `vqr1.engines.vllm`, also for what was not run.
 
     Pictures are decoded ahead in background threads, sorted by size into batches (`batch_size` pictures at most, fewer if they are
     large), and each goes through the vision tower once.

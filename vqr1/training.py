@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.cards import model_card
 from vqr1.config import CONFIGS, TRL_DEFAULTS, check_config, load_config  # noqa: F401: notebooks know them from here
-from vqr1.data import load_ratings, one_set_batches, pictures_of, prompt_rows
+from vqr1.data.manifests import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.bulk import picture_endings
-from vqr1.data import COLUMNS, CROP, open_picture, read_manifest, render_rows
+from vqr1.serving.bulk import picture_endings
+from vqr1.data.manifests import COLUMNS, CROP, open_picture, read_manifest, render_rows
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.metrics import srcc
 from vqr1.plots import bells, jpeg

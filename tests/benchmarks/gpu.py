@@ -30,7 +30,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
 
-from vqr1.data import load_ratings, render_rows  # noqa: E402
+from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
 from vqr1.policy import (  # noqa: E402
     CHAT_TEMPLATE, PROMPT_TOKENS, SPECIAL, TINY, PictureProcessor, default_dtype, four_bit, keep_gradients, load_processor,
     memory_by_part, qwen_config,

@@ -1,0 +1,320 @@
+"""vLLM's side of the Scorer, without vLLM: a stand-in answers its requests with real numbers of the embedded policy, from transformers."""
+
+import copy
+import itertools
+import math
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import pushed
+from PIL import Image
+
+from vqr1.engines import vllm as engines
+from vqr1.engines.answers import ANSWERS, BEGINNINGS, COLUMNS, OPENINGS, VALUES, tokens_of
+from vqr1.engines.vllm import RANKS, Vllm, chance, distribution, llm_options, load_vllm, request, unasked
+from vqr1.policy import BASE, VISION, load_policy, lora_config
+from vqr1.prompts import messages
+from vqr1.scoring import OPEN, Scorer
+
+
+@dataclass
+class SamplingParams:
+    """The fields of vLLM 0.31's that are used, with its defaults; another name is a TypeError, as there."""
+
+    n: int = 1
+    temperature: float = 1.0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    max_tokens: int = 16
+    logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    detokenize: bool = True
+
+
+class LLM:
+    """Answers vLLM's requests with the embedded policy, one plain forward or `generate` of transformers for each length."""
+
+    def __init__(self, policy, **options):
+        (self.model, self.processor), self.options, self.calls, self.ids = policy, options, [], []  # ids: of all completions
+
+    def generate(self, requests, params, *, use_tqdm=True, lora_request=None):
+        for one in requests:  # vLLM, too, looks at all requests before it computes anything
+            if self.picture(one).width > 2000:
+                raise ValueError("The decoder prompt is longer than the maximum model length")
+        self.calls.append((requests, params))
+        if not params.logprob_token_ids:
+            return [SimpleNamespace(outputs=self.completions(one, params)) for one in requests]
+        assert params.max_tokens == 1 and params.logprobs == len(params.logprob_token_ids)
+        outputs = {}
+        for _, same in itertools.groupby(range(len(requests)), lambda i: (len(requests[i]["prompt_token_ids"]), id(self.picture(requests[i])))):
+            outputs |= self.log_probabilities([(i, requests[i]) for i in same], params.logprob_token_ids)
+        return [outputs[i] for i in range(len(requests))]
+
+    @staticmethod
+    def picture(one):
+        return one["multi_modal_data"]["image"]
+
+    def inputs(self, *requests):
+        """The processor's inputs for the requests' texts, after asking that their tokens are what it makes of the text."""
+        texts = [self.processor.tokenizer.decode(one["prompt_token_ids"]) for one in requests]
+        inputs = self.processor(text=texts, images=[self.picture(one) for one in requests], return_tensors="pt")
+        image = self.processor.image_token_id
+        for whole, one in zip(inputs["input_ids"].tolist(), requests):
+            at = whole.index(image)
+            assert whole[:at] + whole[at + whole.count(image) - 1 :] == one["prompt_token_ids"]
+        return inputs
+
+    @torch.no_grad()
+    def log_probabilities(self, numbered, token_ids):
+        logprobs = self.model(**self.inputs(*(one for _, one in numbered)), logits_to_keep=1).logits[:, -1].log_softmax(-1)[:, token_ids]
+        return {
+            i: SimpleNamespace(outputs=[SimpleNamespace(logprobs=[{t: SimpleNamespace(logprob=p) for t, p in zip(token_ids, row)}])])
+            for (i, _), row in zip(numbered, logprobs.tolist())
+        }
+
+    def completions(self, one, params):
+        inputs, tokenizer = self.inputs(one), self.processor.tokenizer
+        torch.manual_seed(params.seed or 0)
+        out = self.model.generate(
+            **inputs, max_new_tokens=params.max_tokens, tokenizer=tokenizer, stop_strings=params.stop or None,
+            do_sample=params.temperature > 0, num_return_sequences=params.n,
+            bad_words_ids=[tokenizer(word).input_ids for word in params.bad_words] or None,
+        )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+        self.ids += out.tolist()
+        reason = "length" if out.shape[1] == params.max_tokens else "stop"
+        return [SimpleNamespace(text=tokenizer.decode(row, skip_special_tokens=True), token_ids=row.tolist(), finish_reason=reason) for row in out]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy("tiny-policy", dtype=torch.float32)
+
+
+@pytest.fixture
+def vllm(policy):
+    return Vllm(LLM(policy), SamplingParams)
+
+
+@pytest.fixture
+def tokens(policy):
+    return tokens_of(policy[1].tokenizer)
+
+
+def prompt(processor, thinking, start=""):
+    text = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+    return processor.tokenizer(text + start).input_ids
+
+
+class Watched(Scorer):
+    """A Scorer that keeps the distribution it read."""
+
+    def _answers(self, *args):
+        self.read = super()._answers(*args)
+        return self.read
+
+
+@pytest.fixture
+def pictures(photo):
+    return [photo.crop((0, 0, 64, 64)), photo.crop((100, 60, 228, 156))]
+
+
+# The arithmetic
+
+
+def test_the_answers_are_numbers_once_each():
+    assert len(BEGINNINGS) == len(set(BEGINNINGS)) == 133 and len(ANSWERS) == len(set(ANSWERS)) == 1231
+    assert all(answer[:-1] in BEGINNINGS and answer[-1] in COLUMNS for answer in ANSWERS)
+    assert [float(answer.removesuffix("<")) for answer in ANSWERS] == VALUES.tolist()
+
+
+def tree_of(share):
+    """The tree of {answer: probability}, answers written like `ANSWERS`, some after an opening."""
+    tree = {}
+    for text in [opening + text for opening in OPENINGS for text in BEGINNINGS]:
+        under = {answer: p for answer, p in share.items() if answer.startswith(text) and answer != text}
+        if under:
+            total = sum(under.values())
+            tree[text] = {c: sum(p for answer, p in under.items() if answer[len(text)] == c) / total for c in COLUMNS}
+    return tree
+
+
+def test_the_chain_rule_gives_back_the_distribution():
+    share = {"3.25": 0.3, "3.2<": 0.1, "3<": 0.2, "4.99": 0.1, " 0.80": 0.1, "\n10<": 0.15, ".5<": 0.05}
+    p = distribution(tree_of(share))
+    found = {opening + answer: p[i, j] for i, opening in enumerate(OPENINGS) for j, answer in enumerate(ANSWERS) if p[i, j]}
+    assert found == pytest.approx(share)
+    assert {answer: chance(tree_of(share), answer) for answer in share} == pytest.approx(share)
+
+
+def test_only_likely_beginnings_are_asked_for():
+    share = {"3.25": 1 - 1e-4, "4.25": 5e-5, " 3.00": 5e-5 - 1e-10, "2.00": 1e-10}
+    whole, known = tree_of(share), {}
+    while asked := unasked(known):
+        known |= {text: whole[text] for text in asked}
+    assert {text[0] for text in known if text} == {"3", "4"} and len(known) == 1 + 2 * 3
+
+
+# Against the transformers engine
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_distribution_is_that_of_the_transformers_engine(policy, vllm, tokens, pictures, thinking):
+    for picture in pictures:
+        ours = Watched(policy, thinking, batch_size=1)
+        score = ours.score([picture])[0]
+        stop = {"stop": OPEN, "tag": ours.tag, "max_tokens": 64} if thinking else {}
+        texts, p, written = vllm.distributions(prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop)
+        assert p.shape == (1, 3, 1231) and (p[0] - ours.read[0]).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
+        assert written[0].endswith("</answer>")
+        assert (texts[0] or OPEN) == score.answers[0]
+        assert float(p[0].sum(0) @ VALUES / p.sum()) == pytest.approx(score.score, abs=1e-5)
+    assert len(vllm.llm.calls) == 2 * (5 + thinking)
+
+
+def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm, tokens, pictures):
+    ids = prompt(policy[1], False, OPEN)
+    _, together, _ = vllm.distributions(ids, pictures, tokens)
+    assert len(vllm.llm.calls) == 5
+    named = {}
+    for rows, params in vllm.llm.calls:
+        assert params.temperature == 0 and params.logprob_token_ids in (list(tokens.values()), None)
+        for row in rows:
+            assert row["prompt_token_ids"][: len(ids)] == ids
+            named.setdefault(row["multi_modal_uuids"]["image"][0], row["multi_modal_data"]["image"])
+            assert named[row["multi_modal_uuids"]["image"][0]] is row["multi_modal_data"]["image"]
+    assert len(named) == 2
+    alone = torch.cat([vllm.distributions(ids, [picture], tokens)[1] for picture in pictures])
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_a_reasoning_without_an_answer_has_no_distribution(policy, vllm, tokens, pictures):
+    texts, p, _ = vllm.distributions(prompt(policy[1], True), pictures, tokens, stop=OPEN, max_tokens=3)
+    assert not p.any() and all(text and OPEN not in text for text in texts) and len(vllm.llm.calls) == 1
+
+
+def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
+    ids = prompt(policy[1], False)
+    greedy = vllm.texts(ids, pictures, 1, 12, 0)
+    assert greedy == [score.answers[0] for score in Scorer(policy, estimate="greedy", max_new_tokens=12).score(pictures)]
+    sampled = vllm.texts(ids, pictures, 3, 12, 7)
+    assert len(sampled) == 6 and len(set(sampled)) > 2 and all("<answer>" in text for text in sampled)
+    (_, one), (_, two) = vllm.llm.calls
+    assert (one.temperature, one.n) == (0, 1) and (two.temperature, two.n, two.seed) == (1, 3, 7)
+
+
+# Requests and loading
+
+
+def test_a_request_holds_one_image_token_and_what_was_said_since(photo):
+    assert request([1, 9, 2], photo, "a", [5, 6]) == {
+        "prompt_token_ids": [1, 9, 2, 5, 6], "multi_modal_data": {"image": photo}, "multi_modal_uuids": {"image": ["a"]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(4, 8), (16, 16), (33, 64)])
+def test_an_adapter_is_served_on_its_base(tmp_path, rank, largest):
+    lora_config(rank).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "Qwen/Q"')
+    (tmp_path / "adapter_config.json").write_text(text)
+    options, adapter = llm_options(tmp_path)
+    assert (options["model"], options["max_lora_rank"], options["enable_lora"], adapter) == ("Qwen/Q", largest, True, str(tmp_path))
+
+
+def test_an_adapter_of_too_high_a_rank_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "Qwen/Q", "r": {RANKS[-1] + 1}}}')
+    with pytest.raises(ValueError, match="up to rank 256"):
+        llm_options(tmp_path)
+
+
+def test_without_vllm_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install vllm==.*transformers"):
+        load_vllm("tiny-policy")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """`vllm` and `vllm.lora.request` as far as they are imported."""
+    whole, lora, of_request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    whole.LLM, whole.SamplingParams = lambda model, **options: LLM(load_policy(model), **options), SamplingParams
+    of_request.LoRARequest = lambda name, number, path: (name, number, path)
+    for module in (whole, lora, of_request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_a_policy_is_loaded_with_its_own_processor(stand_in, policy):
+    vllm, processor = load_vllm("tiny-policy")
+    assert type(processor) is type(policy[1]) and vllm.lora is None
+    assert vllm.llm.options == {"max_model_len": engines.MAX_TOKENS, "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": True}
+    own = LLM(policy)
+    assert load_vllm((own, processor))[0].llm is own
+
+
+def test_an_adapter_on_a_base_in_4_bits_is_not_served_on_the_one_in_bf16(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Q", "r": 16}')
+    (tmp_path / BASE).write_text('{"quantize": false}')
+    assert llm_options(tmp_path)[0]["model"] == "Qwen/Q"
+    (tmp_path / BASE).write_text('{"quantize": true}')
+    with pytest.raises(ValueError, match="trained on a base in 4 bits.*merge_adapter"):
+        llm_options(tmp_path)
+
+
+# The Scorer
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy"}, {"estimate": "sample", "k": 3}], ids=str)
+def test_a_picture_that_vllm_refuses_costs_its_own_score_alone(stand_in, policy, pictures, options):
+    large = Image.new("RGB", (2001, 20))
+    scorer = Scorer("tiny-policy", engine="vllm", **options)
+    found = scorer.score([pictures[0], large, pictures[1], pictures[0]])
+    alone = [scorer.score([picture])[0] for picture in (*pictures, pictures[0])]
+    assert found[1].error == "vLLM does not take this picture: The decoder prompt is longer than the maximum model length"
+    assert [score.answers for score in found[::2] + found[3:]] == [alone[0].answers, alone[1].answers, alone[2].answers]
+    assert all(math.isfinite(score.score) for score in (found[0], found[2], found[3])) and math.isnan(found[1].score)
+
+
+def test_an_answer_from_vllm_never_holds_a_picture(stand_in, policy, pictures):
+    model, processor = copy.deepcopy(policy[0]), policy[1]
+    barred = pushed(model, processor)
+    vllm = Vllm(LLM((model, processor)), SamplingParams)
+    ids = prompt(processor, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm, "never", [])
+        vllm.texts(ids, pictures, 2, 6, 0)
+        assert set(vllm.llm.ids[-1]) <= barred  # it would
+    vllm.texts(ids, pictures, 2, 6, 0)
+    vllm.texts(ids, pictures, 1, 6, 0)
+    vllm.distributions(ids, pictures, {}, OPEN, 0, 6, 6)
+    rows = vllm.llm.ids[-8:]
+    assert len(rows) == 2 * 2 + 2 + 2 and not barred & {token for row in rows for token in row}
+    own, _ = load_vllm((vllm.llm, processor))
+    assert set(own.never) == set(load_vllm("tiny-policy")[0].never) == set(VISION)
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy", "thinking": True}], ids=str)
+def test_the_scorer_gives_what_it_gives_with_transformers(stand_in, policy, pictures, tmp_path, options):
+    images = [*pictures, tmp_path / "missing.png"]
+    ours, theirs = (scorer.score(images) for scorer in (Scorer("tiny-policy", engine="vllm", **options), Scorer(policy, **options)))
+    for one, two in zip(ours, theirs):
+        assert (one.answers, one.reasoning, one.error) == (two.answers, two.reasoning, two.error)
+        assert [one.score, one.std, one.mass] == pytest.approx([two.score, two.std, two.mass], abs=1e-5, nan_ok=True)
+    assert "missing" in ours[-1].error
+
+
+def test_the_scorer_samples_compares_and_describes(stand_in, policy, pictures, tmp_path):
+    sampled = Scorer("tiny-policy", engine="vllm", estimate="sample", k=3).score(pictures)
+    assert all(len(score.answers) == 3 and score.std >= 0 for score in sampled)
+    scorer = Scorer("tiny-policy", engine="vllm")
+    assert scorer.compare(*pictures) == pytest.approx(Scorer(policy).compare(*pictures), abs=1e-5)
+    assert scorer.describe(pictures[0]).text == Scorer(policy).describe(pictures[0]).text
+    assert all(score.error for score in scorer.score([tmp_path / "missing.png"]))
+
+
+def test_an_engine_has_a_known_name(policy):
+    with pytest.raises(ValueError, match="'tgi' is unknown.*transformers, vllm"):
+        Scorer(policy, engine="tgi")

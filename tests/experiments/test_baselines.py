@@ -1,0 +1,188 @@
+"""Baselines order plain cases, learn from ratings what they are meant to learn, and leave alone what they should."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from vqr1.experiments import baselines
+from vqr1.experiments.baselines import (
+    Opinions, SmallCNN, brisque, dct_filters, fit, load_cnn, piqe, pixels, pretrain_cnn, ranking_loss, rating_losses, score_cnn,
+    score_head, supervised, tower_features, train_cnn, train_head,
+)  # fmt: skip
+from vqr1.data.manifests import EMBEDDED
+from vqr1.metrics import srcc
+from vqr1.policy import load_policy, lora_config
+from vqr1.scoring import Scorer
+
+
+def photograph(name: str = "photos/red_panda.jpg", side: int = 192) -> np.ndarray:
+    return np.asarray(Image.open(EMBEDDED / name).convert("RGB").crop((128, 64, 128 + side, 64 + side)))
+
+
+def blurred(sigma: float, side: int = 64) -> Image.Image:
+    return Image.fromarray(gaussian_filter(photograph(side=side), (sigma, sigma, 0)))
+
+
+def rated(count: int = 24) -> tuple[pd.DataFrame, list[Image.Image]]:
+    """Pictures that are blurred the more the worse they are rated."""
+    mos = np.linspace(1, 5, count).round(2)
+    return pd.DataFrame({"mos": mos, "dataset": "blur"}), [blurred(5 - m) for m in mos]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy("tiny-policy")
+
+
+# Classical measures
+
+
+@pytest.mark.parametrize("measure", [brisque, piqe])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sharp_photograph_is_above_a_blurred_and_a_noisy_one(measure):
+    clean = photograph()
+    noisy = np.clip(clean + np.random.default_rng(0).normal(0, 50, clean.shape), 0, 255).astype(np.uint8)
+    blurry = gaussian_filter(clean, (4, 4, 0))
+    scores = measure([Image.fromarray(picture) for picture in (clean, noisy, blurry)])
+    assert scores.shape == (3,) and np.isfinite(scores).all()
+    assert scores[0] > scores[1] + 5 and scores[0] > scores[2] + 5
+
+
+# A regressor, a ranker
+
+
+def test_the_ranking_loss_knows_order_and_not_scale_of_mos():
+    mos, scores = torch.tensor([5.0, 3.0, 1.0]), torch.tensor([0.3, 0.0, -0.3])
+    right = ranking_loss(scores, mos)
+    assert right < ranking_loss(torch.zeros(3), mos) < ranking_loss(-scores, mos)
+    assert ranking_loss(scores, 100 * mos + 7) == right
+    assert ranking_loss(scores + 40, mos) == pytest.approx(float(right), abs=1e-5)
+
+
+def test_the_ranking_loss_has_gradients_that_sort():
+    scores = torch.zeros(3, requires_grad=True)
+    ranking_loss(scores, torch.tensor([1.0, 3.0, 5.0])).backward()
+    low, middle, high = scores.grad.tolist()
+    assert low > 0 > high and middle == pytest.approx(0, abs=1e-6)  # descent lowers the worst and lifts the best
+
+
+def test_batches_hold_one_data_set_and_as_many_as_asked_for():
+    frame = pd.DataFrame({"mos": range(10), "dataset": ["a"] * 6 + ["b"] * 4})
+    batches = []
+    list(rating_losses(lambda rows: batches.append(rows) or torch.zeros(len(rows), 1), frame, True, 11, 3, 0))
+    assert len(batches) == 11 and {len(rows) for rows in batches} == {3}
+    assert all(frame["dataset"].iloc[rows].nunique() == 1 for rows in batches)
+
+
+def test_too_few_rows_for_a_batch_say_so():
+    frame, images = rated(5)
+    with pytest.raises(ValueError, match="'blur' has 5 rows, fewer than the 16 images"):
+        train_cnn(frame, images, ranker=True, steps=1)
+
+
+def test_fit_descends():
+    torch.manual_seed(0)
+    line, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 32)[:, None]
+    fit(line, (((line(x) - 3 * x - 1) ** 2).mean() for _ in range(200)), 200, 0.1)
+    assert line.weight.item() == pytest.approx(3, abs=0.05) and line.bias.item() == pytest.approx(1, abs=0.05)
+
+
+# The small CNN
+
+
+def test_the_cnn_is_small_and_starts_from_orthogonal_filters():
+    assert sum(weight.numel() for weight in SmallCNN().parameters()) < 100_000
+    luma = dct_filters()[:16, 1].flatten(1) / 0.587
+    assert torch.allclose(luma @ luma.T, torch.eye(16), atol=1e-5)
+
+
+def test_the_stored_cnn_is_small_and_has_seen_something():
+    assert baselines.CNN.stat().st_size < 300_000
+    log = pd.read_csv(EMBEDDED / "runs" / "pretrain-cnn.csv", comment="#")
+    assert log["type_accuracy"].iloc[-1] > 3 / 19  # of 19 distortions and none
+    assert not torch.equal(load_cnn().maps[0].weight, dct_filters())
+
+
+@pytest.mark.parametrize("ranker", [False, True])
+def test_the_cnn_learns_an_order_and_scores_any_size(ranker):
+    frame, images = rated()
+    model = train_cnn(frame, images, ranker=ranker, steps=15, batch=8)
+    scores = score_cnn(model, images)
+    assert scores.shape == (24,) and srcc(scores, frame["mos"]) > 0.9
+    assert score_cnn(model, [blurred(1, side=192)]).shape == (1,)
+    again = score_cnn(train_cnn(frame, images, ranker=ranker, steps=15, batch=8), images)
+    assert np.array_equal(scores, again)
+    if not ranker:
+        assert abs(scores.mean() - 3) < 1  # in the MOS' own scale
+
+
+def test_pixels_are_centred_and_channels_come_first():
+    white, red = Image.new("RGB", (4, 2), "white"), Image.new("RGB", (4, 2), "red")
+    stack = pixels([white, red])
+    assert stack.shape == (2, 3, 2, 4) and stack[0].eq(1).all() and stack[1, :, 0, 0].tolist() == [1, -1, -1]
+
+
+def test_pretraining_writes_half_precision_weights_and_a_log(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def stream(seed, **options):
+        while True:
+            strength = int(rng.integers(6))
+            yield {"name": "jpeg", "strength": strength, "pixel_values": torch.randn(1, 3, 32, 32), "image_grid_thw": torch.ones(1, 3)}
+
+    monkeypatch.setattr(baselines, "perception_pictures", stream)
+    monkeypatch.setattr(baselines, "CNN", tmp_path / "cnn" / "model.safetensors")
+    pretrain_cnn(baselines.CNN, tmp_path / "log.csv", steps=4, batch=4, every=2)
+    log = pd.read_csv(tmp_path / "log.csv", comment="#")
+    assert log["step"].tolist() == [2, 4] and log["pictures"].tolist() == [8, 16]
+    assert baselines.load_file(baselines.CNN)["maps.0.weight"].dtype == torch.float16
+    assert load_cnn().maps[0].weight.dtype == torch.float32
+
+
+def test_the_cnn_is_pretrained_on_the_stream_that_taught_the_tower():
+    row = next(baselines.perception_pictures(3, procedural=1.0))
+    assert row["pixel_values"].shape == (1, 3, 192, 192) and {"name", "strength"} <= set(row)
+
+
+# The policy's own vision tower, and the policy
+
+
+def test_the_head_learns_on_frozen_eyes(policy):
+    frame, images = rated()
+    before = [weight.clone() for weight in policy[0].parameters()]
+    head = train_head(policy, frame, images, ranker=True, steps=60, batch=8)
+    assert srcc(score_head(policy, head, images), frame["mos"]) > 0.9
+    assert tower_features(policy, images[:2]).shape == (2, 384)
+    assert all(torch.equal(old, new) for old, new in zip(before, policy[0].parameters()))
+
+
+def test_loss_is_on_the_opinion_alone(policy):
+    processor = policy[1]
+    row = dict(processor.image_processor(images=[blurred(1)], return_tensors="pt"), reasoning="<think>slight lens blur</think><answer>", mos=3.5)
+    batch = Opinions(processor, seed=0)([row])
+    learned = batch["labels"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(learned) == "3.50</answer><|im_end|>"
+    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("<think>slight lens blur</think><answer>3.50</answer><|im_end|>")
+
+
+@pytest.mark.parametrize("adapter", [None, lora_config()], ids=["weights", "adapter"])
+def test_supervised_fine_tuning_moves_scores_and_not_the_eyes(adapter: LoraConfig | None):
+    frame, images = rated(8)
+    frame["mos"] = 1.25
+    policy = load_policy("tiny-policy")
+    eyes = [weight.clone() for weight in policy[0].model.visual.parameters()]
+    before = [score.score for score in Scorer(policy, thinking=True).score(images)]
+    tuned = supervised(policy, frame, images, steps=12, batch=8, lr=1e-3, adapter=adapter)
+    inner = tuned[0].get_base_model() if adapter else tuned[0]
+    assert all(torch.equal(old, new) for old, new in zip(eyes, inner.model.visual.parameters()))
+    if adapter:  # so long a training of an adapter can break the words, which no loss holds (`supervised`)
+        learned = [weight for name, weight in tuned[0].named_parameters() if "lora_B" in name]
+        assert learned and all(weight.abs().max() > 0 for weight in learned)
+        return
+    after = Scorer(tuned, thinking=True).score(images)
+    assert not any(score.error for score in after)
+    assert np.mean([abs(score.score - 1.25) for score in after]) < 0.5 * np.mean(np.abs(np.array(before) - 1.25))

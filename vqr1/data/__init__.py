@@ -1,0 +1,1 @@
+"""Rated images: manifests, reading, public sets, simulated sets."""

@@ -1,0 +1,450 @@
+"""Manifests of rated pictures, rendering of their rows, and the rows and batches that TRL trains on.
+
+A manifest is a CSV (UTF-8, commas, header) with the columns of `COLUMNS`, all but `NEEDED` optional. ``image``
+is a path relative to the set's root. A row with a ``seed`` is rendered: photograph -> ``distort(distortion, level, seed)`` at full
+size -> crop ``x,y,w,h`` in native pixels (empty = whole). Several distortions in turn are written
+``jitter+jpeg`` at level ``3+4``. A row without a seed is the picture as it is on disk: its distortion and
+level, if there, only describe it. ``mos`` is in the set's own scale, higher is better.
+
+The embedded sets (``sim-…``) are made by `vqr1.data.simulated`: rated by simulated observers, not by people.
+"""
+
+import multiprocessing
+import os
+import re
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from vqr1.distortions import DISTORTIONS, distort
+from vqr1.data.images import is_address, open_picture, upright_size
+from vqr1.places import EMBEDDED, data_root
+from vqr1.prompts import messages
+from vqr1.data.public_sets import (
+    SETS, lacks, meant, public_name, read_comparisons, read_public, read_table,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+COLUMNS = ("image", "dataset", "mos", "std", "reference", "distortion", "level", "seed", "crop", "split")
+NEEDED = COLUMNS[:3]
+"""What a manifest must have; the other columns may be missing or empty."""
+EXTRA = ("subset",)
+"""Columns that only some sets have: groups whose pictures are also compared among themselves alone."""
+HELD_OUT = ("motion_blur", "color_saturation_2", "jpeg2000", "multiplicative_noise", "darken", "pixelate")
+"""No row that is trained, validated or pretrained on has one of these types."""
+TRAINED = tuple(name for name in DISTORTIONS if name not in HELD_OUT)
+UNRATED = ("sim-mixed",)
+"""Sets rated by dominance between rows: their mos is empty."""
+CROP = 192
+"""Side of the simulated sets' pictures, px."""
+SPAWN_FROM = 64
+"""Fewer rows than this are rendered in this process: starting workers would take longer."""
+
+_CROP = re.compile(r"\d+,\d+,\d+,\d+")
+
+
+# Reading a set
+
+
+def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
+    """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or by a manifest's path.
+
+    ``root`` is where its images are: by default `data_root` for a public set, the manifest's folder for a path; an embedded set
+    is always in `EMBEDDED`. A public set (`vqr1.data.public_sets.SETS`, in any spelling: KADID10k) is looked for in ``root`` and in a
+    folder of its name below it. A missing picture of a public set is an error; with ``strict=False`` its row is left out.
+    ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever
+    `read_manifest` and `read_public` raise.
+    """
+    if str(name).lower().endswith(".csv"):
+        return read_manifest(name, root)
+    if public := public_name(name):
+        frame = read_public(public, Path(root or data_root()), strict)
+        return _kept_columns(frame[frame["image"] != ""].reset_index(drop=True))
+    known = sorted(path.stem for path in EMBEDDED.glob("sim-*.csv"))
+    if name not in known:
+        raise ValueError(
+            f"unknown set {str(name)!r}; {EMBEDDED} has: {', '.join(known) or 'none'}. Public sets: {', '.join(SETS)}. "
+            "Or give a manifest's path, ….csv"
+        )
+    return read_manifest(EMBEDDED / f"{name}.csv")
+
+
+def load_comparisons(name: str, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
+    """Return the pairs of pictures that people compared in a public set.
+
+    name: "pcuid" is the one set that has them.
+    root: as for `load_ratings`.
+    strict: whether a missing picture is an error; else its pairs are left out.
+
+    Columns: first, second (paths as in `load_ratings`) and preference: 1 where the first looks better, 0.5
+    for a tie, 0. Raises ValueError for a set without comparisons, and what `load_ratings` raises.
+    """
+    if not (public := public_name(name)):
+        raise ValueError(f"unknown set {str(name)!r}; public sets: {', '.join(SETS)}")
+    return read_comparisons(public, root or data_root(), strict)
+
+
+def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[[*COLUMNS, *(name for name in EXTRA if name in frame)]]
+
+
+# Reading a manifest
+
+
+def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFrame:
+    """Return a manifest's rows after checking every one of them; columns that are not ours are dropped.
+
+    Only image, dataset and mos are needed. ``./a.png`` is written ``a.png``. The reference of a row without one is
+    its image.
+    No picture may be in two splits, nor a reference of one data set.
+    mos and std are floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column,
+    or strings ("3+4", "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
+    ``root`` (default: the manifest's folder) is where the images are. Raises FileNotFoundError when the manifest is
+    missing, and ValueError naming file, line (the header is line 1), value and remedy for the first mistake.
+    """
+    path = Path(path)
+    root = Path(root) if root else path.parent
+    text = _read_text(path, root)  # index = line in the file
+    _check_labels(path, text)
+    _check_renders(path, text)
+    _check_images(path, text, root)
+    _check_splits(path, text, root)
+    single = text["level"].str.fullmatch(r"\d").all()
+    frame = text.assign(
+        mos=pd.to_numeric(text["mos"]).astype(float),
+        std=pd.to_numeric(text["std"]).astype(float),
+        seed=pd.to_numeric(text["seed"]).astype("Int64"),
+        level=text["level"].astype(int) if single else text["level"],
+    ).reset_index(drop=True)
+    frame.attrs["root"] = str(root)
+    return frame
+
+
+def _read_text(path: Path, root: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.data.simulated` writes ours)")
+    text = read_table(path)
+    for name in (*COLUMNS, *EXTRA):
+        if name not in text and (name in NEEDED or meant(name, text.columns)):
+            known = f"needed are {','.join(NEEDED)}, also known {','.join(COLUMNS[3:])}"
+            raise ValueError(f"{path}, line 1: {lacks(name, text.columns)}; {known}")
+    known = [*COLUMNS, *(name for name in EXTRA if name in text)]
+    text = text.reindex(columns=known, fill_value="")
+    text = text[(text != "").any(axis=1)]  # rows of other columns alone
+    if text.empty:
+        raise ValueError(f"{path}: no rows after the header; add at least one")
+    names = pd.unique(text[["image", "reference"]].to_numpy().ravel())
+    short = {name: os.path.normpath(name) if os.path.isfile(root / name) else name for name in names}
+    image, reference = text["image"].map(short), text["reference"].map(short)  # a reference may be no path
+    return text.assign(image=image, reference=reference.where(reference != "", image))
+
+
+def _require(path: Path, good: pd.Series, values: pd.Series, problem: str) -> None:
+    """Raise for the first line where ``good`` is false; ``problem`` says what is wrong and what to do."""
+    if not good.all():
+        line = (~good).idxmax()
+        raise ValueError(f"{path}, line {line}: {values.name} {values[line]!r} {problem}")
+
+
+def _check_labels(path: Path, text: pd.DataFrame) -> None:
+    for name in ("image", "dataset"):
+        _require(path, text[name] != "", text[name], "is empty; every row needs one")
+    mos, std = (pd.to_numeric(text[name], errors="coerce") for name in ("mos", "std"))
+    rated = np.isfinite(mos) | ((text["mos"] == "") & text["dataset"].isin(UNRATED))
+    wanted = f"is not a number; give the mean opinion score (only {', '.join(UNRATED)} has none)"
+    _require(path, rated, text["mos"], wanted)
+    wanted = "is not a number >= 0; give the standard deviation or leave it empty"
+    _require(path, (np.isfinite(std) & (std >= 0)) | (text["std"] == ""), text["std"], wanted)
+    known = text["split"].isin(["train", "val", "test", ""])
+    _require(path, known, text["split"], "is not train, val, test or empty; use one of them")
+
+
+def _check_renders(path: Path, text: pd.DataFrame) -> None:
+    types, levels = text["distortion"].str.split("+"), text["level"].str.split("+")
+    known = types.map(lambda parts: parts == [""] or set(parts) <= set(DISTORTIONS)) | (text["seed"] == "")
+    wanted = f"is not known; use one of {', '.join(DISTORTIONS)}, several joined by +, or leave it empty"
+    _require(path, known, text["distortion"], wanted)
+    valid = levels.map(lambda parts: parts == [""] or set(parts) <= set("12345"))
+    _require(path, valid, text["level"], "is not one of 1, 2, 3, 4, 5 (several joined by +)")
+    paired = (types.map(len) == levels.map(len)) & ((text["distortion"] == "") == (text["level"] == ""))
+    _require(path, paired, text["level"], "does not give one level for each distortion of its row")
+    seeded = text["seed"].map(lambda seed: seed == "" or (seed.isdecimal() and int(seed) < 2**31))
+    wanted = "is not an integer from 0 to 2147483647; leave it empty if the picture is already as rated"
+    _require(path, seeded, text["seed"], wanted)
+
+
+def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
+    wanted = "is an address; download the pictures first, and give their files"
+    _require(path, ~text["image"].map(is_address), text["image"], wanted)
+    there = text["image"].map({name: (root / name).is_file() for name in text["image"].unique()})
+    wanted = f"is not there below {root}; correct the path, or give the folder of the images as root"
+    _require(path, there, text["image"], wanted)
+    cropped = text[text["crop"] != ""]
+    whole = cropped["crop"].map(lambda crop: bool(_CROP.fullmatch(crop)))
+    _require(path, whole, cropped["crop"], "is not four integers x,y,w,h; give pixels, or leave it empty for the whole")
+    firsts = cropped["image"].drop_duplicates()
+    sizes = {name: upright_size(root / name, f"{path}, line {line}") for line, name in firsts.items()}
+    inside = [_fits(crop, sizes[name]) for crop, name in zip(cropped["crop"], cropped["image"])]
+    wanted = "is empty or reaches outside its picture; x,y,w,h are pixels of the whole photograph"
+    _require(path, pd.Series(inside, cropped.index, dtype=bool), cropped["crop"], wanted)
+
+
+def _check_splits(path: Path, text: pd.DataFrame, root: Path) -> None:
+    """No picture or reference in two splits, and no row twice; a picture is its file, however the path is written."""
+    files = {name: os.path.realpath(root / name) for name in text["image"].unique()}
+    text = text.assign(file=text["image"].map(files))
+    used = text[text["split"] != ""]
+    for column, keys in (("image", ["file"]), ("reference", ["dataset", "reference"])):
+        groups = used.groupby(keys)
+        first = groups["split"].transform("first")
+        if (first != used["split"]).any():
+            line = (first != used["split"]).idxmax()
+            other = groups.get_group(tuple(used.loc[line, keys])).index[0]
+            raise ValueError(
+                f"{path}, line {line}: {column} {text.at[line, column]!r} is in split {text.at[line, 'split']}, "
+                f"and in {text.at[other, 'split']} on line {other}: what is learned there would be tested here; give both rows one split"
+            )
+    same = ["file", "distortion", "level", "seed", "crop"]
+    again = text.duplicated(same)
+    if again.any():
+        line = again.idxmax()
+        other = (text[same] == text.loc[line, same]).all(axis=1).idxmax()
+        raise ValueError(
+            f"{path}, line {line}: image {text.at[line, 'image']!r} is on line {other} too, "
+            "with the same distortion, level, seed and crop; remove one of the two"
+        )
+
+
+def _fits(crop: str, size: tuple[int, int]) -> bool:
+    x, y, w, h = map(int, crop.split(","))
+    return w > 0 and h > 0 and x + w <= size[0] and y + h <= size[1]
+
+
+# Pictures
+
+
+def render(row: pd.Series | dict, root: str | Path | None = None) -> Image.Image:
+    """Return the row's picture: photograph, distorted at full size, then cropped; the same every time.
+
+    ``row`` is a row of a frame of `read_manifest`, ``root`` the folder of its images (default `EMBEDDED`).
+    Raises ValueError as `open_picture` does, naming the row by its index in the frame.
+    """
+    where = f"row {row.name} (counted from 0)" if isinstance(row, pd.Series) and row.name is not None else ""
+    return _render(dict(row), Path(root or EMBEDDED), where)
+
+
+def _render(row: dict, root: Path, where: str) -> Image.Image:
+    image = open_picture(root / row["image"], where, shrink=False)  # crops are in native pixels
+    if row["distortion"] and not pd.isna(row["seed"]):
+        steps = zip(row["distortion"].split("+"), str(row["level"]).split("+"), strict=True)
+        for place, (name, level) in enumerate(steps):
+            image = distort(image, name, int(level), int(row["seed"]) + place)
+    if not row["crop"]:
+        return image
+    x, y, w, h = map(int, row["crop"].split(","))
+    return image.crop((x, y, x + w, y + h))
+
+
+def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> list[Image.Image]:
+    """Return the pictures of all rows, in order, rendered by ``workers`` processes (default: one per core).
+
+    ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `EMBEDDED`. Fewer than
+    `SPAWN_FROM` rows, or ``workers=1``, are rendered in this process. Raises ValueError as `render` does.
+    """
+    return list(_rendered(frame, root, workers))
+
+
+def _rendered(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> Iterator[Image.Image]:
+    root = Path(root or frame.attrs.get("root") or EMBEDDED)
+    rows = frame.to_dict("records")
+    names = [f"row {label} (counted from 0)" for label in frame.index]
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(rows) < SPAWN_FROM:
+        yield from map(_render, rows, repeat(root), names)
+        return
+    try:  # spawn: a fork of a process in which torch runs threads can hang
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            rendered = pool.map(_render, rows, repeat(root), names, chunksize=32)
+            yield from tqdm(rendered, "rendering", len(rows), unit=" pictures", dynamic_ncols=True, leave=False)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or pass workers=1'
+        ) from error
+
+
+class _Pictures(Sequence):
+    """Pictures that are made when they are asked for, by ``read(i)``; the last 64 are remembered."""
+
+    def __init__(self, count: int, read: Callable[[int], Image.Image]):
+        self.count, self._read = count, lru_cache(64)(read)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int | slice) -> Image.Image | list[Image.Image]:
+        return [self._read(j) for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self._read(range(self.count)[i])
+
+
+class PicturesOnDisk(_Pictures):
+    """The pictures of rows that are not rendered, each read when it is asked for; the last 64 are remembered.
+
+    A thousand photographs of 12 megapixels would take 36 GB of memory. ``root`` and errors as for `render_rows`.
+    """
+
+    def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
+        root = Path(root or frame.attrs.get("root") or EMBEDDED)
+        super().__init__(len(frame), lambda i: render(frame.iloc[i], root))
+
+
+class RenderedPictures(_Pictures):
+    """The rendered pictures of rows, kept as three bytes a pixel: Pillow takes four. Arguments and errors as for `render_rows`."""
+
+    def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
+        kept = [(image.mode, image.size, image.tobytes()) for image in _rendered(frame, root)]
+        super().__init__(len(kept), lambda i: Image.frombytes(*kept[i]))
+
+
+def pictures_of(frame: pd.DataFrame) -> Sequence[Image.Image]:
+    """Return the rows' pictures: rendered now if one has a seed, else read from disk as they are needed."""
+    return RenderedPictures(frame) if frame["seed"].notna().any() else PicturesOnDisk(frame)
+
+
+# Rows and batches for TRL
+
+
+class _PromptPictures:
+    """The dataset's transform: puts prompt and picture into a batch when it is asked for.
+
+    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not to
+    hundreds of megabytes, so copies in one process (and its forks) share the pictures.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], prompt: Callable[[], list[dict]]):
+        self.images, self.prompt, self.token = images, prompt, uuid.uuid4().hex
+        _LIVE[self.token] = self
+
+    def __call__(self, batch: dict) -> dict:
+        if "prompt" in batch:
+            batch["prompt"] = [self.prompt() for _ in batch["prompt"]]
+        if "image" in batch:
+            batch["image"] = [self.images[i] for i in batch["image"]]
+        return batch
+
+    def __reduce__(self):
+        return _same_pictures, (self.token,)
+
+
+_LIVE: weakref.WeakValueDictionary[str, _PromptPictures] = weakref.WeakValueDictionary()
+
+
+def _same_pictures(token: str) -> _PromptPictures:
+    if token not in _LIVE:
+        raise RuntimeError("the pictures of prompt_rows stay in their process; use dataloader_num_workers=0")
+    return _LIVE[token]
+
+
+def prompt_rows(
+    frame: pd.DataFrame, images: Sequence[Image.Image], thinking: bool = True, numbered: bool = False
+) -> "datasets.Dataset":
+    """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
+
+    ``images`` are the rows' pictures (`pictures_of`), ``thinking`` and ``numbered`` choose the prompt. Pictures and
+    messages are put in by a transform when a row is read: all repeats of a row share one picture, nothing is encoded, and the image placeholder
+    stays ``{"type": "image"}`` (Arrow would fill the keys of its neighbours in with None). uid is the row's position
+    in ``frame``; it survives ``select`` and ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
+    """
+    from datasets import Dataset  # slow to import; the worker processes of `render_rows` do without
+
+    if len(frame) != len(images):
+        raise ValueError(f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame")
+    unrated = frame.index[frame["mos"].isna()]
+    if len(unrated):
+        raise ValueError(f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on")
+    uid = list(range(len(frame)))
+    mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
+    columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
+    return Dataset.from_dict(columns).with_transform(_PromptPictures(images, partial(messages, thinking, numbered)))
+
+
+def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
+    """Return an order of row positions whose consecutive chunks of ``images_per_batch`` hold one data set each.
+
+    For ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``: scores of
+    different data sets are never compared, so a mixed batch would waste comparisons. Each epoch is shuffled anew
+    within sets and among chunks; rows that do not fill a chunk are left out of that epoch. Raises ValueError for
+    fewer than two images per batch and for a set smaller than a chunk.
+
+    >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
+    >>> order = one_set_batches(frame, 2, seed=0)
+    >>> sorted(map(str, frame["dataset"].iloc[order[::2]])), len(order)
+    (['a', 'b', 'b'], 6)
+    """
+    if images_per_batch < 2:
+        raise ValueError(f"images_per_batch is {images_per_batch}: ranking compares pictures, use at least 2")
+    sets = frame.groupby("dataset", sort=True).indices
+    for name, rows in sets.items():
+        if len(rows) < images_per_batch:
+            raise ValueError(
+                f"set {name!r} has {len(rows)} rows, fewer than the {images_per_batch} images of a batch; "
+                "use a smaller batch or leave the set out"
+            )
+    rng = np.random.default_rng(seed)
+    chunks = [chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)]
+    return [int(row) for chunk in chunks for row in chunk]
+
+
+def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    chunks = [rng.permutation(rows)[: len(rows) // size * size].reshape(-1, size) for rows in sets]
+    return list(rng.permutation(np.concatenate(chunks)))
+
+
+def realigned(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and its highest to 5.
+
+    Regression on several sets needs one scale; this is what the official code does to its label files (datasets/make_data.py). It takes for
+    granted that the worst and the best picture of every set look alike. Raises ValueError for a set without two different mos.
+
+    >>> rows = pd.DataFrame({"dataset": list("aabbb"), "mos": [3, 5, 0, 25, 100], "std": 0.5})
+    >>> realigned(rows)[["mos", "std"]].to_numpy().T.tolist()
+    [[1.0, 5.0, 1.0, 2.0, 5.0], [1.0, 1.0, 0.02, 0.02, 0.02]]
+    """
+    sets = frame.groupby("dataset")["mos"]
+    low, span = sets.transform("min"), sets.transform("max") - sets.transform("min")
+    if not (span > 0).all():
+        name = frame["dataset"][~(span > 0)].iloc[0]
+        raise ValueError(f"set {name!r} has no two different mos to stretch to 1..5; leave it out")
+    return frame.assign(mos=1 + 4 * (frame["mos"] - low) / span, std=frame["std"] * 4 / span)
+
+
+def dominance_pairs(frame: pd.DataFrame) -> np.ndarray:
+    """Return (P, 2) row positions (better, worse): rows that nobody need rate to order them.
+
+    Both rows show the same crop of the same photograph with the same types; the worse one's levels are all at
+    least as high, and one is higher. Only for types that get worse with every level (`vqr1.data.simulated.MIX_STAGES`).
+
+    >>> rows = {"image": "a.jpg", "crop": "", "distortion": "jitter+jpeg", "level": ["1+2", "1+4", "3+1"]}
+    >>> dominance_pairs(pd.DataFrame(rows)).tolist()
+    [[0, 1]]
+    """
+    groups = frame.groupby(["image", "crop", "distortion"], sort=False).indices.values()
+    pairs = [rows[_dominates(frame["level"].iloc[rows])] for rows in groups]
+    return np.concatenate([np.empty((0, 2), int), *pairs])
+
+
+def _dominates(level: pd.Series) -> np.ndarray:
+    levels = np.array([[int(part) for part in str(text).split("+")] for text in level])  # (rows, components)
+    no_worse = (levels[:, None] <= levels[None, :]).all(2)
+    return np.argwhere(no_worse & (levels[:, None] < levels[None, :]).any(2))  # (P, 2)

@@ -1,0 +1,1 @@
+"""The engines that a policy answers through: transformers, and vLLM."""

@@ -1,0 +1,1 @@
+"""What the notebooks and result tables are made with; the learning path does not need it."""

@@ -1,0 +1,1 @@
+"""Many images: row files that survive a kill, and many machines."""

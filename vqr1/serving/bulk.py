@@ -1,0 +1,299 @@
+"""Scoring many pictures: which ones, in what order, and the file of rows that survives a kill.
+
+A row is written when its picture is scored and never changes. The same command reads what is there, drops
+a half-written last row, and goes on with the pictures that have none.
+"""
+
+import csv
+import glob
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from vqr1.data.images import HEIC_ENDINGS, is_address
+from vqr1.scoring import Score, Scorer
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+COLUMNS = ("image", "score", "std", "mass", "policy", "estimate", "k", "thinking", "reasoning", "note", "error")
+ENDINGS = (".csv", ".jsonl", ".parquet")
+_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, and needs another program or cannot decode them
+
+
+def find_pictures(paths: Sequence[str]) -> list[str]:
+    """Return the pictures that the paths stand for, each once, in the order of the paths.
+
+    A file is taken whatever its name; a missing one and an address too, so that they get a row with an error.
+    A folder stands for the pictures below it (by `picture_endings`, sorted, links followed, hidden ones left out), a glob for what a shell would make of it
+    (``**`` for any depth), ``-`` for the lines of standard input, one file each.
+    Raises ValueError where a folder, a glob or standard input gives no picture.
+
+    >>> find_pictures(["b.png", "a.png", "./b.png"])
+    ['b.png', 'a.png']
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        if path == "-":
+            names = [os.fsdecode(line) for raw in sys.stdin.buffer if (line := raw.rstrip(b"\r\n"))]
+            wanted = "standard input lists no picture; give one path per line"
+        elif os.path.isdir(path):
+            names = _below(path)
+            wanted = f"{path} holds no picture that Pillow reads ({', '.join(sorted(picture_endings()))})"
+        elif glob.has_magic(path) and not os.path.lexists(path) and not is_address(path):
+            matches = sorted(glob.glob(path, recursive=True))
+            names = [name for match in matches for name in (_below(match) if os.path.isdir(match) else [match])]
+            wanted = f"{path} matches no picture"
+        else:
+            names = [path]
+        if not names:
+            raise ValueError(wanted)
+        for name in names:
+            found.setdefault(os.path.abspath(name), name)
+    return list(found.values())
+
+
+@cache
+def picture_endings() -> frozenset[str]:
+    """Return the endings, with dot and in lower case, of the pictures that this Pillow decodes, and of HEIC.
+
+    Without pillow-heif, a HEIC file gets a row that says what to install.
+    """
+    kinds = Image.registered_extensions().items()
+    decoded = {ending for ending, kind in kinds if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return frozenset(HEIC_ENDINGS) | decoded
+
+
+def _below(folder: str) -> list[str]:
+    """Return the pictures below a folder, sorted; a folder that may not be read stands for itself and gets a row with an error."""
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, onerror=lambda error: found.append(error.filename), followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up, or a second way to the same folder
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        endings = picture_endings()
+        found += [os.path.join(here, n) for n in files if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings]
+    return sorted(found)
+
+
+def shard(pictures: Sequence[str], which: str, window: int = 1) -> list[str]:
+    """Return the i-th of n blocks of pictures for ``which`` = "i/n": in the order of i they are the whole again.
+
+    window: pictures that are batched together. Blocks begin where windows do if there are at least 4 windows in each (so that they
+    differ little in size); then even what depends on the company in a batch is that of the run without shards.
+
+    >>> shard("abcdefg", "1/3"), shard("abcdefg", "2/3"), shard("abcdefg", "3/3")
+    (['a', 'b'], ['c', 'd'], ['e', 'f', 'g'])
+    """
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", which)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise ValueError(f"--shard {which} is not i/n with 1 <= i <= n, as 2/8 for the second of eight")
+    step = window if len(pictures) >= 4 * n * window > 0 else 1
+    cuts = [len(pictures) if j == n else len(pictures) * j // n // step * step for j in (i - 1, i)]
+    return list(pictures[slice(*cuts)])
+
+
+def score_rows(scorer: Scorer, pictures: Sequence[str], settings: dict) -> Iterator[list[dict]]:
+    """Yield rows (`COLUMNS`) in the order of the pictures, as many at a time as the scorer gives."""
+    names = iter(pictures)
+    for scores in scorer.batches(pictures):
+        yield [_row(next(names), score, settings) for score in scores]
+
+
+def _row(name: str, score: Score, settings: dict) -> dict:
+    numbers = {key: getattr(score, key) for key in ("score", "std", "mass")}
+    texts = {key: plain(getattr(score, key)) for key in ("reasoning", "note", "error")}
+    return {"image": plain(name)} | {key: None if math.isnan(x) else round(x, 4) for key, x in numbers.items()} | settings | texts
+
+
+def plain(text: str) -> str:
+    r"""Return a file's name as UTF-8 can hold it: bytes of another encoding are written as ``\xe9``.
+
+    >>> print(plain(os.fsdecode(b"caf\xe9.png")), plain("café.png"))
+    caf\xe9.png café.png
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def to_csv(rows: Iterable[dict]) -> str:
+    """Return rows as lines of CSV without a header.
+
+    >>> to_csv([dict.fromkeys(COLUMNS) | {"image": "a.png", "score": 3.5}])
+    'a.png,3.5,,,,,,,,,\\n'
+    """
+    lines = []
+    for row in rows:
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS).writerow(row)  # with the line's end "\r\n", so that both characters are quoted in fields
+        lines.append(text.getvalue()[:-2] + "\n")
+    return "".join(lines)
+
+
+def _to_json(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps({key: row[key] for key in COLUMNS}, ensure_ascii=False) + "\n" for row in rows)
+
+
+class RowFile:
+    """A file of rows, CSV, JSONL or Parquet by its ending, to which rows are added safely.
+
+    Parquet cannot grow: its rows are kept in ``NAME.parquet.partial.jsonl`` beside it, and `finish` makes the Parquet file of them.
+    settings: what all rows have in common (policy, estimate, k, thinking). ``done`` maps the pictures that have a row to whether it
+    is an error. Raises ValueError where the file cannot be written, is none of ours, or has rows of other settings.
+    """
+
+    def __init__(self, path: str | Path, settings: dict):
+        self.path, self.settings, self.done = Path(path), settings, {}
+        kind = self.path.suffix.lower()
+        if kind not in ENDINGS:
+            raise ValueError(f"{path} does not end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which tells how rows are written")
+        if not self.path.parent.is_dir():
+            raise ValueError(f"the folder of {path} is missing; create it: mkdir -p {self.path.parent}")
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path} is not a file; give another --out")
+        self.csv, self.parquet = kind == ".csv", kind == ".parquet"
+        self.head = ",".join(COLUMNS).encode() + b"\n" if self.csv else b'{"image": "'
+        self.log = self.path.with_name(self.path.name + ".partial.jsonl") if self.parquet else self.path
+        try:
+            if self.parquet and self.path.exists() and not self.log.exists():
+                self._unpack()
+            self.file = open(self.log, "a+b", buffering=0)
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def _cannot(self, error: OSError) -> ValueError:
+        return ValueError(f"{self.path} cannot be written ({error.strerror}); give another --out")
+
+    def __enter__(self) -> "RowFile":
+        try:
+            self._lock()
+            end = self._read()
+            self.file.truncate(end)
+            if self.csv and not end:
+                self._append(self.head)
+        except BaseException as error:
+            self.file.close()
+            raise self._cannot(error) if isinstance(error, OSError) else error
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def write(self, rows: list[dict]) -> None:
+        """Add rows; they are on disk when it returns. Raises OSError where they are not, and keeps those before."""
+        try:
+            self._append((to_csv if self.csv else _to_json)(rows).encode())
+        except BaseException:  # also Ctrl-C: no half of a row stays behind
+            self.file.truncate(self._read())
+            raise
+        self.done |= {row["image"]: bool(row["error"]) for row in rows}
+
+    def finish(self) -> None:
+        """Make the Parquet file of the rows; nothing is left to do for the other kinds."""
+        if not self.parquet:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        kinds = {"score": pa.float64(), "std": pa.float64(), "mass": pa.float64(), "k": pa.int64(), "thinking": pa.bool_()}
+        schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+        rows, half = self._rows(self._whole()), self.path.with_name(self.path.name + ".tmp")
+        with pq.ParquetWriter(half, schema) as writer:
+            while chunk := list(islice(rows, 10_000)):
+                writer.write_table(pa.Table.from_pylist(chunk, schema))
+        os.replace(half, self.path)
+        self.log.unlink()
+
+    def _append(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self.file.write(left) :]
+        os.fsync(self.file.fileno())
+
+    def _lock(self) -> None:
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another command is writing to {self.path}; wait for it, or give another --out") from error
+        except OSError:  # some network file systems have no locks
+            pass
+
+    def _read(self) -> int:
+        """Fill ``done`` from the rows that are there; return where the last whole one ends."""
+        foreign = f"{self.log} was not written by vqr1 score with these columns; give another --out"
+        self.file.seek(0)
+        begin = self.file.read(len(self.head))
+        if not self.head.startswith(begin):
+            raise ValueError(foreign)
+        end = self._whole()
+        for number, row in enumerate(self._rows(end), 1):
+            if not isinstance(row, dict) or tuple(row) != COLUMNS or None in (row["image"], row["error"]):
+                raise ValueError(f"{foreign} (row {number})")
+            for key, value in self.settings.items():
+                if str(row[key]) != str(value):
+                    raise ValueError(
+                        f"{self.log}, row {number}, has {key} {row[key]} where this command has {value}; "
+                        "give another --out, or delete the file to begin anew"
+                    )
+            self.done[row["image"]] = bool(row["error"])
+        return end
+
+    def _whole(self) -> int:
+        """Return where the last whole row ends. A line break inside quotes ends no row of CSV."""
+        end = position = quotes = 0
+        self.file.seek(0)
+        for line in io.BufferedReader(io.FileIO(self.file.fileno(), closefd=False)):
+            position += len(line)
+            quotes += line.count(b'"') if self.csv else 0
+            end = position if line.endswith(b"\n") and quotes % 2 == 0 else end
+        return end
+
+    def _rows(self, end: int) -> Iterator[dict]:
+        def lines():
+            position = 0
+            with open(self.log, "rb") as file:
+                while position < end:
+                    line = file.readline()
+                    position += len(line)
+                    yield line.decode()
+
+        if self.csv:
+            yield from csv.DictReader(lines())
+            return
+        for number, line in enumerate(lines(), 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{self.log}, line {number}, is damaged ({error}); remove the line, and its picture is scored again") from error
+
+    def _unpack(self) -> None:
+        """Put the rows of a finished Parquet file back where more can be added."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        half = self.log.with_name(self.log.name + ".tmp")
+        try:
+            with pq.ParquetFile(self.path) as table, open(half, "w", encoding="utf-8", newline="\n") as file:
+                if tuple(table.schema_arrow.names) != COLUMNS:
+                    raise ValueError("other columns")
+                for batch in table.iter_batches():
+                    file.write(_to_json(batch.to_pylist()))
+        except (ValueError, pa.ArrowException) as error:
+            half.unlink(missing_ok=True)
+            raise ValueError(f"{self.path} was not written by vqr1 score with these columns ({error}); give another --out") from error
+        os.replace(half, self.log)
