@@ -4,13 +4,16 @@ import pytest
 from nbval.plugin import IPyNbFile
 
 STRICT = ("01_thurstone_reward",)
-"""Every output is compared; the policy samples in the others, and only cells tagged nbval-check-output are."""
+"""Every output is compared; the policy samples in the others, and only cells tagged nbval-check-output are.
+"""
 
 
 def pytest_collectstart(collector):
     if isinstance(collector, IPyNbFile):
         collector.compare_outputs = collector.path.stem in STRICT
-        collector.skip_compare += ("stderr",)  # progress bars and warnings of libraries are no result
+        collector.skip_compare += (
+            "stderr",
+        )  # progress bars and warnings of libraries are no result
 
 
 @pytest.hookimpl(wrapper=True)

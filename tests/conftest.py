@@ -34,7 +34,9 @@ def started() -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(command: list[str], **options) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, text=True, cwd=ROOT, start_new_session=True, **pipes | options))
+        processes.append(
+            subprocess.Popen(command, text=True, cwd=ROOT, start_new_session=True, **pipes | options)
+        )
         return processes[-1]
 
     yield start
@@ -47,6 +49,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen]]:
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool], subprocess.Popen], None]:
     """Wait for a condition, however long it takes; a process that ends before is an error."""
+
     def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         while not condition():
             assert process.poll() is None, process.communicate()[1][-3000:]
@@ -76,8 +79,8 @@ def real_sets() -> Path:
 @pytest.fixture(scope="session")
 def untrained():
     """(model, processor) of the embedded policy before any training. Shared: copy the model to change it."""
-    from vqr1.policy import build_policy
     from vqr1.experiments.pretraining import corpus
+    from vqr1.policy import build_policy
 
     model, processor = build_policy(corpus(), 0)
     return model.eval(), processor
@@ -101,7 +104,11 @@ def pushed(model, processor) -> set[int]:
 
     ids = processor.tokenizer.convert_tokens_to_ids(list(VISION))
     head = model.lm_head
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # not the embeddings', to which it was tied
-    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight), dtype=head.weight.dtype), requires_grad=False)
+    head.weight = torch.nn.Parameter(
+        head.weight.detach().clone()
+    )  # not the embeddings', to which it was tied
+    head.bias = torch.nn.Parameter(
+        torch.zeros(len(head.weight), dtype=head.weight.dtype), requires_grad=False
+    )
     head.bias.data[ids] = 100.0
     return set(ids)

@@ -27,7 +27,10 @@ PATIENCE = 1500
 """Seconds: a loaded machine needs minutes where a quiet one needs two seconds; this only ends what hangs."""
 
 pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium and chromedriver here: apt-get install chromium chromium-driver"),
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="no Chromium and chromedriver here: apt-get install chromium chromium-driver",
+    ),
 ]
 
 
@@ -49,23 +52,41 @@ def answers(url: str) -> bool:
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of a JupyterLab that serves the cut notebook and keeps its settings out of the user's home."""
+    """The address of a JupyterLab that serves the cut notebook and keeps its settings out of the user's
+    home.
+    """
     cut_notebook(tmp_path / "notebooks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    own = {
+        name: str(tmp_path / name)
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
     environment = os.environ | own | {"PYTHONPATH": str(ROOT)}
     environment.pop("MPLBACKEND", None)
     options = {
-        "ServerApp.port": port, "ServerApp.port_retries": 0, "ServerApp.root_dir": tmp_path,
-        "IdentityProvider.token": "", "ServerApp.disable_check_xsrf": True, "LabApp.expose_app_in_browser": True,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *(f"--{key}={value}" for key, value in options.items())]
+        "ServerApp.port": port,
+        "ServerApp.port_retries": 0,
+        "ServerApp.root_dir": tmp_path,
+        "IdentityProvider.token": "",
+        "ServerApp.disable_check_xsrf": True,
+        "LabApp.expose_app_in_browser": True,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]
     with (tmp_path / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
         try:
-            WebDriverWait(server, PATIENCE).until(lambda s: s.poll() is not None or answers(f"http://127.0.0.1:{port}/api/status"))
+            WebDriverWait(server, PATIENCE).until(
+                lambda s: s.poll() is not None or answers(f"http://127.0.0.1:{port}/api/status")
+            )
             assert server.poll() is None, (tmp_path / "lab.log").read_text()
             yield f"http://127.0.0.1:{port}/lab/tree/notebooks/{NAME}"
         finally:
@@ -77,7 +98,13 @@ def lab(tmp_path):
 def browser(tmp_path):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,4000", f"--user-data-dir={tmp_path / 'chromium'}"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,4000",
+        f"--user-data-dir={tmp_path / 'chromium'}",
+    ):
         options.add_argument(argument)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield driver
@@ -95,12 +122,20 @@ def test_a_slider_a_button_and_votes(lab, browser, tmp_path):
         return browser.find_elements(By.CSS_SELECTOR, f".vqr1-{name}")
 
     def text(name):
-        return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join(' ')", f".vqr1-{name}")
+        return browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join(' ')",
+            f".vqr1-{name}",
+        )
 
     def changed(name, before):
         return wait(lambda: text(name) not in ("", before) and text(name), f"{name} stays {before!r}")
 
-    wait(lambda: browser.execute_script("return window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"), "no kernel")
+    wait(
+        lambda: browser.execute_script(
+            "return window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        ),
+        "no kernel",
+    )
     browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     wait(lambda: find("level") and find("key"), "the applications do not appear")
     score, samples = changed("score", ""), changed("answers", "")

@@ -14,10 +14,11 @@ import yaml
 from PIL import Image
 
 from vqr1 import training
-from vqr1.experiments import demo
 from vqr1.cli import _parser, main
+from vqr1.config import load_config
 from vqr1.data.manifests import COLUMNS
-from vqr1.training import last_checkpoint, load_config
+from vqr1.experiments import demo
+from vqr1.runs import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "data" / "photos" / "kitten.jpg"
@@ -45,7 +46,17 @@ def test_help_lists_every_command(capsys):
     assert done.value.code == 0 and all(name in said for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["score"], ["score", "a.png", "--estimate", "best"], ["score", "a.png", "--k", "few"], ["train", "--steps", "few"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["paint"],
+        ["score"],
+        ["score", "a.png", "--estimate", "best"],
+        ["score", "a.png", "--k", "few"],
+        ["train", "--steps", "few"],
+    ],
+)
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as done:
         main(arguments)
@@ -67,9 +78,15 @@ def refused(arguments: list[str], capsys) -> str:
         (["train", "--config", "nope"], "no configuration 'nope'; give one of"),
         (["demo", "--config", "nope"], "no configuration 'nope'; give one of"),
         (["evaluate", "--sets", "sim-nothing"], "unknown set 'sim-nothing'"),
-        (["evaluate", "--sets", "sim-unseen", "--split", "train"], "no rows with split 'train'; it has ['test']"),
+        (
+            ["evaluate", "--sets", "sim-unseen", "--split", "train"],
+            "no rows with split 'train'; it has ['test']",
+        ),
         (["evaluate", "--sets", "nowhere.csv"], "nowhere.csv: no such manifest"),
-        (["evaluate", "--sets", "sim-unseen", "--limit", "2", "--policy", "nowhere"], "nowhere: no such folder"),
+        (
+            ["evaluate", "--sets", "sim-unseen", "--limit", "2", "--policy", "nowhere"],
+            "nowhere: no such folder",
+        ),
         (["score", str(PHOTO), "--shard", "3/2"], "--shard 3/2 is not i/n"),
         (["score", str(PHOTO), "--estimate", "sample", "--k", "1"], "need at least 2 samples"),
         (["score", str(PHOTO), "--batch-size", "0"], "at least one picture at a time"),
@@ -87,12 +104,20 @@ def test_what_cannot_be_used_is_named(arguments, said, capsys):
 
 WORKERS = [
     (["demo", "--out", "o", "--steps", "3"], "demo.demo", ("o", "cpu", False, 3, None)),
-    (["train", "--seed", "5", "--out", "o"], "training.train", (load_config("cpu") | {"grpo": load_config("cpu")["grpo"] | {"seed": 5}}, "o", False)),
+    (
+        ["train", "--seed", "5", "--out", "o"],
+        "training.train",
+        (load_config("cpu") | {"grpo": load_config("cpu")["grpo"] | {"seed": 5}}, "o", False),
+    ),
     (["score", str(PHOTO)], "scoring.Scorer", ("tiny-policy", False, "expected", 6, 16)),
     (["compare", "a.png", "b.png"], "scoring.Scorer", ("tiny-policy",)),
     (["describe", "a.png", "--policy", "p"], "scoring.Scorer", ("p",)),
     (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", ("tiny-policy",)),
-    (["evaluate", "--suite", "table2", "--root", "r"], "table2.table2", ("tiny-policy", "r", ["expected"], None, None)),
+    (
+        ["evaluate", "--suite", "table2", "--root", "r"],
+        "table2.table2",
+        ("tiny-policy", "r", ["expected"], None, None),
+    ),
     (["data", "sim-unseen"], "data.load_ratings", ("sim-unseen", None)),
     (["data", "kadid10k", "--root", "r"], "readers.read_public", ("kadid-10k", "r")),
     (["sheet", str(PHOTO)], "distortions.contact_sheet", ()),
@@ -100,7 +125,7 @@ WORKERS = [
     (["study", "demo", "--seeds", "1"], "studies.study", ("demo", [1], "runs/study", None, None, None)),
     (["study", "progress"], "progress.study", (("tiny-policy", "ranker"),)),
     (["study", "progress", "--variants", "ranker"], "progress.study", (["ranker"],)),
-]  # fmt: skip
+]
 """A call, the function that does its work, and what that is given first."""
 
 
@@ -128,10 +153,20 @@ def test_no_command_is_left_out():
 
 def test_study_progress_refuses_what_it_would_not_heed(capsys):
     for option in (["--seeds", "1"], ["--steps", "3"], ["--csv", "a.csv"]):
-        assert "study progress has neither seeds, steps nor another table" in refused(["study", "progress", *option], capsys)
+        assert "study progress has neither seeds, steps nor another table" in refused(
+            ["study", "progress", *option], capsys
+        )
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--steps", "0"], ["demo", "--limit", "0"], ["train", "--steps", "-1"], ["evaluate", "--limit", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--steps", "0"],
+        ["demo", "--limit", "0"],
+        ["train", "--steps", "-1"],
+        ["evaluate", "--limit", "0"],
+    ],
+)
 def test_a_number_that_would_be_taken_for_none_given_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as done:
         main(arguments)
@@ -161,11 +196,25 @@ def test_score_gives_every_picture_a_row_and_exits_with_1_if_one_failed(pictures
     assert main(["score", *pictures]) == 1
     rows = read_rows(capsys.readouterr().out)
     assert [row["image"] for row in rows] == pictures
-    assert list(rows[0]) == ["image", "score", "std", "mass", "policy", "estimate", "k", "thinking", "reasoning", "note", "error"]
+    assert list(rows[0]) == [
+        "image",
+        "score",
+        "std",
+        "mass",
+        "policy",
+        "estimate",
+        "k",
+        "thinking",
+        "reasoning",
+        "note",
+        "error",
+    ]
     reasons = ["", "is missing", "truncated", "has zero bytes", "cannot be read as a picture", ""]
     for row, reason in zip(rows, reasons, strict=True):
         if reason:
-            assert row["image"] in row["error"] and reason in row["error"] and row["score"] == row["std"] == ""
+            assert (
+                row["image"] in row["error"] and reason in row["error"] and row["score"] == row["std"] == ""
+            )
         else:
             assert row["error"] == "" and 1 <= float(row["score"]) < 6 and float(row["std"]) > 0
 
@@ -287,13 +336,17 @@ def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path, started, wait_u
     """SIGINT to a process in the middle of training; the next step would take as long as the last."""
     settings, folder = small_config(tmp_path, max_steps=60, logging_steps=1, save_steps=1), tmp_path / "run"
     command = [sys.executable, "-m", "vqr1.cli", "train", "--config", settings, "--out", str(folder)]
-    process = started(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a runner in the background ignores it
+    process = started(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )  # a runner in the background ignores it
     wait_until(lambda: last_checkpoint(folder / "checkpoints"), process)
     os.kill(process.pid, signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
     whole = last_checkpoint(folder / "checkpoints")
-    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in whole.iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {
+        path.name for path in whole.iterdir()
+    }
     assert not (folder / "policy").exists()
     steps = pd.read_csv(folder / "log.csv", comment="#")["step"]
     assert list(steps) == list(range(len(steps))) and len(steps) > 1
@@ -305,10 +358,18 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     assert main(["demo", "--config", config, "--steps", "2", "--limit", "66", "--out", str(folder)]) == 0
     said, report = capsys.readouterr().out, (folder / "report.md").read_text(encoding="utf-8")
     assert report in said
-    for heading in ("## Before", "## After", "## Gain, paired", "## What knowing the level", "## What the reasoning names"):
+    for heading in (
+        "## Before",
+        "## After",
+        "## Gain, paired",
+        "## What knowing the level",
+        "## What the reasoning names",
+    ):
         assert heading in report
     tables = [block for block in report.split("\n\n") if block.startswith("| ")]
-    assert len(tables) == 5 and all(len(set(line.count("|") for line in table.splitlines())) == 1 for table in tables)
+    assert len(tables) == 5 and all(
+        len(set(line.count("|") for line in table.splitlines())) == 1 for table in tables
+    )
     for name in ("sim-kadid", "sim-unseen", "sim-mixed", "average"):
         assert f"| {name} |" in tables[0] and f"| {name} |" in tables[1]
     assert "simulated" in report and "oracle: level" in report
@@ -318,6 +379,11 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
             assert image.format == {"png": "PNG", "jpg": "JPEG"}[name[-3:]] and image.width > 400
     log = pd.read_csv(folder / "log.csv", comment="#")
     assert list(log["step"]) == [0, 2] and log["val_srcc"].notna().all() and log["reward"].notna().iloc[1]
-    for name in ("policy/adapter_model.safetensors", "policy/tokenizer.json", "config.yaml", "before/sim-kadid.expected.thinking.csv"):
+    for name in (
+        "policy/adapter_model.safetensors",
+        "policy/tokenizer.json",
+        "config.yaml",
+        "before/sim-kadid.expected.thinking.csv",
+    ):
         assert (folder / name).is_file(), name
     assert len(pd.read_csv(folder / "after" / "sim-unseen.expected.plain.csv")) == 66

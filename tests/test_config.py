@@ -1,4 +1,6 @@
-"""Settings that cannot be meant are refused on one line, before anything is loaded; a run goes on with its own."""
+"""Settings that cannot be meant are refused on one line, before anything is loaded; a run goes on with its
+own.
+"""
 
 import copy
 import inspect
@@ -34,22 +36,40 @@ def with_line(key: str, value: str) -> str:
     ("text", "value"),
     [
         ("1e-3", 0.001),  # PyYAML reads it as text
-        ("1.0e-3", 0.001), ("1E-3", 0.001), ("+1e3", 1000.0), (".5", 0.5), ("5.", 5.0), ("-2.5", -2.5),
+        ("1.0e-3", 0.001),
+        ("1E-3", 0.001),
+        ("+1e3", 1000.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("-2.5", -2.5),
         ("010", 10),  # PyYAML: 8
-        ("-3", -3), ("0", 0),
+        ("-3", -3),
+        ("0", 0),
         ("1:30", "1:30"),  # PyYAML: 90
-        ("1_000", "1_000"), ("0x10", "0x10"), (".inf", ".inf"), (".nan", ".nan"),
-        ("no", "no"), ("yes", "yes"), ("on", "on"),  # PyYAML: a truth value
-        ("true", True), ("False", False), ("null", None), ("", None), ("~", None), ('"1e-3"', "1e-3"),
+        ("1_000", "1_000"),
+        ("0x10", "0x10"),
+        (".inf", ".inf"),
+        (".nan", ".nan"),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("on", "on"),  # PyYAML: a truth value
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("", None),
+        ("~", None),
+        ('"1e-3"', "1e-3"),
     ],
-)  # fmt: skip
+)
 def test_what_yaml_says_is_what_is_read(text, value, tmp_path):
     (tmp_path / "one.yaml").write_text(f"key: {text}\n", encoding="utf-8")
     found = read_yaml(tmp_path / "one.yaml")["key"]
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("value", [1e-6, 0.5, 10, True, None, "1e-3", "010", "no", "1:30", "", "é", [1, 2.5], {"a": []}])
+@pytest.mark.parametrize(
+    "value", [1e-6, 0.5, 10, True, None, "1e-3", "010", "no", "1:30", "", "é", [1, 2.5], {"a": []}]
+)
 def test_what_is_written_is_read_as_the_same_by_us_and_by_pyyaml(value, tmp_path):
     write_yaml(tmp_path / "one.yaml", {"key": value})
     assert read_yaml(tmp_path / "one.yaml") == {"key": value}
@@ -80,18 +100,30 @@ def test_a_learning_rate_without_a_point_trains_as_one_with(tmp_path):
         ("temperature", "0", "grpo temperature 0 is not above 0"),
         ("num_generations", "1", "grpo num_generations 1 is below 2"),
         ("num_generations", "7", "= 96 answers are not divisible by num_generations 7"),
-        ("num_generations", "96", "96 answers are of one picture (num_generations 96); ranking compares pictures"),
+        (
+            "num_generations",
+            "96",
+            "96 answers are of one picture (num_generations 96); ranking compares pictures",
+        ),
         ("lr_scheduler_type", "linaer", "grpo lr_scheduler_type 'linaer' is not one of linear, cosine"),
         ("loss_type", "gpro", "grpo loss_type 'gpro' is not one of grpo, bnpo"),
         ("scale_rewards", "groups", "grpo scale_rewards 'groups' is not one of group, batch, none"),
         ("save_strategy", "step", "grpo save_strategy 'step' is not one of no, steps"),
-        ("output_dir", "runs/mine", "grpo output_dir 'runs/mine' is not yours to set: --out says where; leave it out"),
+        (
+            "output_dir",
+            "runs/mine",
+            "grpo output_dir 'runs/mine' is not yours to set: --out says where; leave it out",
+        ),
         ("num_train_epochs", "3", "grpo num_train_epochs 3 is not yours to set: max_steps says how long"),
         ("shuffle_dataset", "true", "grpo shuffle_dataset True is not yours to set"),
         ("eval_strategy", "steps", "grpo eval_strategy 'steps' is not yours to set: validation: says"),
         ("dataloader_num_workers", "4", "grpo dataloader_num_workers 4 is not yours to set"),
         ("report_to", "wandbb", "grpo report_to 'wandbb' is unknown; use none, or of"),
-        ("report_to", "[none, azure_ml]", "grpo report_to 'azure_ml' needs a package: pip install azure_ml, or report_to: none"),
+        (
+            "report_to",
+            "[none, azure_ml]",
+            "grpo report_to 'azure_ml' needs a package: pip install azure_ml, or report_to: none",
+        ),
         ("sets", "sim-kadid", "sets 'sim-kadid' is not a list of text; write [sim-kadid]"),
         ("sets", "[]", "sets [] names no set; name at least one"),
         ("sets", "null", "sets None is not a list of text"),
@@ -101,7 +133,11 @@ def test_a_learning_rate_without_a_point_trains_as_one_with(tmp_path):
         ("pixels", "[0, 3136]", "pixels [0, 3136] is not [smallest, largest]"),
         ("pixels", "3136", "pixels 3136 is not a list of integers or null"),
         ("pixels", "[3136]", "pixels [3136] is not [smallest, largest]"),
-        ("pixels", "[10, 1023]", "pixels [10, 1023] is not [smallest, largest], with a largest of at least 1024"),
+        (
+            "pixels",
+            "[10, 1023]",
+            "pixels [10, 1023] is not [smallest, largest], with a largest of at least 1024",
+        ),
         ("pixels", "[3136, 4e5]", "pixels [3136, 400000.0] is not a list of integers"),
         ("dtype", "int4", "dtype 'int4' is not one of float32, bfloat16, float16 or null"),
         ("quantize", "4", "quantize 4 is not true or false"),
@@ -111,7 +147,11 @@ def test_a_learning_rate_without_a_point_trains_as_one_with(tmp_path):
         ("frozen", "[3]", "frozen [3] is not a list of text"),
         ("policy", "7", "policy 7 is not text"),
         ("reward", "rank", "reward 'rank' is not one of ranking, threshold, absolute, format"),
-        ("variant", "{binray: true}", "key 'binray' under variant is unknown; the keys are average, binary, bounded"),
+        (
+            "variant",
+            "{binray: true}",
+            "key 'binray' under variant is unknown; the keys are average, binary, bounded",
+        ),
         ("variant", "{bounded: no}", "variant bounded 'no' is not true or false"),
         ("variant", "{variance: 0}", "variant variance 0 is not above 0"),
         ("variant", "{scope: everywhere}", "variant scope 'everywhere' is not one of local, global"),
@@ -131,8 +171,10 @@ def test_a_learning_rate_without_a_point_trains_as_one_with(tmp_path):
         ("seed", "-1", "grpo seed -1 is below 0"),
         ("  max_steps", "9\n  max_steps: 5", "key 'max_steps' is there twice"),
     ],
-)  # fmt: skip
-def test_a_setting_that_cannot_be_meant_is_named_before_anything_is_loaded(key, value, said, tmp_path, capsys, monkeypatch):
+)
+def test_a_setting_that_cannot_be_meant_is_named_before_anything_is_loaded(
+    key, value, said, tmp_path, capsys, monkeypatch
+):
     for name in ("load_policy", "load_ratings"):
         monkeypatch.setattr(training, name, lambda *args: pytest.fail("something was loaded"))
     path = tmp_path / "mine.yaml"
@@ -143,13 +185,21 @@ def test_a_setting_that_cannot_be_meant_is_named_before_anything_is_loaded(key, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("key", "value", "package"), [("use_vllm", True, "vllm"), ("use_liger_kernel", True, "liger_kernel"),
-                                                       ("deepspeed", "ds.json", "deepspeed")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "package"),
+    [
+        ("use_vllm", True, "vllm"),
+        ("use_liger_kernel", True, "liger_kernel"),
+        ("deepspeed", "ds.json", "deepspeed"),
+    ],
+)
 def test_a_package_that_is_missing_is_named(key, value, package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = load_config("cpu")
     config["grpo"][key] = value
-    with pytest.raises(ValueError, match=f"grpo {key} .* needs the package {package}: install it, or leave it out"):
+    with pytest.raises(
+        ValueError, match=f"grpo {key} .* needs the package {package}: install it, or leave it out"
+    ):
         check_config(config)
 
 
@@ -163,13 +213,21 @@ def test_settings_changed_in_python_are_checked_as_well(tmp_path, monkeypatch):
 def test_what_trl_does_not_take_is_one_line(tmp_path):
     config = load_config("cpu")
     config["grpo"] |= {"auto_find_batch_size": True}
-    with pytest.raises(ValueError, match="^trl.GRPOConfig does not take what is under grpo: auto_find_batch_size is not supported") as found:
+    with pytest.raises(
+        ValueError,
+        match="^trl.GRPOConfig does not take what is under grpo: auto_find_batch_size is not supported",
+    ) as found:
         training.grpo_config(config, tmp_path)
     assert len(str(found.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("frozen", "said"), [(["vision"], "frozen 'vision' is no part of the policy; name visual"),
-                                              (["model"], "leaves nothing to train")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("frozen", "said"),
+    [
+        (["vision"], "frozen 'vision' is no part of the policy; name visual"),
+        (["model"], "leaves nothing to train"),
+    ],
+)
 def test_frozen_names_are_parts_and_leave_something(frozen, said, tmp_path):
     frame = training.set_rows(load_config("cpu"), "train").iloc[::300]
     config = load_config("cpu") | {"frozen": frozen, "lora": None}
@@ -184,8 +242,12 @@ def test_keys_and_words_are_trls():
     for key in ("loss_type", "scale_rewards", "importance_sampling_level"):
         for word in HINTS["grpo"][key].__args__:
             assert f'"{word}"' in source, f"{key}: {word}"
-    defaults = {name: value for name, value in vars(trl.GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)).items()
-                if name in HINTS["grpo"] and name in ("loss_type", "scale_rewards", "beta", "seed", "report_to", "optim")}  # fmt: skip
+    defaults = {
+        name: value
+        for name, value in vars(trl.GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)).items()
+        if name in HINTS["grpo"]
+        and name in ("loss_type", "scale_rewards", "beta", "seed", "report_to", "optim")
+    }
     assert defaults and all(fits(value, HINTS["grpo"][name]) for name, value in defaults.items())
 
 
@@ -237,18 +299,28 @@ def changed(config: dict, key: str, value) -> dict:
 )
 def test_a_run_does_not_go_on_with_other_settings(key, value, said, begun):
     folder, config = begun
-    with pytest.raises(ValueError, match=f"{folder} was begun with other settings: .*{said}.*Go on with those of .*config.yaml"):
+    with pytest.raises(
+        ValueError,
+        match=f"{folder} was begun with other settings: .*{said}.*Go on with those of .*config.yaml",
+    ):
         resume_from(folder, True, changed(config, key, value))
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("grpo.max_steps", 400), ("grpo.logging_steps", 1), ("grpo.save_steps", 10), ("grpo.save_total_limit", 5),
-        ("grpo.report_to", "none"), ("grpo.epsilon", 0.2), ("grpo.gradient_checkpointing", True), ("root", "/data"),
-        ("validation.every", 5), ("share", False),
+        ("grpo.max_steps", 400),
+        ("grpo.logging_steps", 1),
+        ("grpo.save_steps", 10),
+        ("grpo.save_total_limit", 5),
+        ("grpo.report_to", "none"),
+        ("grpo.epsilon", 0.2),
+        ("grpo.gradient_checkpointing", True),
+        ("root", "/data"),
+        ("validation.every", 5),
+        ("share", False),
     ],
-)  # fmt: skip
+)
 def test_a_run_goes_on_longer_and_with_other_logging(key, value, begun):
     folder, config = begun
     assert resume_from(folder, True, changed(config, key, value)) == folder / "checkpoints" / "checkpoint-50"
@@ -283,7 +355,10 @@ def test_a_checkpoint_without_optimizer_does_not_go_on(begun):
     folder, config = begun
     checkpoint = folder / "checkpoints" / "checkpoint-50"
     (checkpoint / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=f"no state of the optimizer .*train on from its weights as a new run: policy: {checkpoint}"):
+    with pytest.raises(
+        ValueError,
+        match=f"no state of the optimizer .*train on from its weights as a new run: policy: {checkpoint}",
+    ):
         resume_from(folder, True, config)
     (checkpoint / "global_step50").mkdir()  # DeepSpeed keeps it there
     assert resume_from(folder, True, config) == checkpoint

@@ -14,9 +14,17 @@ from vqr1.distortions import DISTORTIONS, FAMILIES, LEVELS, contact_sheet, disto
 
 DATA = Path(__file__).parents[1] / "data"
 RANDOM = {
-    "motion_blur", "color_shift", "white_noise", "white_noise_color_component", "impulse_noise",
-    "multiplicative_noise", "denoise", "jitter", "non_eccentricity_patch", "color_block",
-}  # fmt: skip
+    "motion_blur",
+    "color_shift",
+    "white_noise",
+    "white_noise_color_component",
+    "impulse_noise",
+    "multiplicative_noise",
+    "denoise",
+    "jitter",
+    "non_eccentricity_patch",
+    "color_block",
+}
 NOT_MONOTONE = {"mean_shift", "contrast_change"}  # their level 3 is (nearly) the original
 
 
@@ -49,7 +57,12 @@ def ssim(a, b):
 
 def mean_over(photos, measure, name):
     return [
-        np.mean([measure(photo, distort(photo, name, level, seed=10 * level + i)) for i, photo in enumerate(photos)])
+        np.mean(
+            [
+                measure(photo, distort(photo, name, level, seed=10 * level + i))
+                for i, photo in enumerate(photos)
+            ]
+        )
         for level in range(1, 6)
     ]
 
@@ -89,7 +102,8 @@ def test_fidelity_falls_with_level_wherever_published_human_means_fall(photos, h
 
 
 def test_mean_shift_and_contrast_levels_run_from_plus_to_minus_as_people_saw(photos, human_means):
-    # Brighter looks better than darker by the same amount (4.22 and 3.90, 4.52 and 4.37); SSIM sees it, PSNR cannot.
+    # Brighter looks better than darker by the same amount (4.22 and 3.90, 4.52 and 4.37); SSIM sees it, PSNR
+    # cannot.
     for mean in (mean_over(photos, ssim, "mean_shift"), human_means["mean_shift"]):
         assert mean[2] > mean[1] > mean[3] > mean[4] and mean[1] > mean[0] > mean[4]
     # 0 and -0.4 are both near the identity, -0.2; 0.15 is farther: 4.29, 4.14 and 3.86.

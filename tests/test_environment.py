@@ -28,7 +28,9 @@ COMES_WITH = {"IPython": "ipywidgets", "safetensors": "transformers"}
 """What a declared package brings along and is documented to."""
 
 OWN_ENVIRONMENT = {"vllm"}
-"""What pins other versions than ours, so that no extra can hold it; its absence is handled where it is imported."""
+"""What pins other versions than ours, so that no extra can hold it; its absence is handled where it is
+imported.
+"""
 
 ROOMS = {
     "__init__": "nothing",
@@ -91,7 +93,9 @@ def pins() -> dict[str, Version]:
 def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
     """environment.yml by name: (requirement, reason, in use and not commented out)."""
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
-    found = re.findall(r"^  (?: {4})?(# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE)
+    found = re.findall(
+        r"^  (?: {4})?(# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE
+    )
     parsed = [(Requirement(spec), reason, not off) for off, spec, reason in found if spec != "conda-forge"]
     return {requirement.name: (requirement, reason, used) for requirement, reason, used in parsed}
 
@@ -137,7 +141,9 @@ def test_every_dependency_is_pinned_inside_its_range():
 def test_environment_yml_has_the_same_names_and_ranges():
     lines = conda_lines()
     expected = {CONDA_NAMES.get(name, name): r.specifier for name, r in ALL.items()}
-    assert {name: line[0].specifier for name, line in lines.items() if name not in ("python", "pip")} == expected
+    assert {
+        name: line[0].specifier for name, line in lines.items() if name not in ("python", "pip")
+    } == expected
 
 
 def test_environment_yml_uses_what_make_installs_and_comments_out_the_rest():
@@ -243,7 +249,9 @@ def test_tracked_files_stay_small(room, limit):
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run make as a user would: `make test` must not hand its own flags down."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 

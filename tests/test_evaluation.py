@@ -1,4 +1,6 @@
-"""Result rows from scored rows: agreement, dominance, oracles, gains, names, and the tables that are written."""
+"""Result rows from scored rows: agreement, dominance, oracles, gains, names, and the tables that are
+written.
+"""
 
 import math
 from functools import partial
@@ -10,7 +12,18 @@ from PIL import Image
 
 from vqr1 import evaluation
 from vqr1.data.manifests import COLUMNS, open_picture
-from vqr1.evaluation import Rows, agreement, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores, score_rows
+from vqr1.evaluation import (
+    Rows,
+    agreement,
+    evaluate,
+    evaluation_rows,
+    gain,
+    markdown,
+    naming,
+    oracles,
+    save_scores,
+    score_rows,
+)
 from vqr1.scoring import OPEN, Score
 
 NAN = math.nan
@@ -25,11 +38,16 @@ def few_resamples(monkeypatch):
 def rated(scores, mos=None, name="sim-kadid"):
     """Rows of photographs a, b, c in turn, whose MOS rise unless they are given."""
     count = len(scores)
-    return pd.DataFrame({
-        "dataset": name, "score": scores, "mos": mos or [1 + n / count for n in range(count)],
-        "reference": [f"{'abc'[n % 3]}.jpg" for n in range(count)], "level": [1 + n // 3 % 2 for n in range(count)],
-        "distortion": "jpeg",
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "dataset": name,
+            "score": scores,
+            "mos": mos or [1 + n / count for n in range(count)],
+            "reference": [f"{'abc'[n % 3]}.jpg" for n in range(count)],
+            "level": [1 + n // 3 % 2 for n in range(count)],
+            "distortion": "jpeg",
+        }
+    )
 
 
 # Agreement
@@ -56,10 +74,18 @@ def test_an_unparseable_answer_is_counted_and_not_replaced():
 
 def mixed(*scores):
     """Four rows of one crop: five pairs in which one is worse in every component that differs."""
-    return pd.DataFrame({
-        "dataset": "sim-mixed", "image": "a.jpg", "reference": "a.jpg", "crop": "0,0,64,64", "mos": NAN,
-        "distortion": "jitter+jpeg", "level": ["1+1", "1+3", "3+1", "3+3"], "score": scores,
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "dataset": "sim-mixed",
+            "image": "a.jpg",
+            "reference": "a.jpg",
+            "crop": "0,0,64,64",
+            "mos": NAN,
+            "distortion": "jitter+jpeg",
+            "level": ["1+1", "1+3", "3+1", "3+3"],
+            "score": scores,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +112,9 @@ def test_without_a_pair_there_is_no_dominance():
 
 def test_a_set_rated_per_content_is_not_pooled():
     """Two contents whose scores are in order within each, and whose MOS start again at 0."""
-    table = rated([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 50.0, 100.0, 0.0, 50.0, 100.0], "sriqa-bench").assign(reference=list("aaabbb"))
+    table = rated([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 50.0, 100.0, 0.0, 50.0, 100.0], "sriqa-bench").assign(
+        reference=list("aaabbb")
+    )
     row = agreement(table)
     assert (row["srcc"], row["rows"], row["photographs"]) == (1.0, 6, 2) and row["srcc_pooled"] < 0.5
     assert row["plcc"] == 1.0 and row["plcc_pooled"] < 0.5 and math.isnan(row["plcc_fit"])
@@ -94,10 +122,14 @@ def test_a_set_rated_per_content_is_not_pooled():
 
 
 def test_the_oracle_of_type_and_level_knows_more_than_that_of_the_level():
-    frame = pd.DataFrame({
-        "distortion": ["color_shift", "gaussian_blur", "jitter"] * 2, "level": [1] * 3 + [5] * 3,
-        "mos": [4.5, 4.6, 4.0, 2.2, 1.3, 1.5], "reference": list("aabbcc"),
-    })  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "distortion": ["color_shift", "gaussian_blur", "jitter"] * 2,
+            "level": [1] * 3 + [5] * 3,
+            "mos": [4.5, 4.6, 4.0, 2.2, 1.3, 1.5],
+            "reference": list("aabbcc"),
+        }
+    )
     rows = oracles(frame)
     assert list(rows) == ["oracle: type and level", "oracle: level"]
     assert rows["oracle: type and level"]["srcc"] > rows["oracle: level"]["srcc"] > 0.5
@@ -187,7 +219,9 @@ def test_a_limit_takes_whole_contents_where_ratings_are_scaled_within_them(tmp_p
     for content in "abcd":
         (tmp_path / "MOS").mkdir(exist_ok=True)
         names = [f"{content}_{method}.png" for method in ("Original", "SwinIRx4", "SeeSRx4")]
-        (tmp_path / "MOS" / f"{content}.txt").write_text("".join(f"{name},{50 * n}\n" for n, name in enumerate(names)))
+        (tmp_path / "MOS" / f"{content}.txt").write_text(
+            "".join(f"{name},{50 * n}\n" for n, name in enumerate(names))
+        )
         for name in names:
             folder = tmp_path / "images" / name.split("_")[1]
             folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +233,9 @@ def test_a_limit_takes_whole_contents_where_ratings_are_scaled_within_them(tmp_p
 
 
 def test_a_split_without_rows_is_named(manifest):
-    with pytest.raises(ValueError, match=r"mine.csv' has no rows with split 'val'; it has \['test', 'train'\]"):
+    with pytest.raises(
+        ValueError, match=r"mine.csv' has no rows with split 'val'; it has \['test', 'train'\]"
+    ):
         evaluation_rows([manifest], "val")
 
 
@@ -227,13 +263,19 @@ def test_rendered_pictures_stand_beside_the_rows(name):
     """In attrs, pandas would copy all of them at nearly every step."""
     frame, images = evaluation_rows([name], limit=4)[name]
     assert len(frame) == len(images) == 4 and all(isinstance(image, Image.Image) for image in images[:])
-    for table in (frame, frame.assign(score=1.0), score_rows(Told(None, False, "greedy"), Rows(frame, [1.0, 2.0, 3.0, 4.0]))):
+    for table in (
+        frame,
+        frame.assign(score=1.0),
+        score_rows(Told(None, False, "greedy"), Rows(frame, [1.0, 2.0, 3.0, 4.0])),
+    ):
         assert all(isinstance(value, str) for value in table.attrs.values())
 
 
 def test_a_bar_on_stderr_counts_the_pictures(capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "tqdm", partial(evaluation.tqdm, mininterval=0))
-    score_rows(Told(None, False, "greedy"), with_images(rated([0, 0, 0]), [1.0, 2.0, 3.0]), "some set, greedy")
+    score_rows(
+        Told(None, False, "greedy"), with_images(rated([0, 0, 0]), [1.0, 2.0, 3.0]), "some set, greedy"
+    )
     said = capsys.readouterr()
     assert "some set, greedy" in said.err and "3/3" in said.err and not said.out
 
@@ -250,7 +292,11 @@ def test_scored_rows_hold_every_picture_in_order(monkeypatch):
     assert table["score"].tolist() == pytest.approx([3.0, NAN, NAN], nan_ok=True)
     assert table["error"].tolist() == ["", "no score", "b.jpg is missing"]
     assert table["answer"].tolist() == ["<answer>3.00</answer>", "<think>dull</think>", ""]
-    assert table["well_formed"].tolist() == [True, False, False] and table["reasoning"].tolist() == ["", "dull", ""]
+    assert table["well_formed"].tolist() == [True, False, False] and table["reasoning"].tolist() == [
+        "",
+        "dull",
+        "",
+    ]
     assert agreement(table)["unparseable"] == 2
 
 
@@ -260,9 +306,17 @@ def test_scored_rows_hold_every_picture_in_order(monkeypatch):
         (True, Score(3.0, answers=[f"<think>dull</think>{OPEN}"], mass=0.99), True),
         (False, Score(3.0, answers=[OPEN], mass=0.99), True),
         (True, Score(3.0, answers=[f"dull{OPEN}"], mass=0.99), False),  # no think block
-        (True, Score(answers=[f"<think>dull</think>{OPEN}"], mass=0.2, error="only 0.20"), False),  # no number follows
+        (
+            True,
+            Score(answers=[f"<think>dull</think>{OPEN}"], mass=0.2, error="only 0.20"),
+            False,
+        ),  # no number follows
         (True, Score(answers=["<think>dull and"], mass=0.0, error="no <answer>"), False),
-        (True, Score(3.0, answers=["<think>dull</think><answer>3.00</answer>"]), True),  # greedy: the whole answer
+        (
+            True,
+            Score(3.0, answers=["<think>dull</think><answer>3.00</answer>"]),
+            True,
+        ),  # greedy: the whole answer
         (True, Score(3.0, answers=["<answer>3.00</answer>"]), False),
     ],
 )
@@ -283,10 +337,18 @@ def test_every_set_is_scored_by_every_estimate_in_every_mode(monkeypatch):
     result, tables = evaluate("a policy", frames, estimates=("expected", "greedy"), seed=3)
     assert Told.made[0] == ("a policy", True, "expected", 3) and len(Told.made) == 4
     assert {policy for policy, *_ in Told.made[1:]} == {("model", "processor")}  # loaded once
-    assert set(tables) == {(name, estimate, thinking) for name in frames for estimate in ("expected", "greedy") for thinking in (True, False)}
+    assert set(tables) == {
+        (name, estimate, thinking)
+        for name in frames
+        for estimate in ("expected", "greedy")
+        for thinking in (True, False)
+    }
     assert tables["one", "greedy", True]["score"].tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
     found = result.set_index(["set", "estimate", "thinking"])
-    assert found.loc[("one", "greedy", False), "srcc"] == 1.0 and found.loc[("two", "greedy", False), "srcc"] == -1.0
+    assert (
+        found.loc[("one", "greedy", False), "srcc"] == 1.0
+        and found.loc[("two", "greedy", False), "srcc"] == -1.0
+    )
     assert found.loc[("sim-mixed", "greedy", False), "dominance"] == 1.0
     average = result[result["set"] == "average"]
     assert average["srcc"].tolist() == [0.0] * 4 and average["dominance"].isna().all()
@@ -297,7 +359,9 @@ def test_one_rated_set_has_no_average(monkeypatch):
     monkeypatch.setattr(evaluation, "Scorer", Told)
     result, _ = evaluate("a policy", {"one": with_images(rated([0] * 3), [1.0, 2.0, 3.0])}, modes=(False,))
     assert result["set"].tolist() == ["one"]
-    result, _ = evaluate("a policy", {"sim-mixed": with_images(mixed(0, 0, 0, 0), [4.0, 3.0, 2.0, 1.0])}, modes=(False,))
+    result, _ = evaluate(
+        "a policy", {"sim-mixed": with_images(mixed(0, 0, 0, 0), [4.0, 3.0, 2.0, 1.0])}, modes=(False,)
+    )
     assert result["dominance"].tolist() == [1.0]
 
 
@@ -305,7 +369,9 @@ def test_one_rated_set_has_no_average(monkeypatch):
 
 
 def test_markdown_is_a_table_whatever_the_cells_hold():
-    table = pd.DataFrame({"set": ["a|b", "two\nlines"], "srcc": [0.12345, NAN], "rows": [1400, 3], "seconds": [512.0, 3.0]})
+    table = pd.DataFrame(
+        {"set": ["a|b", "two\nlines"], "srcc": [0.12345, NAN], "rows": [1400, 3], "seconds": [512.0, 3.0]}
+    )
     assert markdown(table).split("\n") == [
         "| set | srcc | rows | seconds |",
         "|---|---|---|---|",
@@ -316,7 +382,13 @@ def test_markdown_is_a_table_whatever_the_cells_hold():
 
 def test_scores_are_saved_by_set_estimate_and_mode(tmp_path):
     table = rated([1.0, NAN, 3.0])
-    save_scores({("sim-kadid", "expected", True): table, ("my/sets/koniq.csv", "greedy", False): table}, tmp_path / "new" / "before")
-    assert sorted(path.name for path in (tmp_path / "new" / "before").iterdir()) == ["koniq.greedy.plain.csv", "sim-kadid.expected.thinking.csv"]
+    save_scores(
+        {("sim-kadid", "expected", True): table, ("my/sets/koniq.csv", "greedy", False): table},
+        tmp_path / "new" / "before",
+    )
+    assert sorted(path.name for path in (tmp_path / "new" / "before").iterdir()) == [
+        "koniq.greedy.plain.csv",
+        "sim-kadid.expected.thinking.csv",
+    ]
     back = pd.read_csv(tmp_path / "new" / "before" / "koniq.greedy.plain.csv")
     pd.testing.assert_frame_equal(back, table)

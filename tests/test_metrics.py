@@ -101,7 +101,9 @@ def test_fit_finds_a_logistic_relation_that_raw_plcc_does_not_see():
 def test_fit_never_correlates_less_than_the_raw_scores(drawn):
     pred, mos = np.array(drawn, dtype=float).T
     raw = plcc(pred, mos)
-    assert (math.isnan(raw) and math.isnan(plcc_fit(pred, mos))) or abs(plcc_fit(pred, mos)) >= abs(raw) - 1e-12
+    assert (math.isnan(raw) and math.isnan(plcc_fit(pred, mos))) or abs(plcc_fit(pred, mos)) >= abs(
+        raw
+    ) - 1e-12
 
 
 def test_fit_does_not_depend_on_the_unit_of_the_scores_and_keeps_the_sign():
@@ -120,7 +122,9 @@ def test_fit_that_does_not_converge_returns_the_raw_plcc(monkeypatch):
 def test_fit_that_is_stuck_returns_the_raw_plcc():
     rng = np.random.default_rng(2836)
     size = rng.integers(5, 30)
-    pred = rng.standard_cauchy(size)  # an outlier, and a falling relation: the solver stops at a correlation of 0.74
+    pred = rng.standard_cauchy(
+        size
+    )  # an outlier, and a falling relation: the solver stops at a correlation of 0.74
     mos = -pred + rng.normal(size=size)
     assert plcc_fit(pred, mos) == plcc(pred, mos) < -0.85
 
@@ -182,7 +186,9 @@ def test_bootstrap_by_photograph_is_wider_than_by_row_when_rows_of_a_photograph_
 
 
 def test_interval_covers_the_truth_in_about_95_of_100_experiments():
-    truth = 6 / math.pi * math.asin(1 / math.sqrt(1.5) / 2)  # Spearman of a bivariate normal with r = 1 / sqrt(1.5)
+    truth = (
+        6 / math.pi * math.asin(1 / math.sqrt(1.5) / 2)
+    )  # Spearman of a bivariate normal with r = 1 / sqrt(1.5)
     hits = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -258,8 +264,16 @@ def test_summary_counts_unparseable_answers_and_never_replaces_them():
     assert (row["rows"], row["photographs"], row["unparseable"]) == (200, 20, 11)
     assert row["srcc"] == srcc(frame["score"][11:], frame["mos"][11:])
     assert set(row) == {
-        "photographs", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi", "srcc_within_level", "plcc", "plcc_fit"
-    }  # fmt: skip
+        "photographs",
+        "rows",
+        "unparseable",
+        "srcc",
+        "srcc_lo",
+        "srcc_hi",
+        "srcc_within_level",
+        "plcc",
+        "plcc_fit",
+    }
 
 
 def test_summary_of_nothing_parseable_is_nan_and_counted():
@@ -278,22 +292,34 @@ def test_summary_of_a_set_without_levels_has_no_within_level_srcc():
 
 
 def by_content(contents=30, versions=11, noise=0.4, seed=0):
-    """Scores follow quality; each content's mos is its quality scaled to 0..100, so that contents cannot be compared."""
+    """Scores follow quality; each content's mos is its quality scaled to 0..100, so that contents cannot be
+    compared.
+    """
     rng = np.random.default_rng(seed)
     quality = rng.normal(rng.normal(0, 3, (contents, 1)), 1, (contents, versions))
     low, high = quality.min(1, keepdims=True), quality.max(1, keepdims=True)
     score = quality + noise * rng.normal(size=quality.shape)
     reference = np.repeat([f"c{n}" for n in range(contents)], versions)
-    return pd.DataFrame({"score": score.ravel(), "mos": (100 * (quality - low) / (high - low)).ravel(), "reference": reference})
+    return pd.DataFrame(
+        {
+            "score": score.ravel(),
+            "mos": (100 * (quality - low) / (high - low)).ravel(),
+            "reference": reference,
+        }
+    )
 
 
 def test_agreement_per_content_is_the_mean_over_contents():
     frame = by_content()
     row = content_agreement(frame, n=200)
     groups = [group for _, group in frame.groupby("reference")]
-    assert row["srcc"] == pytest.approx(np.mean([stats.spearmanr(group["score"], group["mos"]).statistic for group in groups]))
+    assert row["srcc"] == pytest.approx(
+        np.mean([stats.spearmanr(group["score"], group["mos"]).statistic for group in groups])
+    )
     assert row["srcc"] == pytest.approx(per_content_srcc(frame["score"], frame["mos"], frame["reference"]))
-    assert row["plcc"] == pytest.approx(np.mean([stats.pearsonr(group["score"], group["mos"]).statistic for group in groups]))
+    assert row["plcc"] == pytest.approx(
+        np.mean([stats.pearsonr(group["score"], group["mos"]).statistic for group in groups])
+    )
     assert (row["srcc_pooled"], row["plcc_pooled"]) == (frame_srcc(frame), frame_plcc(frame))
     assert row["srcc"] > 0.8 and row["srcc_pooled"] < 0.5  # why such a set is not pooled
     assert row["srcc_lo"] < row["srcc"] < row["srcc_hi"] and row["plcc_lo"] < row["plcc"] < row["plcc_hi"]
@@ -304,7 +330,9 @@ def test_its_interval_is_as_wide_as_contents_differ():
     frame = by_content(noise=1.5)
     row = content_agreement(frame, n=500)
     each = [srcc(group["score"], group["mos"]) for _, group in frame.groupby("reference")]
-    assert row["srcc_hi"] - row["srcc_lo"] == pytest.approx(2 * 1.96 * np.std(each, ddof=1) / np.sqrt(30), rel=0.15)
+    assert row["srcc_hi"] - row["srcc_lo"] == pytest.approx(
+        2 * 1.96 * np.std(each, ddof=1) / np.sqrt(30), rel=0.15
+    )
 
 
 def test_a_content_without_a_correlation_is_left_out_of_the_mean():

@@ -1,4 +1,6 @@
-"""The real models' classes, tiny and with random weights, through loading, QLoRA, GRPO, saving and scoring; their configurations."""
+"""The real models' classes, tiny and with random weights, through loading, QLoRA, GRPO, saving and scoring;
+their configurations.
+"""
 
 import ast
 import importlib.util
@@ -19,24 +21,45 @@ from peft import PeftModel, get_peft_model
 from PIL import Image
 from test_sharing import learned
 from torch.testing import assert_close
-from transformers import GenerationConfig, PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vqr1 import policy, training
 from vqr1.cards import model_card
+from vqr1.config import CONFIGS, load_config
 from vqr1.data.manifests import COLUMNS, load_ratings
-from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor, load_policy, lora_config, memory_by_part, qwen_config
+from vqr1.policy import (
+    CHAT_TEMPLATE,
+    SPECIAL,
+    PictureProcessor,
+    load_policy,
+    lora_config,
+    memory_by_part,
+    qwen_config,
+)
 from vqr1.prompts import messages
 from vqr1.scoring import Scorer
 from vqr1.sharing import look_once, prompt_once
-from vqr1.training import CONFIGS, build_trainer, config_for_device, grpo_config, load_config, set_rows, train
+from vqr1.training import build_trainer, config_for_device, grpo_config, set_rows, train
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 REAL = [name for name in NAMES if not name.startswith("cpu")]
 TEXT = dict(
-    vocab_size=576, hidden_size=256, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-    tie_word_embeddings=True, initializer_range=0.1,
-)  # fmt: skip
+    vocab_size=576,
+    hidden_size=256,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
+    initializer_range=0.1,
+)
 """Every size a multiple of 64, which 4-bit layers need on CPUs."""
 
 
@@ -47,7 +70,14 @@ def qwen2_5(**ids):
         setattr(config.text_config, key, value)
     config.text_config.layer_types = ["full_attention"] * 3
     config.text_config.max_window_layers = 3
-    for key, value in dict(hidden_size=64, intermediate_size=128, depth=2, num_heads=2, out_hidden_size=256, fullatt_block_indexes=[1]).items():
+    for key, value in dict(
+        hidden_size=64,
+        intermediate_size=128,
+        depth=2,
+        num_heads=2,
+        out_hidden_size=256,
+        fullatt_block_indexes=[1],
+    ).items():
         setattr(config.vision_config, key, value)
     for key, value in ids.items():
         setattr(config, key, value)
@@ -56,15 +86,26 @@ def qwen2_5(**ids):
 
 def qwen3(**ids):
     """Qwen3-VL as published, but for the sizes: DeepStack from two layers, interleaved M-RoPE."""
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
     config = Qwen3VLConfig(
         text_config=TEXT | dict(head_dim=128, rope_parameters=rope),
         vision_config=dict(
-            depth=3, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=256, num_position_embeddings=64,
+            depth=3,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            out_hidden_size=256,
+            num_position_embeddings=64,
             deepstack_visual_indexes=[0, 1],
         ),
-        tie_word_embeddings=True, **ids,
-    )  # fmt: skip
+        tie_word_embeddings=True,
+        **ids,
+    )
     return Qwen3VLForConditionalGeneration(config), 16
 
 
@@ -75,11 +116,20 @@ def folder(request, untrained, tmp_path_factory) -> Path:
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
     torch.manual_seed(0)
     model, patch = request.param(
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
-    model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    pictures = Qwen2VLImageProcessorPil(patch_size=patch, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 12_845_056})
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]
+    )
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=patch,
+        temporal_patch_size=2,
+        merge_size=2,
+        size={"shortest_edge": 3136, "longest_edge": 12_845_056},
+    )
     path = tmp_path_factory.mktemp(request.param.__name__)
     model.save_pretrained(path)
     PictureProcessor(pictures, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(path)
@@ -88,22 +138,39 @@ def folder(request, untrained, tmp_path_factory) -> Path:
 
 def pictures() -> list[Image.Image]:
     noise = np.random.default_rng(0)
-    return [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((64, 64), (96, 128), (130, 60))]
+    return [
+        Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8))
+        for size in ((64, 64), (96, 128), (130, 60))
+    ]
 
 
 def asked(processor, images: list[Image.Image], start: str = "", **prompt) -> dict:
-    text = processor.apply_chat_template(messages(**prompt), add_generation_prompt=True, tokenize=False) + start
+    text = (
+        processor.apply_chat_template(messages(**prompt), add_generation_prompt=True, tokenize=False) + start
+    )
     return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
 
 
 def small(**grpo) -> dict:
     """The kadid-7b-qlora configuration with 2 images x 3 completions of 6 tokens, on a CPU."""
-    config = load_config("kadid-7b-qlora") | {"sets": ["sim-kadid"], "validation": {"rows": 2, "every": 9}, "pixels": [3136, 16_384]}
+    config = load_config("kadid-7b-qlora") | {
+        "sets": ["sim-kadid"],
+        "validation": {"rows": 2, "every": 9},
+        "pixels": [3136, 16_384],
+    }
     config["grpo"] |= {
-        "use_cpu": True, "bf16": False, "max_steps": 2, "per_device_train_batch_size": 3, "steps_per_generation": 2,
-        "gradient_accumulation_steps": 2, "num_generations": 3, "max_completion_length": 6, "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant", "save_strategy": "no",
-    } | grpo  # fmt: skip
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 3,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+    } | grpo
     return config
 
 
@@ -118,7 +185,9 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    """(output folder, model after, weights before) of two GRPO steps of a 4-bit model with an adapter, numbered prompts, KL term."""
+    """(output folder, model after, weights before) of two GRPO steps of a 4-bit model with an adapter,
+    numbered prompts, KL term.
+    """
     output = tmp_path_factory.mktemp("trained")
     config = small() | {"policy": str(folder), "numbered": True}
     model, processor = load_policy(folder, quantize=True, pixels=config["pixels"])
@@ -135,7 +204,9 @@ def trained(folder, tmp_path_factory):
 
 def test_the_class_is_the_published_one_and_needs_no_torchvision(folder):
     model, processor = load_policy(folder)
-    assert model.config.model_type in ("qwen2_5_vl", "qwen3_vl") and model.config.model_type.replace("_", "") in str(type(model)).lower().replace("_", "")
+    assert model.config.model_type in ("qwen2_5_vl", "qwen3_vl") and model.config.model_type.replace(
+        "_", ""
+    ) in str(type(model)).lower().replace("_", "")
     assert type(processor) is PictureProcessor and processor.tokenizer.padding_side == "left"
 
 
@@ -177,8 +248,12 @@ def test_an_adapter_in_a_format_that_can_run_code_is_refused(folder, tmp_path):
 
 
 def test_code_that_comes_with_weights_is_not_run(tmp_path):
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n", encoding="utf-8")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}), encoding="utf-8")
+    (tmp_path / "mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n", encoding="utf-8"
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_policy(tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -192,7 +267,11 @@ def test_every_lora_weight_moves_and_no_frozen_one(trained):
     after = weights(model)
     fresh = {name: value for name, value in after.items() if ".lora_" in name}
     assert len(fresh) == 2 * 7 * 3 and all(".language_model." in name for name in fresh)
-    assert all(value.dtype == torch.float32 and value.abs().max() > 0 for name, value in fresh.items() if ".lora_B." in name)
+    assert all(
+        value.dtype == torch.float32 and value.abs().max() > 0
+        for name, value in fresh.items()
+        if ".lora_B." in name
+    )
     assert after.keys() - fresh.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name for name, value in before.items() if value.dtype == torch.uint8} == {
@@ -216,7 +295,9 @@ def test_every_lora_weight_gets_a_gradient_and_the_frozen_tower_none(folder, tmp
     assert seen and not any(seen)
     assert not inner.visual.patch_embed._forward_hooks
     after = weights(trainer.model)
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {name for name in after if ".lora_" in name}
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        name for name in after if ".lora_" in name
+    }
 
 
 def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch):
@@ -230,8 +311,12 @@ def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch
     [trainer] = seen
     dtypes = {(".lora_" in name, weight.dtype) for name, weight in trainer.model.named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16), (False, torch.uint8)}
-    assert all(weight.isfinite().all() for name, weight in trainer.model.named_parameters() if ".lora_" in name)
-    assert any(weight.abs().max() > 0 for name, weight in trainer.model.named_parameters() if ".lora_B." in name)
+    assert all(
+        weight.isfinite().all() for name, weight in trainer.model.named_parameters() if ".lora_" in name
+    )
+    assert any(
+        weight.abs().max() > 0 for name, weight in trainer.model.named_parameters() if ".lora_B." in name
+    )
 
 
 def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
@@ -256,6 +341,7 @@ def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
 
 def test_a_trained_folder_says_how_it_was_trained_and_is_loaded_so(trained, tmp_path, caplog):
     """By its path alone it scores as the trained policy does; on the base in full it does not, and says so."""
+
     def said():
         return [record.getMessage() for record in caplog.records if record.name == "vqr1.policy"]
 
@@ -267,7 +353,9 @@ def test_a_trained_folder_says_how_it_was_trained_and_is_loaded_so(trained, tmp_
     with torch.no_grad():
         expected = model.eval()(**inputs).logits
         assert_close(load_policy(folder)[0].eval()(**inputs).logits, expected, rtol=0, atol=1e-4)
-        merged = load_policy(policy.merge_adapter(folder, tmp_path / "merged"))[0]  # what it was trained on, by default
+        merged = load_policy(policy.merge_adapter(folder, tmp_path / "merged"))[
+            0
+        ]  # what it was trained on, by default
         assert_close(merged.eval()(**inputs).logits, expected, rtol=0, atol=1e-3)
         assert not said()
         other = load_policy(folder, quantize=False)[0]
@@ -288,7 +376,11 @@ def test_an_adapter_in_the_vision_tower_is_trained_on_request(folder):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     grads = {name: weight.grad for name, weight in model.named_parameters() if ".lora_B." in name}
     blocks = [name for name in grads if ".visual.blocks." in name]
-    linears = [name for name, m in model.get_base_model().model.visual.blocks.named_modules() if hasattr(m, "base_layer")]
+    linears = [
+        name
+        for name, m in model.get_base_model().model.visual.blocks.named_modules()
+        if hasattr(m, "base_layer")
+    ]
     assert len(blocks) == len(linears) >= 2 * 4 and len(grads) == len(blocks) + 7 * 3
     assert all(grad.abs().max() > 0 for grad in grads.values())
 
@@ -299,15 +391,21 @@ def test_an_adapter_in_the_vision_tower_is_trained_on_request(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("answer", ["3.25", "1.07", "5.90"])
 def test_the_answers_probabilities_are_those_of_writing_them_out(folder, answer):
-    """The tree of 61 tokens under a 4-D mask gives what one forward per answer gives: 3-D positions, DeepStack and all."""
+    """The tree of 61 tokens under a 4-D mask gives what one forward per answer gives: 3-D positions,
+    DeepStack and all.
+    """
     model, processor = load_policy(folder)
     scorer = Scorer((model.eval(), processor), numbered=True)
     ids, mask, cache = scorer._prefill([scorer._open(picture) for picture in pictures()], scorer._prefix())
     d1, d2, d3 = (int(digit) for digit in answer if digit != ".")
-    found = scorer._answers(ids, mask, torch.full((3,), ids.shape[1] - 1), cache)[:, 100 * (d1 - 1) + 10 * d2 + d3]
+    found = scorer._answers(ids, mask, torch.full((3,), ids.shape[1] - 1), cache)[
+        :, 100 * (d1 - 1) + 10 * d2 + d3
+    ]
     whole = asked(processor, pictures(), f"<answer>{answer}", thinking=False, numbered=True)
     logp = model(**whole).logits.log_softmax(-1)
-    expected = sum(logp[:, -i - 1].gather(1, whole["input_ids"][:, -i, None])[:, 0] for i in range(1, 5)).exp()
+    expected = sum(
+        logp[:, -i - 1].gather(1, whole["input_ids"][:, -i, None])[:, 0] for i in range(1, 5)
+    ).exp()
     assert_close(found, expected, rtol=1e-3, atol=0)
 
 
@@ -338,7 +436,9 @@ def test_a_configuration_is_valid_for_the_installed_trl(name, tmp_path):
     config = on_cpu(name)
     args = grpo_config(config, tmp_path)
     assert isinstance(args, trl.GRPOConfig) and args.max_completion_length == 256
-    assert args.per_device_train_batch_size * args.steps_per_generation % args.num_generations == 0, "a group would be split between GPUs"
+    assert args.per_device_train_batch_size * args.steps_per_generation % args.num_generations == 0, (
+        "a group would be split between GPUs"
+    )
     assert training.images_per_step(args) in (8, 16)
     assert args.gradient_accumulation_steps % args.steps_per_generation == 0
     assert [reward.__name__ for reward in training.rewards(config)] == ["ranking", "format_reward"]
@@ -346,14 +446,22 @@ def test_a_configuration_is_valid_for_the_installed_trl(name, tmp_path):
     assert load_config(name)["grpo"]["bf16"] != load_config(name)["grpo"].get("fp16", False)
 
 
-@pytest.mark.parametrize(("name", "gib"), [("t4-3b", 14.5), ("l4-7b", 22), ("kadid-7b-qlora", 22), ("a100-7b", 39)])
+@pytest.mark.parametrize(
+    ("name", "gib"), [("t4-3b", 14.5), ("l4-7b", 22), ("kadid-7b-qlora", 22), ("a100-7b", 39)]
+)
 def test_a_configuration_fits_its_gpu_as_far_as_computed(name, gib, tmp_path):
     config, args = load_config(name), grpo_config(on_cpu(name), tmp_path)
     size = re.search(r"-(\dB)-", config["policy"]).group(1)
     parts = memory_by_part(
-        qwen_config(size), config["quantize"], config["lora"]["r"], training.images_per_step(args), args.num_generations,
-        args.max_completion_length, args.per_device_train_batch_size, dtype=getattr(torch, config["dtype"] or "bfloat16"),
-    )  # fmt: skip
+        qwen_config(size),
+        config["quantize"],
+        config["lora"]["r"],
+        training.images_per_step(args),
+        args.num_generations,
+        args.max_completion_length,
+        args.per_device_train_batch_size,
+        dtype=getattr(torch, config["dtype"] or "bfloat16"),
+    )
     assert parts["peak"] < gib
 
 
@@ -361,8 +469,15 @@ def test_four_bit_takes_what_is_computed(folder):
     model, _ = load_policy(folder, quantize=True)
     layers = [p for p in model.parameters() if p.dtype == torch.uint8]
     states = [p.quant_state for p in layers]
-    taken = sum(p.numel() + s.absmax.numel() * s.absmax.element_size() + s.state2.absmax.numel() * 4 for p, s in zip(layers, states))
-    rest = sum(p.numel() for name, p in model.model.language_model.layers.named_parameters() if p.dtype != torch.uint8)
+    taken = sum(
+        p.numel() + s.absmax.numel() * s.absmax.element_size() + s.state2.absmax.numel() * 4
+        for p, s in zip(layers, states)
+    )
+    rest = sum(
+        p.numel()
+        for name, p in model.model.language_model.layers.named_parameters()
+        if p.dtype != torch.uint8
+    )
     computed = memory_by_part(model.config, lora=4)["language model"] * 2**30
     norm = model.model.language_model.norm.weight.numel()
     assert taken + (rest + norm) * (1 / 2 + 1 / 64) == pytest.approx(computed, rel=0.01)
@@ -374,11 +489,16 @@ def test_sizes_are_the_published_ones():
     assert totals == pytest.approx([3.755, 8.292], abs=0.001)
 
 
-@pytest.mark.parametrize(("gib", "name"), [(8, "cpu"), (14.6, "t4-3b"), (15.8, "t4-3b"), (22.2, "l4-7b"), (39.4, "a100-7b"), (79.1, "a100-7b")])
+@pytest.mark.parametrize(
+    ("gib", "name"),
+    [(8, "cpu"), (14.6, "t4-3b"), (15.8, "t4-3b"), (22.2, "l4-7b"), (39.4, "a100-7b"), (79.1, "a100-7b")],
+)
 def test_the_configuration_for_a_gpu_goes_by_its_memory(gib, name, monkeypatch):
     assert config_for_device() == "cpu" or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=gib * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=gib * 2**30)
+    )
     assert config_for_device() == name and name in NAMES
 
 
@@ -417,14 +537,22 @@ def test_sets_in_several_folders_are_trained_on_together(tmp_path):
 def test_logs_go_where_the_configuration_says(tmp_path):
     pytest.importorskip("tensorboard", reason="logging to it is optional")
     config = load_config("cpu")
-    config["grpo"] |= {"per_device_train_batch_size": 12, "max_steps": 1, "save_strategy": "no", "report_to": "tensorboard", "logging_steps": 1}
+    config["grpo"] |= {
+        "per_device_train_batch_size": 12,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "tensorboard",
+        "logging_steps": 1,
+    }
     build_trainer(config, tmp_path, frame=load_ratings("sim-kadid").query("split == 'train'").head(4)).train()
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
 def test_the_prompt_with_the_pictures_number_is_the_official_inferences(untrained):
     render = untrained[1].apply_chat_template
-    assert render(messages(numbered=True), tokenize=False) == render(messages(), tokenize=False, add_vision_id=True)
+    assert render(messages(numbered=True), tokenize=False) == render(
+        messages(), tokenize=False, add_vision_id=True
+    )
     assert "Picture" not in render(messages(), tokenize=False)
 
 
@@ -436,18 +564,31 @@ def test_the_card_says_data_settings_results_and_limits(trained):
     card = (output / "policy" / "README.md").read_text(encoding="utf-8")
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["library_name"] == "peft" and "base_model" not in yaml.safe_load(header)
-    for part in ("`sim-kadid`", "simulated observers", "thinking prompt", "learning_rate: 0.01", f"trl {trl.__version__}", "## Limits"):
+    for part in (
+        "`sim-kadid`",
+        "simulated observers",
+        "thinking prompt",
+        "learning_rate: 0.01",
+        f"trl {trl.__version__}",
+        "## Limits",
+    ):
         assert part in body
 
 
 def test_the_card_gives_first_and_last_validation():
-    log = pd.DataFrame({"step": [0, 1, 2, 3], "val_srcc": [0.5, None, 0.6, 0.7123], "val_plcc": [0.4, None, 0.5, 0.6]})
+    log = pd.DataFrame(
+        {"step": [0, 1, 2, 3], "val_srcc": [0.5, None, 0.6, 0.7123], "val_plcc": [0.4, None, 0.5, 0.6]}
+    )
     card = model_card(load_config("cpu"), log, "a machine")
     assert "| 0 | 0.500 | 0.400 |\n| 3 | 0.712 | 0.600 |\n\n## Limits" in card and "190 rows" in card
 
 
 def test_a_card_names_a_base_of_the_hub_and_only_simulated_sets_simulated():
-    card = model_card(load_config("paper-7b-full"), pd.DataFrame({"step": [0], "val_srcc": [None], "val_plcc": [None]}), "a machine")
+    card = model_card(
+        load_config("paper-7b-full"),
+        pd.DataFrame({"step": [0], "val_srcc": [None], "val_plcc": [None]}),
+        "a machine",
+    )
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["base_model"] == "Qwen/Qwen2.5-VL-7B-Instruct" and header["library_name"] == "transformers"
     assert "No validation gave an SRCC" in card and "simulated" not in card
@@ -469,11 +610,23 @@ def test_sharing_keeps_log_probabilities_and_gradients(folder, share):
         if shared:
             share(model)
         batch = asked(processor, [picture for picture in pictures() for _ in range(2)])
-        found.append(learned(model, batch, torch.arange(20, 44).view(6, 4), torch.ones(6, 4, dtype=torch.long), torch.tensor([3, 0, 5, 1, 4, 2])))
+        found.append(
+            learned(
+                model,
+                batch,
+                torch.arange(20, 44).view(6, 4),
+                torch.ones(6, 4, dtype=torch.long),
+                torch.tensor([3, 0, 5, 1, 4, 2]),
+            )
+        )
     (stock, _, gradient), (shared, _, same) = found
     assert_close(shared, stock, rtol=0, atol=1e-5)
     assert gradient.keys() == same.keys() and len(same) > 0
-    assert all(torch.cosine_similarity(same[name].flatten(), gradient[name].flatten(), 0) > 0.9999 for name in same if gradient[name].abs().max() > 0)
+    assert all(
+        torch.cosine_similarity(same[name].flatten(), gradient[name].flatten(), 0) > 0.9999
+        for name in same
+        if gradient[name].abs().max() > 0
+    )
 
 
 # --- the benchmark ------------------------------------------------------------------------------
@@ -533,7 +686,11 @@ def library_calls() -> list:
                 except (NameError, AttributeError, TypeError, SyntaxError):
                     continue  # a method of a local object
                 if str(getattr(called, "__module__", "")).partition(".")[0] in LIBRARIES:
-                    found += [(path.name, node.lineno, called, keyword.arg) for keyword in node.keywords if keyword.arg]
+                    found += [
+                        (path.name, node.lineno, called, keyword.arg)
+                        for keyword in node.keywords
+                        if keyword.arg
+                    ]
     return found
 
 
@@ -547,7 +704,11 @@ def accepts(called, keyword: str) -> bool:
     if "AutoModel" in str(getattr(called, "__self__", "")):
         called = PreTrainedModel.from_pretrained  # what it hands its arguments to
     owner = called if inspect.isclass(called) else getattr(called, "__self__", None) or called
-    sources = [inspect.getsource(c) for c in getattr(owner, "__mro__", [owner]) if c.__module__.partition(".")[0] in LIBRARIES]
+    sources = [
+        inspect.getsource(c)
+        for c in getattr(owner, "__mro__", [owner])
+        if c.__module__.partition(".")[0] in LIBRARIES
+    ]
     return any(re.search(rf"\b{keyword}\b", source) for source in sources)
 
 
@@ -555,11 +716,24 @@ CALLS = library_calls()
 
 
 def test_the_calls_are_found():
-    assert {"GRPOConfig", "GRPOTrainer", "LoraConfig", "BitsAndBytesConfig", "GenerationConfig"} <= {called.__name__ for _, _, called, _ in CALLS}
-    assert {"dtype", "device_map", "use_safetensors", "trust_remote_code", "padding_side", "is_trainable"} <= {keyword for *_, keyword in CALLS}
+    assert {"GRPOConfig", "GRPOTrainer", "LoraConfig", "BitsAndBytesConfig", "GenerationConfig"} <= {
+        called.__name__ for _, _, called, _ in CALLS
+    }
+    assert {
+        "dtype",
+        "device_map",
+        "use_safetensors",
+        "trust_remote_code",
+        "padding_side",
+        "is_trainable",
+    } <= {keyword for *_, keyword in CALLS}
 
 
-@pytest.mark.parametrize(("called", "keyword"), sorted({(c, k) for _, _, c, k in CALLS}, key=str), ids=lambda value: getattr(value, "__qualname__", value))
+@pytest.mark.parametrize(
+    ("called", "keyword"),
+    sorted({(c, k) for _, _, c, k in CALLS}, key=str),
+    ids=lambda value: getattr(value, "__qualname__", value),
+)
 def test_every_keyword_given_to_a_library_exists(called, keyword):
     assert accepts(called, keyword)
 

@@ -1,4 +1,6 @@
-"""What can be said of the notebooks without running them; nbval runs them (see notebooks/conftest.py). No torch here."""
+"""What can be said of the notebooks without running them; nbval runs them (see notebooks/conftest.py). No
+torch here.
+"""
 
 import ast
 import json
@@ -24,13 +26,17 @@ PUBLIC = {
 } - {"main"}
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_file = pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+every_file = pytest.mark.parametrize(
+    "path", NOTEBOOKS + SOLUTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 
 
 def cells(path: Path, kind: str | None = None) -> list[dict]:
     """The cells, of one kind if asked; "source" is one string."""
     content = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [cell | {"source": "".join(cell["source"])} for cell in content if kind in (None, cell["cell_type"])]
+    return [
+        cell | {"source": "".join(cell["source"])} for cell in content if kind in (None, cell["cell_type"])
+    ]
 
 
 def sources(path: Path, kind: str | None = None) -> list[str]:
@@ -78,11 +84,17 @@ def test_it_was_run_from_top_to_bottom(path):
 @every_file
 def test_it_stores_no_widget_no_stderr_and_no_machine(path):
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["metadata"] == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    assert [kind for output in outputs(path) for kind in output.get("data", {}) if kind.startswith(WIDGET)] == []
+    assert content["metadata"] == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
+    }
+    assert [
+        kind for output in outputs(path) for kind in output.get("data", {}) if kind.startswith(WIDGET)
+    ] == []
     assert [output["text"] for output in outputs(path) if output.get("name") == "stderr"] == []
     streams = [[output.get("name") for output in cell["outputs"]] for cell in cells(path, "code")]
-    assert not any("stdout" == one == two for names in streams for one, two in zip(names, names[1:])), "a print in pieces"
+    assert not any("stdout" == one == two for names in streams for one, two in zip(names, names[1:])), (
+        "a print in pieces"
+    )
     ids = [cell["id"] for cell in content["cells"]]
     assert len(set(ids)) == len(ids)
 
@@ -102,8 +114,15 @@ def test_code_fits_a_narrow_page(path):
 
 @every_file
 def test_it_names_no_folder_of_a_machine(path):
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if "/content/vqr1" not in line]  # Colab's, in the setup cell
-    assert re.findall(r"(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|mnt|content)/[\w.-]*", "\n".join(lines)) == []
+    lines = [
+        line for line in path.read_text(encoding="utf-8").split("\n") if "/content/vqr1" not in line
+    ]  # Colab's, in the setup cell
+    assert (
+        re.findall(
+            r"(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|mnt|content)/[\w.-]*", "\n".join(lines)
+        )
+        == []
+    )
 
 
 # --- the code -----------------------------------------------------------------------------------
@@ -118,7 +137,9 @@ def test_it_imports_at_its_head_what_environment_yml_declares(path):
         for node in ast.walk(ast.parse(source)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not names or number < 2, f"{names} is imported in code cell {number + 1}, not in the second"
+            assert not names or number < 2, (
+                f"{names} is imported in code cell {number + 1}, not in the second"
+            )
             imported |= {name.split(".")[0] for name in names}
     third = {distribution(name) for name in imported - sys.stdlib_module_names - {"vqr1"}}
     assert {name for name in third if CONDA_NAMES.get(name, name) not in declared} == set()
@@ -128,7 +149,9 @@ def test_it_imports_at_its_head_what_environment_yml_declares(path):
 def test_it_defines_nothing_that_vqr1_has(path):
     """No function or class of the name of a public one, and no value in place of one that it imported."""
     defined = {node.name for node in nodes(path) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assigned = {node.id for node in nodes(path) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = {
+        node.id for node in nodes(path) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     imported = {
         alias.asname or alias.name
         for node in nodes(path)
@@ -148,8 +171,13 @@ def test_it_opens_with_the_same_five_cells(path):
     title, objectives, contents, _, imports = (cell["source"] for cell in opening)
     badge = f"https://colab.research.google.com/github/{REPOSITORY.split('github.com/')[1]}/blob/main/notebooks/{path.name}"
     number = path.name[:2]
-    assert re.fullmatch(rf"# {number} · [^\n]+\n\n\[!\[Open In Colab\]\([^)]+\)\]\({re.escape(badge)}\)\n\n\*\*[^\n]+\*\*", title)
-    assert objectives.startswith("## You will\n") and 3 <= len(re.findall("^- ", objectives, re.MULTILINE)) <= 5
+    assert re.fullmatch(
+        rf"# {number} · [^\n]+\n\n\[!\[Open In Colab\]\([^)]+\)\]\({re.escape(badge)}\)\n\n\*\*[^\n]+\*\*",
+        title,
+    )
+    assert (
+        objectives.startswith("## You will\n") and 3 <= len(re.findall("^- ", objectives, re.MULTILINE)) <= 5
+    )
     assert "**Know before:**" in objectives and "**Time and hardware:**" in objectives
     assert contents.startswith("## Contents\n") and "version(" in imports
     assert "nbval-ignore-output" in opening[4]["metadata"]["tags"]  # versions differ
@@ -181,7 +209,8 @@ def test_its_links_to_files_lead_somewhere(path):
 
 
 def test_the_setup_cell_on_colab(tmp_path):
-    """As on Colab but for its folder: git takes this checkout for the address, and pip has nothing to do here.
+    """As on Colab but for its folder: git takes this checkout for the address, and pip has nothing to do
+    here.
 
     What the cell must leave: the repository on the path, notebooks/ as the working folder, torch as it was.
     """
@@ -196,7 +225,11 @@ assert importlib.metadata.version("torch") == before and "torch" not in sys.modu
 import vqr1, vqr1.data.manifests
 print(vqr1.__file__, vqr1.data.manifests.data_root(), os.getcwd(), len(pins), sep="\\n")
 """
-    replaced = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf", "GIT_CONFIG_VALUE_0": REPOSITORY}
+    replaced = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf",
+        "GIT_CONFIG_VALUE_0": REPOSITORY,
+    }
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | replaced
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -221,7 +254,9 @@ def test_each_exercise_has_a_stub_that_runs_and_a_worked_solution(path):
 @every_notebook
 def test_the_stubs_are_open_and_the_solutions_right(path):
     for file, verdict in ((path, "not answered yet"), (path.parent / "solutions" / path.name, "right")):
-        printed = "".join("".join(output["text"]) for output in outputs(file) if output["output_type"] == "stream")
+        printed = "".join(
+            "".join(output["text"]) for output in outputs(file) if output["output_type"] == "stream"
+        )
         found = re.findall(rf"Exercise (\d): {verdict}", printed)
         assert found == [str(n) for n in range(1, len(exercises(file)) + 1)]
 

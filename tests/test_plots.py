@@ -7,7 +7,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.plots import LivePlot, bells, curve, gallery, intervals, jpeg, rounding, scatter, spread, training_figure
+from vqr1.plots import (
+    LivePlot,
+    bells,
+    curve,
+    gallery,
+    intervals,
+    jpeg,
+    rounding,
+    scatter,
+    spread,
+    training_figure,
+)
 
 
 def axes():
@@ -18,7 +29,11 @@ def test_curve_leaves_out_steps_without_a_value():
     ax, log = axes(), pd.DataFrame({"step": [1, 2, 3], "val_srcc": [0.1, np.nan, 0.5]})
     curve(ax, log, "val_srcc", label="policy")
     assert ax.lines[0].get_xdata().tolist() == [1, 3] and ax.lines[0].get_ydata().tolist() == [0.1, 0.5]
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.lines[0].get_label()) == ("training step", "val_srcc", "policy")
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.lines[0].get_label()) == (
+        "training step",
+        "val_srcc",
+        "policy",
+    )
 
 
 def test_curve_is_a_centred_running_mean():
@@ -28,10 +43,19 @@ def test_curve_is_a_centred_running_mean():
 
 
 def test_training_figure_shows_reward_validation_and_spread():
-    log = pd.DataFrame({"step": range(3), "ranking": [0.7, 0.7, 0.8], "val_srcc": [0.1, np.nan, 0.4], "score_std": [0.5, 0.4, 0.3]})
+    log = pd.DataFrame(
+        {
+            "step": range(3),
+            "ranking": [0.7, 0.7, 0.8],
+            "val_srcc": [0.1, np.nan, 0.4],
+            "score_std": [0.5, 0.4, 0.3],
+        }
+    )
     drawn = training_figure(log).axes
     assert [len(ax.lines[0].get_xdata()) for ax in drawn] == [3, 2, 3]
-    assert "sim-kadid" in drawn[1].get_ylabel() and drawn[2].lines[0].get_ydata()[1] == np.mean([0.5, 0.4, 0.3])
+    assert "sim-kadid" in drawn[1].get_ylabel() and drawn[2].lines[0].get_ydata()[1] == np.mean(
+        [0.5, 0.4, 0.3]
+    )
 
 
 def test_scatter_draws_mos_across_and_score_up():
@@ -67,7 +91,9 @@ def test_bells_peak_at_the_means_with_areas_of_one_and_samples_below():
         x, y = line.get_data()
         assert abs(x[y.argmax()] - mean) < 0.03 and abs(np.trapezoid(y, x) - 1) < 1e-2
     ticks = [line for line in ax.lines if line not in curves]
-    assert [list(line.get_xdata()) for line in ticks] == [[2.1, 1.8], [4.5]] and all((line.get_ydata() < 0).all() for line in ticks)
+    assert [list(line.get_xdata()) for line in ticks] == [[2.1, 1.8], [4.5]] and all(
+        (line.get_ydata() < 0).all() for line in ticks
+    )
     assert [line.get_color() for line in ticks] == [line.get_color() for line in curves]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
 
@@ -93,7 +119,9 @@ def test_rounding_draws_a_line_per_level():
 
 
 def test_outside_jupyter_the_live_plot_is_a_line_with_the_last_values(tmp_path, capsys):
-    log = pd.DataFrame({"step": [0, 5], "ranking": [np.nan, 0.75], "val_srcc": [0.5, np.nan], "seconds": [1.0, 9.6]})
+    log = pd.DataFrame(
+        {"step": [0, 5], "ranking": [np.nan, 0.75], "val_srcc": [0.5, np.nan], "seconds": [1.0, 9.6]}
+    )
     log.to_csv(tmp_path / "log.csv", index=False)
     LivePlot(tmp_path / "log.csv").on_log(None, None, None, {"reward": 1.7})
     assert capsys.readouterr().out == "step 5  ranking 0.750  val_srcc 0.500  10 s\n"
@@ -101,7 +129,14 @@ def test_outside_jupyter_the_live_plot_is_a_line_with_the_last_values(tmp_path, 
 
 def test_intervals_are_drawn_around_their_means_in_the_tables_order():
     ax = axes()
-    intervals(ax, pd.DataFrame({"mean": [2.0, 1.0], "low": [1.5, 0.0], "high": [3.0, 1.25]}, ["b", "a"]), "score", shift=0.1)
+    intervals(
+        ax,
+        pd.DataFrame({"mean": [2.0, 1.0], "low": [1.5, 0.0], "high": [3.0, 1.25]}, ["b", "a"]),
+        "score",
+        shift=0.1,
+    )
     line, _, (bars,) = ax.containers[0].lines
-    assert line.get_xydata().tolist() == [[0.1, 2.0], [1.1, 1.0]] and [label.get_text() for label in ax.get_xticklabels()] == ["b", "a"]
+    assert line.get_xydata().tolist() == [[0.1, 2.0], [1.1, 1.0]] and [
+        label.get_text() for label in ax.get_xticklabels()
+    ] == ["b", "a"]
     assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[1.5, 3.0], [0.0, 1.25]]

@@ -25,11 +25,15 @@ def noise(width, height, seed=0):
 
 
 def prompt(processor, thinking=True, **options):
-    return processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False, **options)
+    return processor.apply_chat_template(
+        messages(thinking), add_generation_prompt=True, tokenize=False, **options
+    )
 
 
 def asked(processor, *pictures):
-    return processor(text=[prompt(processor)] * len(pictures), images=list(pictures), padding=True, return_tensors="pt")
+    return processor(
+        text=[prompt(processor)] * len(pictures), images=list(pictures), padding=True, return_tensors="pt"
+    )
 
 
 # Architecture
@@ -61,7 +65,11 @@ def test_the_same_seed_builds_the_same_weights(untrained):
 @pytest.mark.parametrize("score", ["1.00", "4.25", "5.99", "3.7", "0123456789."])
 def test_every_digit_and_the_point_is_one_token(untrained, score):
     tokenizer = untrained[1].tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(f"<answer>{score}</answer>")) == ["<answer>", *score, "</answer>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(f"<answer>{score}</answer>")) == [
+        "<answer>",
+        *score,
+        "</answer>",
+    ]
 
 
 @pytest.mark.parametrize(("thinking", "request_"), [(True, THINKING), (False, NON_THINKING)])
@@ -99,14 +107,21 @@ def test_a_conversation_keeps_its_own_system_message_and_answers(untrained):
 
 
 def test_pictures_can_be_numbered(untrained):
-    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]}]
+    two = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}],
+        }
+    ]
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     text = untrained[1].apply_chat_template(two, tokenize=False, add_vision_id=True)
     assert f"user\nPicture 1: {picture}Picture 2: {picture}Which?<|im_end|>" in text
     assert f"Picture 1: {picture}You are doing" in prompt(untrained[1], add_vision_id=True)
 
 
-@pytest.mark.parametrize(("width", "height", "tokens"), [(64, 64, 4), (192, 192, 36), (256, 256, 64), (512, 384, 54), (20, 20, 4)])
+@pytest.mark.parametrize(
+    ("width", "height", "tokens"), [(64, 64, 4), (192, 192, 36), (256, 256, 64), (512, 384, 54), (20, 20, 4)]
+)
 def test_a_picture_takes_a_token_per_32_pixels_square(untrained, width, height, tokens):
     ids = asked(untrained[1], noise(width, height)).input_ids
     assert (ids == untrained[1].image_token_id).sum() == tokens
@@ -130,7 +145,9 @@ def test_left_padding_changes_no_logits(untrained):
     together = asked(processor, *pictures)
     assert together.attention_mask[0, 0] == 0 and together.attention_mask[:, -1].all()
     batched = model(**together, logits_to_keep=1).logits[:, 0]
-    single = torch.cat([model(**asked(processor, picture), logits_to_keep=1).logits[:, 0] for picture in pictures])
+    single = torch.cat(
+        [model(**asked(processor, picture), logits_to_keep=1).logits[:, 0] for picture in pictures]
+    )
     assert_close(batched, single, rtol=0, atol=1e-4)
     assert (single[0] - single[1]).abs().max() > 1e-3  # the picture matters
 
@@ -154,7 +171,9 @@ def test_saved_in_fp16_and_loaded_in_fp32_it_computes_the_same(untrained, untrai
 def test_an_adapter_is_loaded_with_its_base_and_can_be_trained_on(untrained_folder, tmp_path):
     base, processor = load_policy(untrained_folder)
     adapted = get_peft_model(base, lora_config())
-    torch.nn.init.normal_(adapted.get_parameter(next(name for name, _ in adapted.named_parameters() if "lora_B" in name)))
+    torch.nn.init.normal_(
+        adapted.get_parameter(next(name for name, _ in adapted.named_parameters() if "lora_B" in name))
+    )
     adapted.save_pretrained(tmp_path)
     loaded, _ = load_policy(tmp_path)
     inputs = asked(processor, noise(64, 64)).to(base.device)
@@ -192,11 +211,17 @@ def gradients(model, inputs):
     model.train()
     model.zero_grad()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    return {name: weight.grad.flatten().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {
+        name: weight.grad.flatten().clone()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
 
 
 def test_an_eval_pass_leaves_every_4_bit_lora_gradient_as_it_was(four_bit_lora):
-    """bitsandbytes packs weights in an eval-mode forward on AVX512-BF16 CPUs; gradients after it are silently wrong."""
+    """bitsandbytes packs weights in an eval-mode forward on AVX512-BF16 CPUs; gradients after it are
+    silently wrong.
+    """
     model, processor = four_bit_lora
     inputs = asked(processor, noise(64, 64), noise(96, 64, 1)).to(model.device)
     before = gradients(model, inputs)
@@ -243,7 +268,11 @@ def test_on_a_gpu_without_bf16_the_vision_tower_is_no_half_precision(untrained_f
     monkeypatch.setattr(policy, "default_dtype", lambda: torch.float16)
     model, processor = load_policy(untrained_folder, quantize=quantize)
     kinds = {(".visual." in name, weight.dtype) for name, weight in model.named_parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.float32), (False, torch.uint8)} if quantize else {(True, torch.float32), (False, torch.float16)}
+    assert (
+        kinds == {(True, torch.float32), (False, torch.float32), (False, torch.uint8)}
+        if quantize
+        else {(True, torch.float32), (False, torch.float16)}
+    )
     if not quantize:  # its features go on in the language model's precision
         score = Scorer((model, processor)).score([Image.new("RGB", (64, 64), "gray")])[0]
         assert not math.isnan(score.mass)

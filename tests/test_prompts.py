@@ -7,9 +7,19 @@ import pytest
 
 from vqr1.distortions import DISTORTIONS
 from vqr1.prompts import (
-    CLEAN, NON_THINKING, PHRASES, QUESTION, SEVERITY, THINKING, format_ok, messages, named_distortions, named_severity,
-    parse_reasoning, parse_score,
-)  # fmt: skip
+    CLEAN,
+    NON_THINKING,
+    PHRASES,
+    QUESTION,
+    SEVERITY,
+    THINKING,
+    format_ok,
+    messages,
+    named_distortions,
+    named_severity,
+    parse_reasoning,
+    parse_score,
+)
 
 PAPER = (  # arXiv 2505.14460, Table 1
     "You are doing the image quality assessment task. Here is the question: What is your overall rating on the quality "
@@ -28,7 +38,9 @@ def test_the_prompt_is_the_papers_word_for_word():
 def test_the_non_thinking_prompt_asks_the_same_question():
     text = messages(thinking=False)[0]["content"][1]["text"]
     assert text == f"{QUESTION} {NON_THINKING}" and "think" not in NON_THINKING
-    assert NON_THINKING == "Please only output the final answer with only one score in <answer> </answer> tags."
+    assert (
+        NON_THINKING == "Please only output the final answer with only one score in <answer> </answer> tags."
+    )
 
 
 SCORES = [
@@ -36,7 +48,11 @@ SCORES = [
     ("<think>2 blocks</think> <answer>4</answer>", 4.0, "an integer; numbers of the reasoning do not count"),
     ("<answer>The score is 3.7 of 5</answer>", 3.7, "a number in a sentence, and its scale"),
     ("<answer>1.00</answer> no, <answer>2.00</answer>", 2.0, "the last answer"),
-    ("<think><answer>5</answer></think><answer>1.5</answer>", 1.5, "the last answer, after one in the reasoning"),
+    (
+        "<think><answer>5</answer></think><answer>1.5</answer>",
+        1.5,
+        "the last answer, after one in the reasoning",
+    ),
     ("<answer>\n3.25\n</answer>", 3.25, "line breaks inside"),
     ("<answer>-2.5</answer>", -2.5, "a negative number keeps its sign"),
     ("<answer>87.5</answer>", 87.5, "out of range is kept as it stands"),
@@ -47,7 +63,11 @@ SCORES = [
     ("3.70", NAN, "no tag: the official code would take the number"),
     ("<think>a score of 3.70</think>", NAN, "number only in the reasoning, no answer"),
     ("<think>3.70</think><answer>good</answer>", NAN, "number only in the reasoning, answer in words"),
-    ("<answer>2.00</answer><answer>good</answer>", NAN, "the last answer has no number, an earlier one does not help"),
+    (
+        "<answer>2.00</answer><answer>good</answer>",
+        NAN,
+        "the last answer has no number, an earlier one does not help",
+    ),
     ("<answer></answer>", NAN, "empty answer"),
     ("<answer>nan</answer>", NAN, "the word nan"),
     ("<answer>inf</answer>", NAN, "the word inf is no number"),
@@ -57,14 +77,63 @@ SCORES = [
 
 
 WRITTEN = {
-    "3.5": 3.5, ".85": 0.85, "3.": 3.0, "3.5.": 3.5, "+3.5": 3.5, "10": 10.0, "**3.70**": 3.7, "_3.7_": 3.7, "`3.7`": 3.7, '"3.7"': 3.7, "“3.7”": 3.7,
-    '{"rating": 3.70}': 3.7, '{"rating":3.70}': 3.7, "Rating: 3.5": 3.5, "score=3.5": 3.5, "(3.5)": 3.5, "It is a 5!": 5.0, "3.5, good": 3.5,
-    "4 stars": 4.0, "3.5\u00a0": 3.5, "4.5/5": 4.5, "4 / 5": 4.0, "4.5/5.0": 4.5, "4/5.": 4.0, "3.70 out of 5": 3.7, "3.7 Out of 5": 3.7,
-    "3.5 (out of 5)": 3.5, "1" * 30: float("1" * 30),
-    "4,5": NAN, "1,234": NAN, "1e-1": NAN, "1e3": NAN, "3-4": NAN, "3 or 4": NAN, "3.5 ± 0.5": NAN, "3.5 (range 1-5)": NAN, "1.2.3": NAN,
-    "5/10": NAN, "3.5/5.5": NAN, "3.5/50": NAN, "3.5 out of 10": NAN, "100%": NAN, "70 %": NAN, "70 percent": NAN, "４": NAN, "٣": NAN,
-    "½": NAN, "3½": NAN, "4²": NAN, "−2.5": NAN, "3k": NAN, "v3": NAN, "<3.5": NAN, "9" * 400: NAN, "three": NAN, "-inf": NAN,
-}  # fmt: skip
+    "3.5": 3.5,
+    ".85": 0.85,
+    "3.": 3.0,
+    "3.5.": 3.5,
+    "+3.5": 3.5,
+    "10": 10.0,
+    "**3.70**": 3.7,
+    "_3.7_": 3.7,
+    "`3.7`": 3.7,
+    '"3.7"': 3.7,
+    "“3.7”": 3.7,
+    '{"rating": 3.70}': 3.7,
+    '{"rating":3.70}': 3.7,
+    "Rating: 3.5": 3.5,
+    "score=3.5": 3.5,
+    "(3.5)": 3.5,
+    "It is a 5!": 5.0,
+    "3.5, good": 3.5,
+    "4 stars": 4.0,
+    "3.5\u00a0": 3.5,
+    "4.5/5": 4.5,
+    "4 / 5": 4.0,
+    "4.5/5.0": 4.5,
+    "4/5.": 4.0,
+    "3.70 out of 5": 3.7,
+    "3.7 Out of 5": 3.7,
+    "3.5 (out of 5)": 3.5,
+    "1" * 30: float("1" * 30),
+    "4,5": NAN,
+    "1,234": NAN,
+    "1e-1": NAN,
+    "1e3": NAN,
+    "3-4": NAN,
+    "3 or 4": NAN,
+    "3.5 ± 0.5": NAN,
+    "3.5 (range 1-5)": NAN,
+    "1.2.3": NAN,
+    "5/10": NAN,
+    "3.5/5.5": NAN,
+    "3.5/50": NAN,
+    "3.5 out of 10": NAN,
+    "100%": NAN,
+    "70 %": NAN,
+    "70 percent": NAN,
+    "４": NAN,
+    "٣": NAN,
+    "½": NAN,
+    "3½": NAN,
+    "4²": NAN,
+    "−2.5": NAN,
+    "3k": NAN,
+    "v3": NAN,
+    "<3.5": NAN,
+    "9" * 400: NAN,
+    "three": NAN,
+    "-inf": NAN,
+}
 
 
 @pytest.mark.parametrize("answer", WRITTEN, ids=lambda answer: ascii(answer[:20]))
@@ -72,7 +141,9 @@ def test_one_number_without_doubt_or_nan(answer):
     assert parse_score(f"<answer>{answer}</answer>") == pytest.approx(WRITTEN[answer], nan_ok=True)
 
 
-@pytest.mark.parametrize("text", ["1" * 30_000 + "x", "1 " * 15_000, "3" + " " * 30_000 + "x4", "<answer>" * 5_000])
+@pytest.mark.parametrize(
+    "text", ["1" * 30_000 + "x", "1 " * 15_000, "3" + " " * 30_000 + "x4", "<answer>" * 5_000]
+)
 def test_a_long_answer_is_read_at_once(text):
     assert math.isnan(parse_score(f"<answer>{text}</answer>"))  # a pattern that backtracks would take minutes
 
@@ -84,7 +155,12 @@ def test_parse_score(text, score, reason):
 
 FORMATS = [  # text, with thinking, without, why
     ("<think>sharp</think><answer>4.20</answer>", True, False, "the format"),
-    ("<think>sharp</think>\n\n <answer>\n4.20</answer>", True, False, "white space between the blocks and in them"),
+    (
+        "<think>sharp</think>\n\n <answer>\n4.20</answer>",
+        True,
+        False,
+        "white space between the blocks and in them",
+    ),
     ("\n<think>sharp</think><answer>4.20</answer> \n", True, False, "white space around"),
     ("<think>sharp\nand\nclean</think><answer>good</answer>", True, False, "any content"),
     ("<think></think><answer></answer>", True, False, "empty blocks"),
@@ -107,7 +183,9 @@ FORMATS = [  # text, with thinking, without, why
 ]
 
 
-@pytest.mark.parametrize(("text", "thinking", "plain", "reason"), FORMATS, ids=[reason for *_, reason in FORMATS])
+@pytest.mark.parametrize(
+    ("text", "thinking", "plain", "reason"), FORMATS, ids=[reason for *_, reason in FORMATS]
+)
 def test_format(text, thinking, plain, reason):
     assert (format_ok(text), format_ok(text, thinking=False)) == (thinking, plain), reason
 
@@ -132,7 +210,12 @@ def test_every_distortion_has_words_of_its_own():
 
 def test_words_of_severity_and_of_distortions_do_not_mix():
     assert len(SEVERITY) == 5 and not [(a, b) for a, b in permutations(SEVERITY, 2) if a in b]
-    assert not [(word, text) for word in (*SEVERITY, CLEAN) for text in PHRASES.values() if word in text or text in word]
+    assert not [
+        (word, text)
+        for word in (*SEVERITY, CLEAN)
+        for text in PHRASES.values()
+        if word in text or text in word
+    ]
     assert named_distortions(CLEAN) == []
 
 
@@ -142,7 +225,11 @@ def test_a_phrase_names_its_distortion_alone(name):
 
 
 def test_distortions_are_named_in_order_of_appearance():
-    assert named_distortions("white noise over jpeg blocking, and lens blur") == ["white_noise", "jpeg", "lens_blur"]
+    assert named_distortions("white noise over jpeg blocking, and lens blur") == [
+        "white_noise",
+        "jpeg",
+        "lens_blur",
+    ]
     assert named_distortions("the picture is bad") == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vqr1.cli import _parser, main
-from vqr1.training import load_config
+from vqr1.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +25,9 @@ TINY = {
     "data": [],
     "sheet": [],
 }
-"""The quick commands, and what is added to make them quicker; the others take minutes or need data, and are only parsed."""
+"""The quick commands, and what is added to make them quicker; the others take minutes or need data, and are
+only parsed.
+"""
 
 
 def commands() -> list[list[str]]:
@@ -50,7 +52,7 @@ def shown(words: list[str]) -> str:
 def test_every_command_is_of_a_kind_that_is_checked():
     known = {"make", "vqr1", ".venv/bin/vqr1", "git", "cd", "source", "pip", "python", "accelerate"}
     assert {words[0] for words in COMMANDS} <= known
-    assert len(VQR1) >= 5 and [["make", "demo"], ["make", "test"]] == COMMANDS[:2]
+    assert len(VQR1) >= 5 and COMMANDS[:2] == [["make", "demo"], ["make", "test"]]
 
 
 @pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "make"], ids=shown)
@@ -67,9 +69,15 @@ def test_vqr1_command_parses(words):
     assert _parser().parse_args(words).command == words[0]
 
 
-@pytest.mark.parametrize("words", [words for words in VQR1 if words[0] in TINY and len(words) > 1 and "--root" not in words], ids=shown)
+@pytest.mark.parametrize(
+    "words",
+    [words for words in VQR1 if words[0] in TINY and len(words) > 1 and "--root" not in words],
+    ids=shown,
+)
 def test_quick_vqr1_command_runs(words, tmp_path, monkeypatch, capsys):
-    """In an empty folder beside which there is only data/, so that no run of the reader's own is needed or changed."""
+    """In an empty folder beside which there is only data/, so that no run of the reader's own is needed or
+    changed.
+    """
     os.symlink(ROOT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert main(words + TINY[words[0]]) == 0
@@ -80,11 +88,16 @@ def test_every_quick_command_is_shown():
     assert {words[0] for words in VQR1} >= set(TINY)
 
 
-@pytest.mark.parametrize("code", [code for kind, code in BLOCKS if kind == "python"], ids=lambda code: code.splitlines()[0])
+@pytest.mark.parametrize(
+    "code", [code for kind, code in BLOCKS if kind == "python"], ids=lambda code: code.splitlines()[0]
+)
 def test_python_code_runs(code, tmp_path, monkeypatch, capsys):
     os.symlink(ROOT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace('"runs/demo/policy"', '"tiny-policy"'), "README.md", "exec"), {"__name__": "readme"})
+    exec(
+        compile(code.replace('"runs/demo/policy"', '"tiny-policy"'), "README.md", "exec"),
+        {"__name__": "readme"},
+    )
     assert capsys.readouterr().out.strip()
 
 
@@ -94,11 +107,22 @@ def test_link_to_a_file_of_the_repository(target):
         assert (ROOT / target).exists(), f"README.md links to {target}, which is not there"
 
 
-@pytest.mark.parametrize("name", sorted({span for span in SPANS if re.fullmatch(r"[\w./-]+\.(py|csv|md|ipynb|yaml|yml|toml|txt)|[\w./-]+/", span)}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        {
+            span
+            for span in SPANS
+            if re.fullmatch(r"[\w./-]+\.(py|csv|md|ipynb|yaml|yml|toml|txt)|[\w./-]+/", span)
+        }
+    ),
+)
 def test_named_file_is_there(name):
     """A name without a folder is one of vqr1/ or of the top level; what make and runs write is not tracked."""
     if not name.startswith(("runs/", ".venv/")):
-        assert any((ROOT / folder / name).exists() for folder in ("", "vqr1")), f"README.md names {name}, which is not there"
+        assert any((ROOT / folder / name).exists() for folder in ("", "vqr1")), (
+            f"README.md names {name}, which is not there"
+        )
 
 
 def test_numbers_say_where_they_come_from():
@@ -122,7 +146,10 @@ def test_settings_are_those_of_the_configurations():
     assert head[3:] == ["kadid-7b-qlora", "paper-7b-full"] and len(rows) >= 10
     for key, _, _, *ours in rows:
         for name, value in zip(head[3:], ours):
-            assert str(load_config(name)["grpo"][key.strip("`")]) in (value, str(float(value)) if value[0].isdigit() else "")
+            assert str(load_config(name)["grpo"][key.strip("`")]) in (
+                value,
+                str(float(value)) if value[0].isdigit() else "",
+            )
 
 
 def test_ratings_are_called_simulated():

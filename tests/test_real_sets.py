@@ -5,9 +5,9 @@ import pytest
 
 from vqr1.cli import main
 from vqr1.data.manifests import load_comparisons, load_ratings, render
-from vqr1.metrics import srcc
 from vqr1.data.people_sets import TWINS
 from vqr1.data.public_sets import SETS, home, read_public
+from vqr1.metrics import srcc
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,9 @@ def answer(score):
 
 
 def batch(images=8, seed=0):
-    """Rows as TRL gives them: K completions of an image side by side, data sets interleaved, some unparseable."""
+    """Rows as TRL gives them: K completions of an image side by side, data sets interleaved, some
+    unparseable.
+    """
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0.5, 5.5, (images, K)).round(2)
     scores[rng.random(scores.shape) < 0.2] = NAN
@@ -84,7 +86,9 @@ def test_reward_takes_the_other_keywords_of_trl_and_has_a_name():
     reward = RankingReward(K)
     expected = reward(**columns)
     assert reward(**columns, completion_ids=[], trainer_state=None, image=[], level=[]) == expected
-    assert reward(**{**columns, "completions": [completion_text(c) for c in columns["completions"]]}) == expected
+    assert (
+        reward(**{**columns, "completions": [completion_text(c) for c in columns["completions"]]}) == expected
+    )
     names = [reward.__name__, ThresholdReward().__name__, format_reward.__name__]
     assert names == ["ranking", "threshold", "format_reward"]
 
@@ -98,9 +102,14 @@ def test_a_bounded_reward_takes_a_score_out_of_range_for_none():
 
 
 def test_out_of_range_pays_unless_bounded():
-    """An answer of 300 to the better of two pictures widens its group so much that the sound answers beside it lose; bounded, it earns nothing."""
+    """An answer of 300 to the better of two pictures widens its group so much that the sound answers beside
+    it lose; bounded, it earns nothing.
+    """
     completions = [answer(score) for score in (300, 4.5, 4.4, 1.4, 1.5, 1.6)]
-    free, held = (RankingReward(K, bounded=bounded)(completions=completions, mos=[2] * K + [1] * K) for bounded in (False, True))
+    free, held = (
+        RankingReward(K, bounded=bounded)(completions=completions, mos=[2] * K + [1] * K)
+        for bounded in (False, True)
+    )
     assert free[0] > free[1] + 0.2 and held[0] == 0.0 and held[1] > 0.99
 
 
@@ -108,7 +117,10 @@ def test_unparseable_and_out_of_range_answers_are_counted():
     metrics, extra = {}, {}
     completions = [answer(score) for score in (4.0, 5.5, NAN, NAN, 0.2, 1.2)]
     RankingReward(2)(
-        completions=completions, mos=[3, 3, 2, 2, 1, 1], log_metric=metrics.__setitem__, log_extra=extra.__setitem__
+        completions=completions,
+        mos=[3, 3, 2, 2, 1, 1],
+        log_metric=metrics.__setitem__,
+        log_extra=extra.__setitem__,
     )
     assert metrics["unparseable"] == pytest.approx(2 / 6) and metrics["out_of_range"] == pytest.approx(2 / 6)
     assert metrics["score_std"] == pytest.approx((1.5 / 2**0.5 + 1.0 / 2**0.5) / 2)  # the median of two
@@ -117,7 +129,9 @@ def test_unparseable_and_out_of_range_answers_are_counted():
 
 def test_nothing_parseable_logs_no_nan():
     metrics = {}
-    assert RankingReward(2)(completions=["?"] * 4, mos=[1, 1, 2, 2], log_metric=metrics.__setitem__) == [0.0] * 4
+    assert (
+        RankingReward(2)(completions=["?"] * 4, mos=[1, 1, 2, 2], log_metric=metrics.__setitem__) == [0.0] * 4
+    )
     assert metrics == {"unparseable": 1.0, "out_of_range": 0.0}
 
 
@@ -140,7 +154,11 @@ def test_score_outside_the_range_is_kept_as_it_stands():
     ],
 )
 def test_groups_that_cannot_be_ranked_are_named(change, message, scope):
-    columns = {"completions": ["<answer>3.00</answer>"] * 6, "mos": [1.0] * 3 + [2.0] * 3, "dataset": ["a"] * 6}
+    columns = {
+        "completions": ["<answer>3.00</answer>"] * 6,
+        "mos": [1.0] * 3 + [2.0] * 3,
+        "dataset": ["a"] * 6,
+    }
     with pytest.raises(ValueError, match=message):
         RankingReward(3, scope)(**{**columns, **change})
 
@@ -192,7 +210,12 @@ def test_threshold_reward_is_q_insights():
 
 def test_absolute_error_reward_is_never_below_that_of_no_score():
     completions = [answer(score) for score in (3.5, 1.0, 900.0, NAN)]
-    assert absolute_error_reward(completions=completions, mos=[3.0, 5.0, 3.0, 3.0]) == [-0.5, -4.0, -4.0, -4.0]
+    assert absolute_error_reward(completions=completions, mos=[3.0, 5.0, 3.0, 3.0]) == [
+        -0.5,
+        -4.0,
+        -4.0,
+        -4.0,
+    ]
 
 
 @pytest.mark.parametrize("reward", [ThresholdReward(), absolute_error_reward])
@@ -207,7 +230,9 @@ def test_regression_rewards_log_and_need_mos(reward):
 def test_two_processes_reward_the_same_completions_exactly_as_one(tmp_path, started):
     """Equal and unequal shares of one batch, and a split group, on two gloo processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
+    )
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*torchrun, __file__, str(tmp_path)]
     process = started(command, env=environment)

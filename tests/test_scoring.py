@@ -1,4 +1,6 @@
-"""The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about failures."""
+"""The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about
+failures.
+"""
 
 import copy
 import io
@@ -27,7 +29,6 @@ from vqr1.prompts import format_ok, messages, named_distortions, parse_score
 from vqr1.scoring import OPEN, Scorer
 from vqr1.thurstone import comparative_probability
 
-
 NAN = "nan in the logits"
 
 
@@ -47,8 +48,9 @@ class KnownCache(SimpleNamespace):
 class Known(torch.nn.Module):
     """A model whose answers are known: a picture's width says from which distribution, {answer: probability}.
 
-    It writes an answer and its closing tag in the tokens that its tokenizer makes of them; NAN for an answer: its logits hold one NaN.
-    Like a transformer it knows of the text so far only what the attention mask shows.
+    It writes an answer and its closing tag in the tokens that its tokenizer makes of them; NAN for an
+    answer: its logits hold one NaN. Like a transformer it knows of the text so far only what the attention
+    mask shows.
     """
 
     dtype, device = torch.float32, torch.device("cpu")
@@ -100,7 +102,9 @@ class KnownInner:
             return SimpleNamespace(past_key_values=KnownCache(length=input_ids.shape[1], told=[None]))
         self.outer.batches.append(image_grid_thw[:, 2].tolist())
         past_key_values.length += input_ids.shape[1]
-        past_key_values.told = [self.outer.answers[width // 2 - 2] for width in image_grid_thw[:, 2].tolist()]  # in patches of 16 px
+        past_key_values.told = [
+            self.outer.answers[width // 2 - 2] for width in image_grid_thw[:, 2].tolist()
+        ]  # in patches of 16 px
         return SimpleNamespace(past_key_values=past_key_values)
 
 
@@ -130,10 +134,14 @@ def known(untrained):
 
 
 def test_mean_and_deviation_are_those_of_the_distribution(known):
-    scorer = known({"3.25": 0.5, "4.75": 0.25, "1.00": 0.25}, {"2.00": 1.0}, {"5.99": 0.5, "1.00": 0.5}, batch_size=2)
+    scorer = known(
+        {"3.25": 0.5, "4.75": 0.25, "1.00": 0.25}, {"2.00": 1.0}, {"5.99": 0.5, "1.00": 0.5}, batch_size=2
+    )
     mixed, sure, wide = scorer.score([picture(0), picture(1), picture(2)])
     assert mixed.score == pytest.approx(3.0625, abs=1e-6)
-    assert mixed.std == pytest.approx(math.sqrt(0.5 * 0.1875**2 + 0.25 * 1.6875**2 + 0.25 * 2.0625**2), abs=1e-6)
+    assert mixed.std == pytest.approx(
+        math.sqrt(0.5 * 0.1875**2 + 0.25 * 1.6875**2 + 0.25 * 2.0625**2), abs=1e-6
+    )
     assert (sure.score, sure.std) == (pytest.approx(2.0, abs=1e-6), pytest.approx(0.0, abs=1e-3))
     assert (wide.score, wide.std) == (pytest.approx(3.495, abs=1e-6), pytest.approx(2.495, abs=1e-6))
     assert [score.mass for score in (mixed, sure, wide)] == pytest.approx([1, 1, 1], abs=1e-6)
@@ -151,12 +159,18 @@ def test_all_500_scores_count_with_their_own_probability(known):
 
 def test_other_answers_are_left_out_and_the_rest_renormalised(known):
     score = known({"3.00": 0.3, "4.00": 0.3, "good": 0.2, "4,5": 0.1, "3-4": 0.1}).score([picture(0)])[0]
-    assert score.mass == pytest.approx(0.6, abs=1e-6) and score.score == pytest.approx(3.5, abs=1e-6) and not score.error
+    assert (
+        score.mass == pytest.approx(0.6, abs=1e-6)
+        and score.score == pytest.approx(3.5, abs=1e-6)
+        and not score.error
+    )
 
 
 def test_answers_with_fewer_decimals_count_as_they_stand(known):
     score = known({"3.00": 0.25, "4.5": 0.25, "2": 0.5}).score([picture(0)])[0]
-    assert score.mass == pytest.approx(1.0, abs=1e-6) and score.score == pytest.approx(0.25 * 3 + 0.25 * 4.5 + 0.5 * 2, abs=1e-6)
+    assert score.mass == pytest.approx(1.0, abs=1e-6) and score.score == pytest.approx(
+        0.25 * 3 + 0.25 * 4.5 + 0.5 * 2, abs=1e-6
+    )
 
 
 def test_a_distribution_mostly_of_other_answers_is_no_score(known):
@@ -167,47 +181,98 @@ def test_a_distribution_mostly_of_other_answers_is_no_score(known):
 
 
 SPELLINGS = {
-    "3.50": 3.5, "3.5": 3.5, "4": 4.0, "0.80": 0.8, "10": 10.0, " 3.50 ": 3.5, "\n3.50\n": 3.5, "3.5 ": 3.5, "3.5\n": 3.5, "4 ": 4.0, "4.": 4.0,
-    "3.5/5": 3.5, ".85": 0.85, "5.20": 5.2, "4/5": 4.0, "3.70 out of 5": 3.7, "3.5.": 3.5, "0": 0.0,
-}  # fmt: skip
+    "3.50": 3.5,
+    "3.5": 3.5,
+    "4": 4.0,
+    "0.80": 0.8,
+    "10": 10.0,
+    " 3.50 ": 3.5,
+    "\n3.50\n": 3.5,
+    "3.5 ": 3.5,
+    "3.5\n": 3.5,
+    "4 ": 4.0,
+    "4.": 4.0,
+    "3.5/5": 3.5,
+    ".85": 0.85,
+    "5.20": 5.2,
+    "4/5": 4.0,
+    "3.70 out of 5": 3.7,
+    "3.5.": 3.5,
+    "0": 0.0,
+}
 
 
 def qwen_processor(untrained):
-    """The embedded processor with a tokenizer that cuts answers as Qwen2.5's does: its pattern, and of its merges those that matter.
+    """The embedded processor with a tokenizer that cuts answers as Qwen2.5's does: its pattern, and of its
+    merges those that matter.
 
     `<answer>` is `<`, `answer`, `>`; `>\\n`, ` </` and `.</` are one token each.
     """
-    merges = [tuple(pair.split()) for pair in "< /|Ġ </|. </|> Ċ|a n|s w|an sw|e r|answ er|o u|ou t|Ġ out|o f|Ġ of|* *|Ġ Ġ".split("|")]
+    merges = [
+        tuple(pair.split())
+        for pair in [
+            "< /",
+            "Ġ </",
+            ". </",
+            "> Ċ",
+            "a n",
+            "s w",
+            "an sw",
+            "e r",
+            "answ er",
+            "o u",
+            "ou t",
+            "Ġ out",
+            "o f",
+            "Ġ of",
+            "* *",
+            "Ġ Ġ",
+        ]
+    ]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: i for i, text in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab, merges))
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )  # fmt: skip
-    split = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
     return PictureProcessor(untrained[1].image_processor, whole, chat_template=CHAT_TEMPLATE)
 
 
 def test_the_cut_down_tokenizer_cuts_as_qwens(untrained):
     tokenizer = qwen_processor(untrained).tokenizer
-    cut = {text: [tokenizer.decode([i]) for i in tokenizer.encode(text)] for text in ("<answer>\n3.50", " </answer>", "4.</answer>", "</answer>")}
+    cut = {
+        text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+        for text in ("<answer>\n3.50", " </answer>", "4.</answer>", "</answer>")
+    }
     assert list(cut.values()) == [
-        ["<", "answer", ">\n", "3", ".", "5", "0"], [" </", "answer", ">"], ["4", ".</", "answer", ">"], ["</", "answer", ">"],
-    ]  # fmt: skip
+        ["<", "answer", ">\n", "3", ".", "5", "0"],
+        [" </", "answer", ">"],
+        ["4", ".</", "answer", ">"],
+        ["</", "answer", ">"],
+    ]
 
 
 @pytest.fixture(params=["embedded", "qwen", "qwen, whole"])
 def spelled(request, untrained):
-    """A Scorer of a model with these answers, in the embedded tokenizer, and in Qwen2.5's (whole: if a folder is named that has it)."""
+    """A Scorer of a model with these answers, in the embedded tokenizer, and in Qwen2.5's (whole: if a
+    folder is named that has it).
+    """
     processor = untrained[1] if request.param == "embedded" else qwen_processor(untrained)
     if request.param == "qwen, whole":
         if not os.environ.get("QWEN_TOKENIZER"):
             pytest.skip("QWEN_TOKENIZER names no tokenizer.json of Qwen2.5")
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=os.environ["QWEN_TOKENIZER"], eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+            tokenizer_file=os.environ["QWEN_TOKENIZER"],
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            padding_side="left",
         )
         processor = PictureProcessor(untrained[1].image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
     return lambda *answers, **options: Scorer((Known(processor, *answers), processor), **options)
@@ -228,7 +293,10 @@ def test_the_expected_score_is_the_mean_over_all_spellings(spelled):
     assert [score.score, score.std, score.mass] == pytest.approx([mean, math.sqrt(variance), 1], abs=1e-6)
 
 
-@pytest.mark.parametrize("answer", ["4,5", "1e-1", "3-4", "3 or 4", "100%", "5/10", "3.50/10", "3.50-4.00", "1.2.3", "-2.5", "3½", "good"])
+@pytest.mark.parametrize(
+    "answer",
+    ["4,5", "1e-1", "3-4", "3 or 4", "100%", "5/10", "3.50/10", "3.50-4.00", "1.2.3", "-2.5", "3½", "good"],
+)
 def test_what_the_parser_does_not_read_is_no_expected_score(spelled, answer):
     score = spelled({answer: 1.0}).score([picture(0)])[0]
     assert math.isnan(score.score) and answer[:5] in score.error
@@ -237,7 +305,9 @@ def test_what_the_parser_does_not_read_is_no_expected_score(spelled, answer):
 def test_white_space_that_clings_to_the_tag_is_taken_off(spelled):
     scorer = spelled({"3.50": 1.0}, thinking=True)
     tokenizer = scorer.processor.tokenizer
-    plain, newline = (tokenizer.encode(f"<think>sharp</think><answer>{end}", add_special_tokens=False) for end in ("", "\n"))
+    plain, newline = (
+        tokenizer.encode(f"<think>sharp</think><answer>{end}", add_special_tokens=False) for end in ("", "\n")
+    )
     written = newline if len(newline) == len(plain) else plain  # ">\n" is one token of Qwen's
     assert scorer._thoughts(torch.tensor(written)) == "<think>sharp</think><answer>"
 
@@ -266,27 +336,46 @@ def test_nan_in_the_logits_is_an_error_of_that_row_alone(trained, photo, estimat
         hook.remove()
     assert "NaN" in bad.error and math.isnan(bad.score) and math.isnan(bad.std)
     assert not good.error and 1 <= good.score <= 5
-    assert ranked["image"].tolist() == [1, 0] and "NaN" in ranked["error"].iloc[1] and ranked["rank_lo"].isna().tolist() == [False, True]
+    assert (
+        ranked["image"].tolist() == [1, 0]
+        and "NaN" in ranked["error"].iloc[1]
+        and ranked["rank_lo"].isna().tolist() == [False, True]
+    )
 
 
 def test_one_nan_in_the_tree_is_an_error(known):
     bad, good = known({NAN: 1.0, "3.00": 1.0}, {"3.00": 1.0}).score([picture(0), picture(1)])
-    assert "NaN" in bad.error and math.isnan(bad.score) and math.isnan(bad.std) and good.score == pytest.approx(3.0)
+    assert (
+        "NaN" in bad.error
+        and math.isnan(bad.score)
+        and math.isnan(bad.std)
+        and good.score == pytest.approx(3.0)
+    )
 
 
 def crops(photo):
     """Small pictures of one photograph: four sizes, and two that differ in pixels alone."""
-    boxes = [(0, 0, 64, 64), (100, 60, 228, 156), (200, 100, 264, 164), (30, 200, 190, 296), (0, 100, 96, 164), (250, 30, 314, 158)]
+    boxes = [
+        (0, 0, 64, 64),
+        (100, 60, 228, 156),
+        (200, 100, 264, 164),
+        (30, 200, 190, 296),
+        (0, 100, 96, 164),
+        (250, 30, 314, 158),
+    ]
     return [photo.crop(box) for box in boxes]
 
 
 @torch.no_grad()
 def brute_force(model, processor, image, thinking, text):
-    """Return (mean, std, mass) of the numbers from 0 to 10 after the prompt and `text`, one whole forward for each d.d.
+    """Return (mean, std, mass) of the numbers from 0 to 10 after the prompt and `text`, one whole forward
+    for each d.d.
 
     A number ends with any token but a digit, a point, a sign of doubt and the end of the completion.
     """
-    prompt = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False) + text
+    prompt = (
+        processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False) + text
+    )
     tokenizer = processor.tokenizer
     digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
     stop = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list("0123456789.,-%+eE"))]
@@ -295,14 +384,20 @@ def brute_force(model, processor, image, thinking, text):
     for start in beginnings:
         batch = processor(text=[prompt + start], images=[image], return_tensors="pt").to(model.device)
         n = len(start)
-        p = model(**batch, logits_to_keep=n + 1).logits[0].double().softmax(-1)  # (n + 1, V): before each character, and after all
+        p = (
+            model(**batch, logits_to_keep=n + 1).logits[0].double().softmax(-1)
+        )  # (n + 1, V): before each character, and after all
         ids = batch["input_ids"][0, -n:]
         reached = [1.0, *p[:n].gather(1, ids[:, None])[:, 0].cumprod(0).tolist()]
         point = tokenizer.convert_tokens_to_ids(".")
-        ends = [float(1 - row[stop].sum() + ("." in start[:i]) * row[point]) for i, row in enumerate(p)]  # a second point is a full stop
+        ends = [
+            float(1 - row[stop].sum() + ("." in start[:i]) * row[point]) for i, row in enumerate(p)
+        ]  # a second point is a full stop
         found = {start: reached[n] * ends[n]}
         if n != 2 or start[0] == ".":
-            found |= {f"{start}{digit}": reached[n] * float(p[n, token]) for digit, token in enumerate(digits)}
+            found |= {
+                f"{start}{digit}": reached[n] * float(p[n, token]) for digit, token in enumerate(digits)
+            }
         if start.endswith(".0") and n == 3:
             found |= {f"{start[0]}.": reached[2] * ends[2], start[0]: reached[1] * ends[1]}
         share += found.values()
@@ -347,10 +442,14 @@ def test_the_trained_policy_thinks_and_answers_in_format(trained, photo):
     expected = Scorer(trained, thinking=True).score(pictures)
     for one, two in zip(greedy, expected):
         assert format_ok(one.answers[0]) and 1 <= one.score <= 5 and one.score == parse_score(one.answers[0])
-        assert one.answers[0].startswith(two.answers[0]) and two.answers[0].endswith(OPEN)  # the same greedy reasoning
+        assert one.answers[0].startswith(two.answers[0]) and two.answers[0].endswith(
+            OPEN
+        )  # the same greedy reasoning
         assert one.reasoning == two.reasoning != ""
     described = Scorer(trained).describe(pictures[0])
-    assert described.text == greedy[0].reasoning and described.distortions == named_distortions(described.text)
+    assert described.text == greedy[0].reasoning and described.distortions == named_distortions(
+        described.text
+    )
     assert described.score.score == pytest.approx(expected[0].score, abs=1e-5)
     assert str(described).splitlines()[-1] == f"score {expected[0].score:.2f} ± {expected[0].std:.2f}"
     assert f"<em>{described.text}</em>" in described._repr_html_()
@@ -382,7 +481,9 @@ def test_sampled_scores_have_the_mean_and_deviation_of_their_answers(known):
     for score in scores:
         values = [parse_score(answer) for answer in score.answers]
         assert len(values) == 6 and len(set(values)) > 1
-        assert score.score == pytest.approx(np.mean(values)) and score.std == pytest.approx(np.std(values, ddof=1))
+        assert score.score == pytest.approx(np.mean(values)) and score.std == pytest.approx(
+            np.std(values, ddof=1)
+        )
     assert scores[0].answers != scores[1].answers
 
 
@@ -413,7 +514,9 @@ def test_sampled_answers_off_the_scale_are_marked_and_left_out(known):
     values = np.array([parse_score(answer) for answer in score.answers])
     off = int((values > 5).sum())
     assert 0 < off < 18 and score.note == f"{off} of 20 answers off the scale 1 to 5" and not score.error
-    assert [score.score, score.std] == pytest.approx([values[values <= 5].mean(), values[values <= 5].std(ddof=1)])
+    assert [score.score, score.std] == pytest.approx(
+        [values[values <= 5].mean(), values[values <= 5].std(ddof=1)]
+    )
 
 
 def test_answers_that_are_all_off_the_scale_are_no_sampled_score(known):
@@ -452,14 +555,20 @@ def bad_files(tmp_path, photo):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
     (tmp_path / "a folder.png").mkdir()
-    return [tmp_path / name for name in ("missing.png", "truncated.jpg", "empty.png", "text.png", "a folder.png")]
+    return [
+        tmp_path / name for name in ("missing.png", "truncated.jpg", "empty.png", "text.png", "a folder.png")
+    ]
 
 
 @pytest.mark.parametrize("estimate", ["expected", "greedy", "sample"])
 def test_a_file_that_cannot_be_read_is_a_row_with_an_error(known, bad_files, estimate):
     scorer = known({"3.00": 1.0}, {"4.00": 1.0}, estimate=estimate, batch_size=4)
     scores = scorer.score([bad_files[0], picture(0), *bad_files[1:], picture(1)])
-    assert [round(score.score) for score in scores if not score.error] == [3, 4] and not scores[1].error and not scores[-1].error
+    assert (
+        [round(score.score) for score in scores if not score.error] == [3, 4]
+        and not scores[1].error
+        and not scores[-1].error
+    )
     for path, score in zip(bad_files, [scores[0], *scores[2:]]):
         assert str(path) in score.error and math.isnan(score.score) and score.answers == []
 
@@ -474,7 +583,9 @@ def test_what_a_file_holds_counts_and_not_its_name(known, tmp_path):
     for number, (kind, mode) in enumerate([("gif", "P"), ("png", "RGBA"), ("tiff", "L"), ("bmp", "1")]):
         picture(0).convert(mode).save(tmp_path / f"{number}.{kind}")
         shutil.move(tmp_path / f"{number}.{kind}", tmp_path / f"{number}.jpg")
-    scores = known({"3.00": 1.0}).score([*sorted(tmp_path.glob("*.jpg")), str(tmp_path / "0.jpg"), picture(0).convert("LA")])
+    scores = known({"3.00": 1.0}).score(
+        [*sorted(tmp_path.glob("*.jpg")), str(tmp_path / "0.jpg"), picture(0).convert("LA")]
+    )
     assert [score.error for score in scores] == [""] * 6
 
 
@@ -492,17 +603,31 @@ WIDE = 96
 
 
 def forms(folder):
-    """One picture, for which `Known` answers from its second distribution, in every form that a person may hand over."""
+    """One picture, for which `Known` answers from its second distribution, in every form that a person may
+    hand over.
+    """
     image = picture(1)
     image.save(folder / "one.png")
     encoded, pixels = (folder / "one.png").read_bytes(), np.asarray(image)
     tensor = torch.tensor(pixels).permute(2, 0, 1)
     return {
-        "string": str(folder / "one.png"), "Path": folder / "one.png", "image": image, "bytes": encoded, "bytearray": bytearray(encoded),
-        "opened file": open(folder / "one.png", "rb"), "BytesIO": io.BytesIO(encoded), "grey array": pixels[..., 0], "array": pixels,
-        "floats": pixels / 255, "float32": np.float32(pixels / 255), "alpha": np.dstack([pixels, np.full((64, WIDE), 255, np.uint8)]),
-        "tensor": tensor, "float tensor": tensor / 255, "bfloat16": (tensor / 255).bfloat16(), "gradient": (tensor / 255).requires_grad_(),
-    }  # fmt: skip
+        "string": str(folder / "one.png"),
+        "Path": folder / "one.png",
+        "image": image,
+        "bytes": encoded,
+        "bytearray": bytearray(encoded),
+        "opened file": open(folder / "one.png", "rb"),
+        "BytesIO": io.BytesIO(encoded),
+        "grey array": pixels[..., 0],
+        "array": pixels,
+        "floats": pixels / 255,
+        "float32": np.float32(pixels / 255),
+        "alpha": np.dstack([pixels, np.full((64, WIDE), 255, np.uint8)]),
+        "tensor": tensor,
+        "float tensor": tensor / 255,
+        "bfloat16": (tensor / 255).bfloat16(),
+        "gradient": (tensor / 255).requires_grad_(),
+    }
 
 
 def test_one_picture_in_any_form_is_a_list_of_one(known, tmp_path):
@@ -510,11 +635,15 @@ def test_one_picture_in_any_form_is_a_list_of_one(known, tmp_path):
     given = forms(tmp_path)
     for name, form in given.items():
         assert [round(score.score) for score in scorer.score(form)] == [4], name
-        assert scorer(form).tolist() == pytest.approx([4.0]) and scorer.rank(form)["image"].tolist() == [0], name
+        assert scorer(form).tolist() == pytest.approx([4.0]) and scorer.rank(form)["image"].tolist() == [0], (
+            name
+        )
     assert [round(score.score) for score in scorer.score(given.values())] == [4] * len(given)
     assert [round(score.score) for score in scorer.score(iter(given.values()))] == [4] * len(given)
     for name, form in given.items():
-        assert scorer.compare(form, picture(0)) > 0.99 and scorer.compare(form, form) == pytest.approx(0.5), name
+        assert scorer.compare(form, picture(0)) > 0.99 and scorer.compare(form, form) == pytest.approx(0.5), (
+            name
+        )
     given["opened file"].close()
 
 
@@ -529,31 +658,77 @@ def test_the_same_opened_picture_or_file_may_be_there_many_times(known, tmp_path
 
 def test_batches_of_pixels_are_many_pictures(known):
     scorer, pixels = known({"3.00": 1.0}, {"4.00": 1.0}), np.stack([np.asarray(picture(1))] * 2)
-    for batch in (pixels, pixels / 255, torch.tensor(pixels).permute(0, 3, 1, 2), torch.tensor(pixels).permute(0, 3, 1, 2) / 255):
+    for batch in (
+        pixels,
+        pixels / 255,
+        torch.tensor(pixels).permute(0, 3, 1, 2),
+        torch.tensor(pixels).permute(0, 3, 1, 2) / 255,
+    ):
         assert scorer(batch).tolist() == pytest.approx([4.0, 4.0])
     assert scorer(torch.zeros(0, 3, 8, 8)).tolist() == []
 
 
-@pytest.mark.parametrize("given", [None, 5, 2.5, object(), {"a.png": 1}, {"a.png"}, pd.DataFrame({"image": ["a.png"]}), True])
+@pytest.mark.parametrize(
+    "given", [None, 5, 2.5, object(), {"a.png": 1}, {"a.png"}, pd.DataFrame({"image": ["a.png"]}), True]
+)
 def test_what_is_no_picture_and_no_list_is_a_type_error_that_says_what_is_taken(known, given):
     scorer = known({"3.00": 1.0})
-    for method in (scorer.score, scorer.rank, scorer, scorer.describe, lambda one: scorer.compare(picture(0), one)):
-        with pytest.raises(TypeError, match=rf"^{type(given).__name__} is .*give a path, .* a PIL image, a numpy array \(H, W\).* tensor"):
+    for method in (
+        scorer.score,
+        scorer.rank,
+        scorer,
+        scorer.describe,
+        lambda one: scorer.compare(picture(0), one),
+    ):
+        with pytest.raises(
+            TypeError,
+            match=rf"^{type(given).__name__} is .*give a path, .* a PIL image, a numpy array \(H, W\).* tensor",
+        ):
             method(given)
     with pytest.raises(TypeError, match="list is not one picture"):
         scorer.compare([picture(0)], picture(0))
 
 
 def test_a_bad_item_costs_itself_alone_its_score(known, tmp_path):
-    bad = [None, 5, tmp_path, [picture(0)], "", "https://example.org/a.jpg", b"", b"text", io.StringIO("text"), np.zeros((3, 8, 8)), np.zeros((8, 8), np.uint16),
-           torch.full((3, 8, 8), math.nan), torch.zeros(1, 8, 8)]  # fmt: skip
+    bad = [
+        None,
+        5,
+        tmp_path,
+        [picture(0)],
+        "",
+        "https://example.org/a.jpg",
+        b"",
+        b"text",
+        io.StringIO("text"),
+        np.zeros((3, 8, 8)),
+        np.zeros((8, 8), np.uint16),
+        torch.full((3, 8, 8), math.nan),
+        torch.zeros(1, 8, 8),
+    ]
     scorer = known({"3.00": 1.0})
     scores = scorer.score([picture(0), *bad, picture(0)])
-    assert [round(score.score) for score in scores if not score.error] == [3, 3] and len(scores) == len(bad) + 2
+    assert [round(score.score) for score in scores if not score.error] == [3, 3] and len(scores) == len(
+        bad
+    ) + 2
     said = [score.error for score in scores[1:-1]]
-    for text, wanted in zip(said, ["NoneType is no picture; give a path", "int is no picture", "is a folder", "list is no picture", "is missing",
-                                   "https://example.org/a.jpg is an address; download the picture first", "zero bytes", "no format that Pillow reads",
-                                   "mode 'rb'", r"(3, 8, 8) is no picture; give (H, W)", "uint16; give uint8", "NaN", "(1, 8, 8) is no picture; give (3, H, W)"]):  # fmt: skip
+    for text, wanted in zip(
+        said,
+        [
+            "NoneType is no picture; give a path",
+            "int is no picture",
+            "is a folder",
+            "list is no picture",
+            "is missing",
+            "https://example.org/a.jpg is an address; download the picture first",
+            "zero bytes",
+            "no format that Pillow reads",
+            "mode 'rb'",
+            r"(3, 8, 8) is no picture; give (H, W)",
+            "uint16; give uint8",
+            "NaN",
+            "(1, 8, 8) is no picture; give (3, H, W)",
+        ],
+    ):
         assert wanted in text
     assert scorer([None, picture(0)]).isnan().tolist() == [True, False]
     assert scorer.rank([None, picture(0)])["image"].tolist() == [1, 0]
@@ -587,7 +762,11 @@ def test_pixels_keep_their_values_and_rounding_outside_the_range_is_clipped(know
     scorer, seen = known({"3.00": 1.0}), []
     processor = scorer.processor.image_processor
     real = type(processor).__call__
-    monkeypatch.setattr(type(processor), "__call__", lambda self, images, **more: seen.append(np.asarray(images[0])) or real(self, images=images, **more))
+    monkeypatch.setattr(
+        type(processor),
+        "__call__",
+        lambda self, images, **more: seen.append(np.asarray(images[0])) or real(self, images=images, **more),
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     tensor = torch.tensor(pixels).permute(2, 0, 1)
     scorer([pixels, pixels / 255, tensor, tensor / 255, tensor / 255 * 1.0009, (tensor / 255).bfloat16()])
@@ -598,8 +777,14 @@ def test_pixels_keep_their_values_and_rounding_outside_the_range_is_clipped(know
 def test_describe_takes_many_and_says_which_has_no_score(trained, photo):
     scorer, image = Scorer(trained), crops(photo)[0]
     one, (same, missing) = scorer.describe(image), scorer.describe([image, "nowhere.png"])
-    assert (same.text, same.distortions) == (one.text, one.distortions) and same.score.score == pytest.approx(one.score.score, abs=1e-4)
-    assert missing.text == "" and str(missing) == "nowhere.png is missing; check the path" and "nowhere.png" in missing._repr_html_()
+    assert (same.text, same.distortions) == (one.text, one.distortions) and same.score.score == pytest.approx(
+        one.score.score, abs=1e-4
+    )
+    assert (
+        missing.text == ""
+        and str(missing) == "nowhere.png is missing; check the path"
+        and "nowhere.png" in missing._repr_html_()
+    )
     assert scorer.describe([]) == []
 
 
@@ -639,7 +824,9 @@ def test_rank_is_best_first_and_failures_last(known, bad_files):
 
 
 def test_ranks_have_the_intervals_that_the_deviations_allow(known):
-    scorer = known({"2.00": 0.5, "4.00": 0.5}, {"2.10": 0.5, "4.10": 0.5}, {"4.99": 0.5, "5.01": 0.5}, {"1.00": 1.0})
+    scorer = known(
+        {"2.00": 0.5, "4.00": 0.5}, {"2.10": 0.5, "4.10": 0.5}, {"4.99": 0.5, "5.01": 0.5}, {"1.00": 1.0}
+    )
     ranked = scorer.rank([picture(i) for i in range(4)])
     assert ranked["image"].tolist() == [2, 1, 0, 3]
     assert ranked["lo"].tolist() == pytest.approx((ranked["score"] - 1.96 * ranked["std"]).tolist())
@@ -680,12 +867,17 @@ def test_a_stream_is_scored_as_it_comes_and_no_further_ahead_than_two_windows(kn
 
 def test_batches_are_formed_by_size_and_the_order_kept(known):
     scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=2)
-    assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [3, 4] * 3 + [3]
+    assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [
+        3,
+        4,
+    ] * 3 + [3]
     assert scorer.model.batches == [[4, 4], [4, 4], [6, 6], [6]]  # widths in patches
 
 
 def test_the_prompt_is_the_processors_own(trained, photo):
-    """Ids, mask and positions are put together from parts; they are what the processor and the model make of the whole."""
+    """Ids, mask and positions are put together from parts; they are what the processor and the model make of
+    the whole.
+    """
     model, processor = trained
     pictures = crops(photo)[:2]
     scorer = Scorer(trained, thinking=True)
@@ -705,17 +897,25 @@ def test_the_prompt_is_the_processors_own(trained, photo):
 def test_a_batch_that_does_not_fit_into_memory_is_halved(known):
     scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=4)
     real = scorer._prefill
+
     def small(pictures, prefix):
         if len(pictures) > 1 or pictures[0]["image_grid_thw"][0, 2] == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(pictures, prefix)
+
     scorer._prefill = small
     one, two, three = scorer.score([picture(0), picture(1), picture(0)])
-    assert (one.score, three.score) == (pytest.approx(3.0), pytest.approx(3.0)) and "does not fit" in two.error and math.isnan(two.score)
+    assert (
+        (one.score, three.score) == (pytest.approx(3.0), pytest.approx(3.0))
+        and "does not fit" in two.error
+        and math.isnan(two.score)
+    )
 
 
 def test_what_did_not_fit_is_freed_before_its_halves_are_tried(known):
-    """In the except clause the traceback would keep the failed tries' tensors, and the halves had less room than the whole."""
+    """In the except clause the traceback would keep the failed tries' tensors, and the halves had less room
+    than the whole.
+    """
     scorer, tensors, alive = known({"3.00": 1.0}, batch_size=8), [], []
     real = scorer._prefill
 
@@ -733,7 +933,9 @@ def test_what_did_not_fit_is_freed_before_its_halves_are_tried(known):
 
 
 def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
-    """Of large pictures fewer are decoded at a time, whatever the batch size: two windows and one per thread at most."""
+    """Of large pictures fewer are decoded at a time, whatever the batch size: two windows and one per thread
+    at most.
+    """
     scorer, held, most = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=16), [0], [0]
     size = scorer._open(picture(0))["pixel_values"].nbytes
     monkeypatch.setattr(scoring, "HELD", 2 * size)
@@ -776,7 +978,10 @@ def test_a_stream_of_large_pictures_can_be_left(known, monkeypatch):
 def test_large_pictures_make_small_batches(known, monkeypatch):
     monkeypatch.setattr(scoring, "PATCHES", 50)
     scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=4)
-    assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [3, 4] * 3 + [3]
+    assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [
+        3,
+        4,
+    ] * 3 + [3]
     assert scorer.model.batches == [[4, 4, 4], [4, 6], [6, 6]]  # of 16 and 24 patches, padded
     monkeypatch.setattr(scoring, "PATCHES", 1)
     scorer.model.batches.clear()
@@ -789,10 +994,16 @@ def test_twelve_megapixels_are_held_four_at_a_time():
     size = 61_204 * 3 * 2 * 14 * 14 * 4
     assert 3 * size < scoring.HELD < 4 * size and 2 * scoring.HELD + 5 * size < 4 * 2**30
     assert len(scoring._batched([0, 1], [61_204] * 2, 16)) == 2
-    assert [len(batch) for batch in scoring._batched([*range(40)], [256] * 40, 16)] == [16, 16, 8]  # the embedded policy's largest
+    assert [len(batch) for batch in scoring._batched([*range(40)], [256] * 40, 16)] == [
+        16,
+        16,
+        8,
+    ]  # the embedded policy's largest
 
 
-@pytest.mark.parametrize("options", [{"estimate": "greedy"}, {"estimate": "sample", "k": 3}, {"estimate": "expected"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"estimate": "greedy"}, {"estimate": "sample", "k": 3}, {"estimate": "expected"}], ids=str
+)
 def test_an_answer_never_holds_a_picture(untrained, photo, options):
     model, processor = copy.deepcopy(untrained[0]), untrained[1]
     barred, seen = pushed(model, processor), []
@@ -806,13 +1017,17 @@ def test_an_answer_never_holds_a_picture(untrained, photo, options):
 
     model.generate = watched
     scorer.score(crops(photo)[:2])
-    assert seen[0].shape == (2 * (3 if "k" in options else 1), 8) and not barred & set(seen[0].flatten().tolist())
+    assert seen[0].shape == (2 * (3 if "k" in options else 1), 8) and not barred & set(
+        seen[0].flatten().tolist()
+    )
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_needs_a_picture(known, size):
     with pytest.raises(ValueError, match="batch_size"):
         known({"3.00": 1.0}, batch_size=size)
+
+
 # Settings and state
 
 
@@ -863,7 +1078,9 @@ def test_only_the_expected_score_needs_a_token_per_digit(untrained):
         def __call__(self, text):
             return real.tokenizer(text)
 
-    processor = SimpleNamespace(tokenizer=Bytes(), apply_chat_template=real.apply_chat_template, image_token=real.image_token)
+    processor = SimpleNamespace(
+        tokenizer=Bytes(), apply_chat_template=real.apply_chat_template, image_token=real.image_token
+    )
     with pytest.raises(ValueError, match="every digit.*greedy"):
         Scorer((SimpleNamespace(), processor))
     assert Scorer((SimpleNamespace(), processor), estimate="greedy").estimate == "greedy"

@@ -1,4 +1,6 @@
-"""What K answers share is computed once, and nothing else changes: features, samples, log-probabilities, gradients, a whole step."""
+"""What K answers share is computed once, and nothing else changes: features, samples, log-probabilities,
+gradients, a whole step.
+"""
 
 import copy
 import inspect
@@ -12,11 +14,12 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import GenerationConfig, ProcessorMixin
 
+from vqr1.config import load_config
 from vqr1.data.manifests import load_ratings
 from vqr1.policy import base_of, load_policy, load_processor, lora_config
 from vqr1.prompts import messages
 from vqr1.sharing import look_once, prefill_once, process_once, prompt_once
-from vqr1.training import build_trainer, load_config
+from vqr1.training import build_trainer
 
 
 def noise(width, height, seed=0):
@@ -37,7 +40,9 @@ def asked(processor, *pictures):
 
 @pytest.fixture
 def worked(monkeypatch):
-    """(processor of the embedded policy that processes once, sizes of the batches that its image processor itself was given)."""
+    """(processor of the embedded policy that processes once, sizes of the batches that its image processor
+    itself was given).
+    """
     processor, batches = load_policy("tiny-policy")[1], []
     stock = type(processor)._process_images
 
@@ -57,7 +62,9 @@ def test_repeated_pictures_are_processed_once_to_the_same_inputs(worked):
     batches.clear()
     for _ in range(2):  # the second time, all are remembered
         found = asked(processor, *asked_for)
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        assert found.keys() == expected.keys() and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
     assert batches == [4]  # B's copy is a picture of its own
     asked(processor, A, D)
     asked(processor, A, D.copy())
@@ -68,7 +75,10 @@ def test_repeated_pictures_are_processed_once_to_the_same_inputs(worked):
 def test_other_settings_are_processed_anew(worked):
     processor, batches = worked
     limits = ({"shortest_edge": 4096, "longest_edge": most} for most in (4096, 8192))
-    few, all_ = (processor(text=["<|image_pad|>"], images=[D], size=limit, return_tensors="pt")["pixel_values"] for limit in limits)
+    few, all_ = (
+        processor(text=["<|image_pad|>"], images=[D], size=limit, return_tensors="pt")["pixel_values"]
+        for limit in limits
+    )
     assert batches == [1, 1] and len(few) < len(all_)
 
 
@@ -84,7 +94,9 @@ def test_a_processor_that_processes_once_can_be_saved(worked, tmp_path):
 
 
 class Looks:
-    """A LoRA policy whose frozen tower looks once; `patches` lists how many each call of the tower itself was given."""
+    """A LoRA policy whose frozen tower looks once; `patches` lists how many each call of the tower itself
+    was given.
+    """
 
     def __init__(self, untrained):
         self.model, self.processor = get_peft_model(copy.deepcopy(untrained[0]), lora_config()), untrained[1]
@@ -176,7 +188,14 @@ def repeated(processor, photo, k=3):
 def test_sharing_the_prefill_changes_no_sample(photo, temperature):
     model, processor = load_policy("tiny-policy")
     batch = repeated(processor, photo)
-    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=temperature, top_k=0, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
+    config = GenerationConfig(
+        max_new_tokens=12,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+    )
     seen = []
     model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     torch.manual_seed(3)
@@ -192,7 +211,12 @@ def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
     model, processor = load_policy("tiny-policy")
     batch = repeated(processor, photo, k=1)
     shuffled = repeated(processor, photo, k=2)
-    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id)
+    config = GenerationConfig(
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+    )
     once = model.generate(**batch, generation_config=config)
     prefill_once(model)
     assert torch.equal(model.generate(**shuffled, generation_config=config), once.repeat_interleave(2, 0))
@@ -216,35 +240,58 @@ def adapted(seed=0):
 
 
 def learned(model, batch, completions, mask, order):
-    """Log-probabilities and entropies (N, C) of the answers, and the gradient of a weighted sum, by TRL's own call."""
-    rows = {name: value[order] for name, value in batch.items() if name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    """Log-probabilities and entropies (N, C) of the answers, and the gradient of a weighted sum, by TRL's
+    own call.
+    """
+    rows = {
+        name: value[order]
+        for name, value in batch.items()
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    }
     patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
-    ids, attention = (torch.cat([rows.pop(name), more[order]], 1) for name, more in (("input_ids", completions), ("attention_mask", mask)))
+    ids, attention = (
+        torch.cat([rows.pop(name), more[order]], 1)
+        for name, more in (("input_ids", completions), ("attention_mask", mask))
+    )
     kinds = torch.nn.functional.pad(rows.pop("mm_token_type_ids"), (0, completions.shape[1]))
     labels = ids.masked_fill(attention == 0, -100)
     labels[:, : -completions.shape[1]] = -100
     model.zero_grad()
     out = model(
-        input_ids=ids, attention_mask=attention, pixel_values=torch.cat([patches[i] for i in order]), image_grid_thw=rows["image_grid_thw"],
-        mm_token_type_ids=kinds, labels=labels, fused_lm_head=True,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=attention,
+        pixel_values=torch.cat([patches[i] for i in order]),
+        image_grid_thw=rows["image_grid_thw"],
+        mm_token_type_ids=kinds,
+        labels=labels,
+        fused_lm_head=True,
+    )
     log_probs, entropy = (value[:, -completions.shape[1] :] for value in (out.log_probs, out.entropy))
     weights = torch.linspace(-1, 1, log_probs.numel()).view_as(log_probs)
     (weights * log_probs).sum().backward()
-    gradient = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    gradient = {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
     return log_probs.detach(), entropy.detach(), gradient
 
 
 @pytest.fixture(scope="module")
 def answered(photo):
-    """Three pictures of two sizes, so that prompts are padded, x 4 answers of different lengths, in no order."""
+    """Three pictures of two sizes, so that prompts are padded, x 4 answers of different lengths, in no
+    order.
+    """
     model, processor = adapted()
     batch = repeated(processor, photo, k=4)
     torch.manual_seed(1)
     lengths = torch.tensor([3, 9, 1, 6] * 3)
     completions = torch.randint(20, 300, (12, 9))
     mask = (torch.arange(9) < lengths[:, None]).long()
-    return batch, completions.masked_fill(mask == 0, model.generation_config.pad_token_id), mask, torch.randperm(12)
+    return (
+        batch,
+        completions.masked_fill(mask == 0, model.generation_config.pad_token_id),
+        mask,
+        torch.randperm(12),
+    )
 
 
 @pytest.mark.parametrize("rows", [12, 5, 1])
@@ -259,7 +306,9 @@ def test_sharing_the_prompt_keeps_log_probabilities_and_gradients(answered, rows
     assert_close(found[1], expected[1], rtol=0, atol=1e-4)
     assert expected[2].keys() == found[2].keys() and len(found[2]) == 2 * 7 * 4
     for name in expected[2]:
-        assert torch.cosine_similarity(found[2][name].flatten(), expected[2][name].flatten(), 0) > 0.9999, name
+        assert torch.cosine_similarity(found[2][name].flatten(), expected[2][name].flatten(), 0) > 0.9999, (
+            name
+        )
         assert float(found[2][name].norm()) == pytest.approx(float(expected[2][name].norm()), rel=1e-3)
 
 
@@ -268,7 +317,9 @@ def test_each_distinct_prompt_is_run_once(answered):
     model, _ = adapted()
     prompt_once(model)
     tokens = []
-    base_of(model).model.language_model.layers[0].register_forward_hook(lambda module, args, out: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    base_of(model).model.language_model.layers[0].register_forward_hook(
+        lambda module, args, out: tokens.append(args[0].shape[0] * args[0].shape[1])
+    )
     learned(model, batch, completions, mask, order)
     prompt = batch["input_ids"].shape[1]
     assert tokens == [3 * (prompt - 1), 12 * (1 + completions.shape[1])]
@@ -282,7 +333,9 @@ def test_gradient_checkpointing_goes_the_stock_way(answered):
     expected = learned(model, batch, completions, mask, order)
     prompt_once(model)
     found = learned(model, batch, completions, mask, order)
-    assert torch.equal(found[0], expected[0]) and all(torch.equal(found[2][name], expected[2][name]) for name in expected[2])
+    assert torch.equal(found[0], expected[0]) and all(
+        torch.equal(found[2][name], expected[2][name]) for name in expected[2]
+    )
 
 
 def test_other_calls_of_forward_are_left_alone(photo):
@@ -301,36 +354,64 @@ def one_step(tmp_path, share, policy=None, **grpo):
     """Two steps on pictures of three sizes, so that prompts are padded."""
     config = load_config("cpu")
     config |= {"lora": {"r": 4, "alpha": 8}, "share": share}
-    config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 12, "num_generations": 3, "learning_rate": 1e-3,
-                       "max_completion_length": 12, "save_strategy": "no", "warmup_steps": 0, "logging_steps": 1} | grpo  # fmt: skip
+    config["grpo"] |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": 12,
+        "num_generations": 3,
+        "learning_rate": 1e-3,
+        "max_completion_length": 12,
+        "save_strategy": "no",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+    } | grpo
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::150]
     crops = ["0,0,96,64", "8,0,64,128", "100,60,112,112"]
-    trainer = build_trainer(config, tmp_path, policy, rows.assign(crop=[crops[i % 3] for i in range(len(rows))]))
+    trainer = build_trainer(
+        config, tmp_path, policy, rows.assign(crop=[crops[i % 3] for i in range(len(rows))])
+    )
     trainer.train()
-    weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    weights = {
+        name: weight.detach().clone()
+        for name, weight in trainer.model.named_parameters()
+        if weight.requires_grad
+    }
     return weights, [entry for entry in trainer.state.log_history if "entropy" in entry], trainer
 
 
 def patched(trainer) -> list[bool]:
     """Which of the seams are not TRL's and transformers' own."""
-    owners = {"generate": trainer.model, "forward": base_of(trainer.model).model.visual, "_process_images": trainer.processing_class}
+    owners = {
+        "generate": trainer.model,
+        "forward": base_of(trainer.model).model.visual,
+        "_process_images": trainer.processing_class,
+    }
     return [name in vars(owner) for name, owner in owners.items()]
 
 
 MICRO = {"per_device_train_batch_size": 6, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.parametrize("grpo", [{}, {"beta": 0.1}, MICRO | {"num_iterations": 2}], ids=["plain", "KL", "micro-batches, each learned from twice"])
+@pytest.mark.parametrize(
+    "grpo",
+    [{}, {"beta": 0.1}, MICRO | {"num_iterations": 2}],
+    ids=["plain", "KL", "micro-batches, each learned from twice"],
+)
 def test_a_run_that_shares_is_the_stock_run(tmp_path, grpo):
     """Same seed, same samples, same rewards, same weights after two steps."""
     stock, stock_log, before = one_step(tmp_path / "stock", share=False, **grpo)
     shared, shared_log, after = one_step(tmp_path / "shared", share=True, **grpo)
     assert not any(patched(before)) and all(patched(after))  # the switch
     assert len(stock_log) == len(shared_log) == 2
-    for key in ("reward", "completions/mean_length", "entropy"):  # a step that learns from old samples logs the last alone
+    for key in (
+        "reward",
+        "completions/mean_length",
+        "entropy",
+    ):  # a step that learns from old samples logs the last alone
         expected, found = ([entry[key] for entry in log if key in entry] for log in (stock_log, shared_log))
         assert len(expected) > 0 and found == pytest.approx(expected, abs=1e-5)
-    start, end = ({name: weights[name] for name in weights if "lora_B" in name} for weights in (stock, shared))
+    start, end = (
+        {name: weights[name] for name in weights if "lora_B" in name} for weights in (stock, shared)
+    )
     assert len(start) == 28 and all(weight.abs().max() > 0 for weight in start.values())
     for name in start:  # adapters' B starts at zero: it is what was learned
         assert torch.cosine_similarity(start[name].flatten(), end[name].flatten(), 0) > 0.999, name

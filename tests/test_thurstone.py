@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vqr1.config import load_config
 from vqr1.thurstone import comparative_probability, fidelity, ranking_reward, thurstone_scale, true_preference
-from vqr1.training import load_config, rewards
+from vqr1.training import rewards
 
 NAN = float("nan")
 VARIANTS = [
@@ -27,7 +28,9 @@ def phi(x):
     return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
 
-def loop_reward(scores, mos, dataset=None, *, binary=False, average=False, variance=None, gamma=1e-6, eps=1e-6):
+def loop_reward(
+    scores, mos, dataset=None, *, binary=False, average=False, variance=None, gamma=1e-6, eps=1e-6
+):
     """The paper's section 3 with Python loops over i, j and k; nothing is shared with vqr1."""
     parsed = [[s for s in group if not math.isnan(s)] for group in scores]
     mean = [sum(group) / len(group) if group else 0.0 for group in parsed]
@@ -61,7 +64,9 @@ def loop_reward(scores, mos, dataset=None, *, binary=False, average=False, varia
 
 
 def batch(b, k, seed):
-    """Random scores with ties, NaN, groups of zero variance, groups with one and with no parseable completion."""
+    """Random scores with ties, NaN, groups of zero variance, groups with one and with no parseable
+    completion.
+    """
     rng = np.random.default_rng(seed)
     scores = rng.uniform(1, 5, (b, k)).round(1)  # one decimal: ties
     scores[rng.random((b, k)) < 0.15] = NAN
@@ -88,7 +93,9 @@ def test_reward_equals_the_triple_loop(b, k, variant):
 def test_reward_equals_the_triple_loop_for_64_images_of_16_completions():
     scores, mos, dataset = batch(64, 16, seed=0)
     expected = torch.tensor(loop_reward(scores.tolist(), mos, dataset), dtype=torch.float64)
-    torch.testing.assert_close(ranking_reward(torch.tensor(scores), mos, dataset), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        ranking_reward(torch.tensor(scores), mos, dataset), expected, atol=1e-6, rtol=0
+    )
 
 
 @st.composite
@@ -154,7 +161,9 @@ def test_data_sets_are_rewarded_as_if_alone(drawn):
     reward = ranking_reward(scores, mos, dataset)
     for name in set(dataset):
         own = [n for n, other in enumerate(dataset) if other == name]
-        torch.testing.assert_close(reward[own], ranking_reward(scores[own], permuted(mos, own)), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            reward[own], ranking_reward(scores[own], permuted(mos, own)), atol=1e-12, rtol=0
+        )
 
 
 @few
@@ -200,7 +209,9 @@ def test_unparseable_completion_gets_zero_and_leaves_the_rest_as_if_it_were_not_
     scores = torch.tensor([[4.0, 3.5, NAN], [2.0, 2.5, 1.0]], dtype=torch.float64)
     reward = ranking_reward(scores, [2.0, 1.0])
     others = loop_reward([[4.0, 3.5], [2.0, 2.5, 1.0]], [2.0, 1.0])
-    assert reward[0].tolist() == pytest.approx([*others[0], 0.0]) and reward[1].tolist() == pytest.approx(others[1])
+    assert reward[0].tolist() == pytest.approx([*others[0], 0.0]) and reward[1].tolist() == pytest.approx(
+        others[1]
+    )
 
 
 def test_group_without_any_score_is_nobodys_partner():
@@ -332,7 +343,9 @@ def test_an_item_that_wins_every_vote_stays_finite():
 @few
 @given(st.integers(2, 6), st.randoms(use_true_random=False))
 def test_scale_does_not_depend_on_the_order_of_items(n, random):
-    wins = np.array([[0 if i == j else random.randint(0, 9) for j in range(n)] for i in range(n)], dtype=float)
+    wins = np.array(
+        [[0 if i == j else random.randint(0, 9) for j in range(n)] for i in range(n)], dtype=float
+    )
     wins += np.eye(n, k=1) + np.eye(n, k=-1)  # connected
     order = random.sample(range(n), n)
     for one, other in zip(thurstone_scale(wins), thurstone_scale(wins[np.ix_(order, order)])):
@@ -359,23 +372,44 @@ def test_votes_that_allow_no_scale_are_named(wins, message):
 
 
 def test_the_papers_run_is_one_configuration_away():
-    """Its section 4.1 and the official code: AdamW, lr 1e-6, linear, K = 6, beta = 0.04, 8 images a GPU, 10 epochs of 6,125 images."""
+    """Its section 4.1 and the official code: AdamW, lr 1e-6, linear, K = 6, beta = 0.04, 8 images a GPU, 10
+    epochs of 6,125 images.
+    """
     config = load_config("paper-7b-full")
     grpo = config["grpo"]
     exact = {
-        "learning_rate": 1e-6, "lr_scheduler_type": "linear", "num_generations": 6, "beta": 0.04, "temperature": 1.0, "top_k": 50, "epsilon": 0.2,
-        "loss_type": "grpo", "scale_rewards": "group", "max_completion_length": 256, "use_bias_correction_kl": False, "optim": "adamw_torch",
-    }  # fmt: skip
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "linear",
+        "num_generations": 6,
+        "beta": 0.04,
+        "temperature": 1.0,
+        "top_k": 50,
+        "epsilon": 0.2,
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+        "max_completion_length": 256,
+        "use_bias_correction_kl": False,
+        "optim": "adamw_torch",
+    }
     assert {key: grpo[key] for key in exact} == exact
-    assert (config["policy"], config["lora"], config["frozen"], config["sets"]) == ("Qwen/Qwen2.5-VL-7B-Instruct", None, [], ["kadid10k"])
+    assert (config["policy"], config["lora"], config["frozen"], config["sets"]) == (
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        None,
+        [],
+        ["kadid10k"],
+    )
     sampled = grpo["per_device_train_batch_size"] * grpo["steps_per_generation"]  # by one GPU at a time
     assert sampled == 8 * 6
-    a_step = 8 * grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"] // 6  # images, on 8 GPUs
+    a_step = (
+        8 * grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"] // 6
+    )  # images, on 8 GPUs
     assert a_step == 16 * 8 and grpo["max_steps"] == round(10 * 6125 / a_step, -1)
 
 
 def test_the_papers_reward_is_its_equations_to_the_digit():
-    """Answers as text through the configuration's own reward, against plain loops; one answer in ten cannot be parsed, MOS have ties."""
+    """Answers as text through the configuration's own reward, against plain loops; one answer in ten cannot
+    be parsed, MOS have ties.
+    """
     ranking, form = rewards(load_config("paper-7b-full"))
     rng = np.random.default_rng(0)
     scores = rng.uniform(1, 5, (8, 6)).round(2)

@@ -27,19 +27,23 @@ from transformers import TrainerState
 
 from vqr1 import training
 from vqr1.cli import main
+from vqr1.config import CONFIGS, load_config
 from vqr1.data.manifests import load_ratings, render
 from vqr1.plots import LivePlot
 from vqr1.policy import load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
+from vqr1.runs import last_checkpoint
 from vqr1.scoring import Score, Scorer
-from vqr1.training import CONFIGS, LOG, RunLog, build_trainer, last_checkpoint, load_config, train, training_rows
+from vqr1.training import LOG, RunLog, build_trainer, train, training_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def tiny(**grpo) -> dict:
-    """The cpu configuration with 4 pictures x 3 completions and all weights trained; Adam's first step moves each by the learning rate."""
+    """The cpu configuration with 4 pictures x 3 completions and all weights trained; Adam's first step moves
+    each by the learning rate.
+    """
     config = load_config("cpu") | {"lora": None}
     config["validation"] = {"rows": 4, "every": 2}
     small = {"per_device_train_batch_size": 12, "num_generations": 3, "max_steps": 3}
@@ -81,7 +85,9 @@ def read_log(folder: Path) -> pd.DataFrame:
 
 def test_every_trained_weight_moves_and_no_frozen_one(run):
     folder, before, after = run
-    assert (read_log(folder)["reward_std"].dropna() > 0).all(), "without reward differences nothing could move"
+    assert (read_log(folder)["reward_std"].dropna() > 0).all(), (
+        "without reward differences nothing could move"
+    )
     frozen = {name for name in before if ".visual." in name}
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert frozen and moved == set(before) - frozen
@@ -99,7 +105,9 @@ def test_the_trained_policy_is_what_was_saved(run):
 def test_a_kl_term_is_that_of_the_untrained_policy_and_costs_no_second_look(rows, tmp_path):
     trainer = build_trainer(tiny(beta=0.5, max_steps=2, learning_rate=1e-3), tmp_path, frame=rows)
     looks = []
-    trainer.model.model.visual.patch_embed.register_forward_hook(lambda module, args, out: looks.append(len(out)))
+    trainer.model.model.visual.patch_embed.register_forward_hook(
+        lambda module, args, out: looks.append(len(out))
+    )
     reference = weights(trainer.ref_model)
     trainer.train()
     assert len(looks) == 2  # one a step, for rollouts, log-probabilities and reference
@@ -110,15 +118,26 @@ def test_a_kl_term_is_that_of_the_untrained_policy_and_costs_no_second_look(rows
 
 @pytest.fixture(scope="module")
 def adapter(rows, tmp_path_factory):
-    """(folder, model after, weights before, [(gradients, dtypes) of each step]) of LoRA on 4-bit NF4, validated before each."""
+    """(folder, model after, weights before, [(gradients, dtypes) of each step]) of LoRA on 4-bit NF4,
+    validated before each.
+    """
     seen = []
 
     class Watching(RunLog):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            seen.append(({name: float(p.grad.abs().max()) for name, p in trained.items()}, {p.dtype for p in trained.values()}))
+            seen.append(
+                (
+                    {name: float(p.grad.abs().max()) for name, p in trained.items()},
+                    {p.dtype for p in trained.values()},
+                )
+            )
 
-    config = tiny(max_steps=3, learning_rate=1e-3) | {"quantize": True, "lora": {"r": 4, "alpha": 8}, "validation": {"rows": 4, "every": 1}}
+    config = tiny(max_steps=3, learning_rate=1e-3) | {
+        "quantize": True,
+        "lora": {"r": 4, "alpha": 8},
+        "validation": {"rows": 4, "every": 1},
+    }
     folder = tmp_path_factory.mktemp("adapter")
     model, processor = load_policy("tiny-policy", quantize=True)
     before = weights(model)
@@ -199,7 +218,9 @@ def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
     before = weights(trainer.model)
     trainer.train()
     after = weights(trainer.model)
-    assert {name for name in after if not torch.equal(before[name], after[name])} == {n for n in after if ".lora_" in n}
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {
+        n for n in after if ".lora_" in n
+    }
 
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(True, True), (False, False), (False, True)])
@@ -216,20 +237,28 @@ def test_a_policy_that_wants_to_write_a_picture_never_does(share, checkpointing,
 
     monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", watched)
     config = load_config("cpu") | {"share": share}
-    config["grpo"] |= tiny(gradient_checkpointing=checkpointing, save_strategy="no", max_completion_length=6)["grpo"]
+    config["grpo"] |= tiny(gradient_checkpointing=checkpointing, save_strategy="no", max_completion_length=6)[
+        "grpo"
+    ]
     trainer = build_trainer(config, tmp_path, (model, processor), rows)
     trainer.train()
     assert len(seen) == 3 * 12 and not barred & {token for row in seen for token in row}
-    ratios = [value for entry in trainer.state.log_history for key, value in entry.items() if "clip_ratio" in key]
+    ratios = [
+        value for entry in trainer.state.log_history for key, value in entry.items() if "clip_ratio" in key
+    ]
     assert ratios and not any(ratios)  # log-probabilities are of the whole vocabulary, before and now
 
 
-@pytest.mark.parametrize(("vllm", "key", "never"), [(True, "bad_words", list), (False, "suppress_tokens", dict.values)])
+@pytest.mark.parametrize(
+    ("vllm", "key", "never"), [(True, "bad_words", list), (False, "suppress_tokens", dict.values)]
+)
 def test_what_must_not_be_sampled_is_told_to_what_samples(untrained, vllm, key, never):
     args = SimpleNamespace(use_vllm=vllm, generation_kwargs={"min_new_tokens": 2, key: ["own"]})
     training.bar(args, untrained[1])
     assert args.generation_kwargs == {"min_new_tokens": 2, key: ["own", *never(never_sampled(untrained[1]))]}
-    assert set(never_sampled(untrained[1])) == {f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")}
+    assert set(never_sampled(untrained[1])) == {
+        f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    }
 
 
 # --- the log ------------------------------------------------------------------------------------
@@ -273,7 +302,9 @@ def test_a_validation_between_two_logs_keeps_its_own_step(tmp_path, rows):
     for step in range(1, 8):
         log.on_step_end(None, at(step), None)
         if step % 2 == 0:
-            log.on_log(None, at(step), None, logs={"reward": step / 10, "rewards/answer_format_reward/mean": 0.5})
+            log.on_log(
+                None, at(step), None, logs={"reward": step / 10, "rewards/answer_format_reward/mean": 0.5}
+            )
     log.on_log(None, at(7), None, logs={"train_runtime": 1.0})  # the Trainer's last words are no step
     table = read_log(tmp_path).set_index("step")
     assert list(table.index) == [0, 2, 3, 4, 6, 7]
@@ -293,7 +324,12 @@ def test_validation_never_compares_across_data_sets(tmp_path, rows):
 
 def test_validation_counts_the_rows_without_a_score(tmp_path, rows):
     scorer = Fake()
-    scorer.score = lambda images: [Score(score=2.0), Score(error="no score"), Score(score=1.0), Score(error="no score")]
+    scorer.score = lambda images: [
+        Score(score=2.0),
+        Score(error="no score"),
+        Score(score=1.0),
+        Score(error="no score"),
+    ]
     log = RunLog(tmp_path / "log.csv", scorer, rows[:4], every=1, resumed_at=0)
     log.on_train_begin(None, at(0), None)
     assert read_log(tmp_path)["val_unscored"].tolist() == [2]
@@ -315,7 +351,16 @@ def training_command(config: dict, folder: Path) -> list[str]:
     """`vqr1 train` into folder/run."""
     settings = folder / "tiny.yaml"
     settings.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return [sys.executable, "-m", "vqr1.cli", "train", "--config", str(settings), "--out", str(folder / "run")]
+    return [
+        sys.executable,
+        "-m",
+        "vqr1.cli",
+        "train",
+        "--config",
+        str(settings),
+        "--out",
+        str(folder / "run"),
+    ]
 
 
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys, started, wait_until):
@@ -347,7 +392,10 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, capsys, s
 def test_what_is_shown_takes_the_place_of_the_progress_bar(rows, tmp_path, capsys):
     train(tiny(max_steps=2), tmp_path, frame=rows, shown=LivePlot(tmp_path / "log.csv"))
     out, err = capsys.readouterr()
-    assert [line.split()[:2] for line in out.splitlines() if line.startswith("step")] == [["step", "1"], ["step", "2"]]
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("step")] == [
+        ["step", "1"],
+        ["step", "2"],
+    ]
     assert "| 2/2 [" not in err
 
 
@@ -390,8 +438,12 @@ def test_a_merged_adapter_scores_as_it_was_trained_and_needs_no_4_bit_layer(adap
 
     trained = scores(load_policy(folder / "policy", quantize=True))
     assert scores((model, processor)) == pytest.approx(trained, abs=1e-3)
-    assert scores(folder / "policy") == pytest.approx(trained, abs=1e-3)  # the folder says that its base is in 4 bits
-    assert scores(load_policy(folder / "policy", False)) != pytest.approx(trained, abs=1e-3), "weights before rounding are others"
+    assert scores(folder / "policy") == pytest.approx(
+        trained, abs=1e-3
+    )  # the folder says that its base is in 4 bits
+    assert scores(load_policy(folder / "policy", False)) != pytest.approx(trained, abs=1e-3), (
+        "weights before rounding are others"
+    )
 
 
 def test_a_resumed_adapter_goes_on_as_it_was(adapter, rows, tmp_path):
@@ -433,14 +485,21 @@ def changed(config: dict, **changes) -> dict:
         ({"variant": {"scope": "everywhere"}}, "everywhere"),
     ],
 )
-def test_what_cannot_rank_is_refused_before_the_policy_is_loaded(changes, message, rows, tmp_path, monkeypatch):
+def test_what_cannot_rank_is_refused_before_the_policy_is_loaded(
+    changes, message, rows, tmp_path, monkeypatch
+):
     monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match=message):
         train(changed(tiny(), **changes), tmp_path, frame=rows)
 
 
-@pytest.mark.parametrize(("name", "message"), [("sim-nothing", "unknown set 'sim-nothing'"), ("sim-unseen", "no rows with split 'train'")])
-def test_a_set_without_training_rows_is_refused_before_the_policy_is_loaded(name, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("sim-nothing", "unknown set 'sim-nothing'"), ("sim-unseen", "no rows with split 'train'")],
+)
+def test_a_set_without_training_rows_is_refused_before_the_policy_is_loaded(
+    name, message, tmp_path, monkeypatch
+):
     monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match=message):
         train(tiny() | {"sets": [name]}, tmp_path)
@@ -454,9 +513,15 @@ def test_an_unknown_configuration_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("reward: ranking", "rewards: ranking"), "mine.yaml: key 'reward' is missing"),
+        (
+            lambda text: text.replace("reward: ranking", "rewards: ranking"),
+            "mine.yaml: key 'reward' is missing",
+        ),
         (lambda text: text + "\nrewrad: ranking\n", "mine.yaml: key 'rewrad' is unknown"),
-        (lambda text: text.replace("  max_steps:", "  max_step:"), "mine.yaml: key 'max_step' under grpo is unknown"),
+        (
+            lambda text: text.replace("  max_steps:", "  max_step:"),
+            "mine.yaml: key 'max_step' under grpo is unknown",
+        ),
         (lambda text: "", "mine.yaml: not a mapping"),
         (lambda text: "a list\n", "mine.yaml: not a mapping"),
         (lambda text: text[: text.index("grpo:")] + "grpo:\n", "mine.yaml: not a mapping"),
@@ -518,7 +583,9 @@ def test_as_many_pictures_are_drawn_as_will_be_shown(settings, generations, rows
     assert len(drawn) == generations * training.images_per_step(args)
 
 
-def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compared(rows, tmp_path, monkeypatch):
+def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compared(
+    rows, tmp_path, monkeypatch
+):
     calls = []
 
     class Spy(training.RankingReward):
@@ -527,7 +594,9 @@ def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compa
             return super().__call__(*args, completions=completions, mos=mos, **kwargs)
 
     monkeypatch.setattr(training, "RankingReward", Spy)
-    config = tiny(max_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=4, save_strategy="no")
+    config = tiny(
+        max_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=4, save_strategy="no"
+    )
     build_trainer(config, tmp_path, frame=rows).train()
     [(count, mos)] = calls
     assert count == 24 and len(set(mos)) == 8  # one call per step: 8 images x 3 answers
@@ -547,7 +616,11 @@ def test_every_key_of_a_configuration_is_one_of_trls(name):
 @pytest.mark.parametrize("called", ["GRPOTrainer", "GRPOConfig"])
 def test_every_keyword_given_to_trl_exists(called):
     tree = ast.parse(Path(training.__file__).read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == called]
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == called
+    ]
     given = {keyword.arg for call in calls for keyword in call.keywords if keyword.arg}
     assert given and given <= set(inspect.signature(getattr(trl, called)).parameters)
 
@@ -560,7 +633,9 @@ def test_nobody_is_told_that_a_training_starts():
     )
     asked = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CI")
     environment = {name: value for name, value in os.environ.items() if name not in asked}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -578,8 +653,14 @@ def test_a_step_on_two_processes_ends_with_equal_weights(tmp_path, started):
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     assert one["world"] == two["world"] == 2
     assert one["before"] == two["before"] and one["after"] == two["after"] != one["before"]
-    assert one["compared"] == two["compared"] == [[6, 6]] * 3  # a call per step; each knows both processes' completions
-    assert one["sets"] == two["sets"] and sorted(one["sets"]) == [["one"], ["two"], ["two"]]  # one data set per comparison
+    assert (
+        one["compared"] == two["compared"] == [[6, 6]] * 3
+    )  # a call per step; each knows both processes' completions
+    assert one["sets"] == two["sets"] and sorted(one["sets"]) == [
+        ["one"],
+        ["two"],
+        ["two"],
+    ]  # one data set per comparison
     assert list(read_log(tmp_path / "run")["step"]) == [0, 1, 2, 3]
     assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
 
@@ -605,7 +686,12 @@ def worker(folder: Path) -> None:
     found = {"world": dist.get_world_size(), "before": digest(model)}
     config = tiny(max_steps=3, per_device_train_batch_size=6) | {"variant": {"scope": "global"}}
     frame = some_rows().head(12)
-    train(config, folder / "run", policy=(model, processor), frame=frame.assign(dataset=["one", "two", "two"] * 4))
+    train(
+        config,
+        folder / "run",
+        policy=(model, processor),
+        frame=frame.assign(dataset=["one", "two", "two"] * 4),
+    )
     found |= {"after": digest(model), "compared": compared, "sets": sets}
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()

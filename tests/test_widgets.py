@@ -1,4 +1,6 @@
-"""Notebook 03's applications without a browser: the plain functions, and the controls set as a click would set them."""
+"""Notebook 03's applications without a browser: the plain functions, and the controls set as a click would
+set them.
+"""
 
 import io
 import sys
@@ -12,11 +14,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vqr1 import widgets
+from vqr1.config import load_config
 from vqr1.data.manifests import EMBEDDED, load_ratings, render_rows
 from vqr1.data.observers import pairwise_votes
 from vqr1.prompts import parse_score
 from vqr1.scoring import Score, Scorer
-from vqr1.training import load_config, train
+from vqr1.training import train
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,15 @@ def folder(photo, tmp_path):
 
 
 def upload(name: str, content: bytes) -> tuple:
-    return ({"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": datetime.now()},)
+    return (
+        {
+            "name": name,
+            "type": "",
+            "size": len(content),
+            "content": memoryview(content),
+            "last_modified": datetime.now(),
+        },
+    )
 
 
 def png(image: Image.Image) -> bytes:
@@ -84,13 +95,16 @@ def test_a_large_upload_is_shrunk_to_the_size_the_distortions_are_made_for():
     assert widgets.read_upload(upload("a.png", png(Image.new("L", (1024, 768))))).size == (512, 384)
 
 
-@pytest.mark.parametrize(("name", "content", "why"), [
-    ("notes.txt", b"text", r"no format that Pillow reads"),
-    ("empty.png", b"", r"it has zero bytes"),
-    ("half.png", png(Image.effect_noise((64, 64), 50))[:1000], r"truncated"),
-    ("line.png", png(Image.new("L", (1, 900))), r"1x900 pixels are thinner than 1:200; crop or pad"),
-    ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"it is HEIC, .*pip install 'vqr1\[heic\]'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("notes.txt", b"text", r"no format that Pillow reads"),
+        ("empty.png", b"", r"it has zero bytes"),
+        ("half.png", png(Image.effect_noise((64, 64), 50))[:1000], r"truncated"),
+        ("line.png", png(Image.new("L", (1, 900))), r"1x900 pixels are thinner than 1:200; crop or pad"),
+        ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"it is HEIC, .*pip install 'vqr1\[heic\]'"),
+    ],
+)
 def test_an_upload_that_cannot_be_used_says_why_by_its_name(name, content, why, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ValueError, match=rf"^{name} cannot be read as a picture \(.*{why}"):
@@ -134,7 +148,11 @@ def test_explore_says_why_there_is_no_score(scorer, photo, monkeypatch):
 
 def test_sampled_answers_show_what_cannot_be_parsed():
     table = widgets.sampled_answers(Score(answers=["<think>sharp</think><answer>4.10</answer>", "five"]))
-    assert table["score"].iloc[0] == 4.1 and np.isnan(table["score"].iloc[1]) and table["reasoning"].tolist() == ["sharp", ""]
+    assert (
+        table["score"].iloc[0] == 4.1
+        and np.isnan(table["score"].iloc[1])
+        and table["reasoning"].tolist() == ["sharp", ""]
+    )
 
 
 def test_curves_are_the_scores_normal_ones_with_the_samples_below():
@@ -152,7 +170,9 @@ def test_curves_are_the_scores_normal_ones_with_the_samples_below():
 
 def test_folder_rows_are_manifest_rows_that_render(folder):
     frame = widgets.folder_rows(folder)
-    assert frame["image"].tolist() == ["bad.png", "broken.jpg", "good.png"] and frame.attrs["root"] == str(folder)
+    assert frame["image"].tolist() == ["bad.png", "broken.jpg", "good.png"] and frame.attrs["root"] == str(
+        folder
+    )
     assert [image.size for image in render_rows(frame.iloc[[0, 2]], folder)] == [(192, 192)] * 2
 
 
@@ -167,7 +187,10 @@ def test_rank_folder_names_the_files_and_puts_the_unreadable_last(scorer, folder
     ranked = widgets.rank_folder(scorer, folder)
     score = {name: scorer.score([folder / name])[0].score for name in ("good.png", "bad.png")}
     assert ranked["image"].tolist() == [*sorted(score, key=score.get, reverse=True), "broken.jpg"]
-    assert np.allclose(ranked["score"][:2], sorted(score.values(), reverse=True), atol=1e-3) and "broken.jpg" in ranked["error"].iloc[2]
+    assert (
+        np.allclose(ranked["score"][:2], sorted(score.values(), reverse=True), atol=1e-3)
+        and "broken.jpg" in ranked["error"].iloc[2]
+    )
 
 
 def test_what_a_folder_holds_of_heic_is_named_with_its_problem(scorer, folder, monkeypatch):
@@ -190,7 +213,7 @@ def test_board_with_pictures_escapes_what_files_are_called(scorer, folder):
     (folder / "good.png").rename(folder / "<b>good.png")
     table = widgets.board(widgets.rank_folder(scorer, folder), folder)
     assert sorted(table["image"])[0] == "&lt;b&gt;good.png"
-    assert [cell[:14] for cell in table[""]] == ["<img src=\"data"] * 2 + [""]
+    assert [cell[:14] for cell in table[""]] == ['<img src="data'] * 2 + [""]
 
 
 # --- votes --------------------------------------------------------------------------------------
@@ -266,7 +289,9 @@ def test_votes_on_a_folder_become_a_manifest(folder):
     (folder / "broken.jpg").unlink()
     frame = widgets.folder_rows(folder)
     saved = widgets.save_votes(frame, [[0, 3], [1, 0]], folder / "votes.csv")
-    assert saved["image"].tolist() == ["bad.png", "good.png"] and saved["mos"].iloc[0] > 0 > saved["mos"].iloc[1]
+    assert (
+        saved["image"].tolist() == ["bad.png", "good.png"] and saved["mos"].iloc[0] > 0 > saved["mos"].iloc[1]
+    )
     assert len(render_rows(saved)) == 2
 
 
@@ -278,7 +303,12 @@ def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
     assert (ballot.wins == observer).all()
     frame = widgets.save_votes(rated, ballot.wins, tmp_path / "votes.csv", "simulated-votes")
     config = load_config("cpu")
-    config["grpo"] |= {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2, "logging_steps": 1}
+    config["grpo"] |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+        "num_generations": 2,
+        "logging_steps": 1,
+    }
     config["validation"] = {"rows": 4, "every": 2}
     assert (train(config, tmp_path / "run", frame=frame) / "adapter_config.json").is_file()
     log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
@@ -334,7 +364,9 @@ def test_the_leaderboard_ranks_a_folder_and_refuses_others(scorer, folder, tmp_p
     app = widgets.leaderboard(scorer, folder)
     named(app, "rank").click()
     table = named(app, "board").value
-    assert table.count("<img") == 2 and max(table.index(f"{name}.png") for name in ("good", "bad")) < table.index("broken.jpg")
+    assert table.count("<img") == 2 and max(
+        table.index(f"{name}.png") for name in ("good", "bad")
+    ) < table.index("broken.jpg")
     described(app, "folder").value = str(tmp_path / "none")
     named(app, "rank").click()
     assert "is not a folder" in named(app, "message").value and named(app, "board").value == ""
@@ -353,7 +385,9 @@ def test_voting_by_click_and_key_then_scaling_and_saving(scorer, rated, tmp_path
     for key in "x20":
         named(app, "key").value = key
         assert named(app, "key").value == ""
-    assert ballot.cast == 3 and "3 of 15" in named(app, "progress").value and named(app, "message").value == ""
+    assert (
+        ballot.cast == 3 and "3 of 15" in named(app, "progress").value and named(app, "message").value == ""
+    )
     while ballot.pair:
         named(app, "second").click()
     named(app, "first").click()

@@ -94,8 +94,7 @@ def crop_and_resize(image: Image.Image, focus: tuple[float, float], zoom: float)
         raise ValueError("the original is smaller than the target")
     size = [side * scale for side in target]
     left, top = (
-        min(max(at * full - side / 2, 0), full - side)
-        for at, full, side in zip(focus, image.size, size)
+        min(max(at * full - side / 2, 0), full - side) for at, full, side in zip(focus, image.size, size)
     )
     box = (left, top, left + size[0], top + size[1])
     return image.resize(target, Image.Resampling.LANCZOS, box=box)

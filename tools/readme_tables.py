@@ -1,4 +1,5 @@
-"""Write the README's result tables again from data/runs/*.csv: `python tools/readme_tables.py`. A test fails while they disagree.
+"""Write the README's result tables again from data/runs/*.csv: `python tools/readme_tables.py`. A test
+fails while they disagree.
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`.
 """
@@ -34,9 +35,19 @@ def gains(study: str) -> str:
     for name in ("sim-kadid", "sim-unseen"):
         total, within = differences.loc[name, "srcc"], differences.loc[name, "srcc_within_level"]
         each = rows[(rows["variant"] == "ranking") & (rows["set"] == name)].sort_values("seed")["srcc"]
-        lines.append([f"`{name}`", f"{total['mean_than']:.3f}", f"**{total['mean']:.3f}** ({', '.join(f'{value:.3f}' for value in each)})", interval(total),
-                      f"{within['mean_than']:.3f} → {within['mean']:.3f}", interval(within)])  # fmt: skip
-    return markdown(["set", "SRCC before", "SRCC after (each seed)", "gain", "within-level SRCC", "gain"], lines)
+        lines.append(
+            [
+                f"`{name}`",
+                f"{total['mean_than']:.3f}",
+                f"**{total['mean']:.3f}** ({', '.join(f'{value:.3f}' for value in each)})",
+                interval(total),
+                f"{within['mean_than']:.3f} → {within['mean']:.3f}",
+                interval(within),
+            ]
+        )
+    return markdown(
+        ["set", "SRCC before", "SRCC after (each seed)", "gain", "within-level SRCC", "gain"], lines
+    )
 
 
 def pretraining() -> str:
@@ -50,20 +61,57 @@ def pretraining() -> str:
 
 def comparison() -> str:
     """Every variant of the comparison, by its SRCC."""
-    rows, differences = read("comparison"), read("comparison-differences").set_index(["variant", "set", "statistic"])
-    by = rows.groupby(["variant", "set"]).agg({"seed": "count", "srcc": "mean", "srcc_within_level": "mean", "family": "mean", "seconds": "mean"})
+    rows, differences = (
+        read("comparison"),
+        read("comparison-differences").set_index(["variant", "set", "statistic"]),
+    )
+    by = rows.groupby(["variant", "set"]).agg(
+        {"seed": "count", "srcc": "mean", "srcc_within_level": "mean", "family": "mean", "seconds": "mean"}
+    )
     lines = []
-    for name, row in by.xs("sim-kadid", level="set").sort_values("srcc", ascending=False, kind="stable").iterrows():
+    for name, row in (
+        by.xs("sim-kadid", level="set").sort_values("srcc", ascending=False, kind="stable").iterrows()
+    ):
         than = interval(differences.loc[name, "sim-kadid", "srcc"]) if name != "ranking" else ""
-        numbers = [f"{row['srcc']:.3f}", f"{row['srcc_within_level']:.3f}", than, f"{by.loc[(name, 'sim-unseen'), 'srcc']:.3f}"]
-        more = [f"{row['family']:.0%}" if row["family"] == row["family"] else "", f"{row['seconds']:.0f}" if row["seconds"] == row["seconds"] else ""]
-        lines.append([name if name != "ranking" else "**ranking** (the paper's reward)", f"{row['seed']:.0f}", *numbers, *more])
-    return markdown(["variant", "seeds", "SRCC", "within-level", "minus ranking", "SRCC `sim-unseen`", "family named", "CPU s"], lines)
+        numbers = [
+            f"{row['srcc']:.3f}",
+            f"{row['srcc_within_level']:.3f}",
+            than,
+            f"{by.loc[(name, 'sim-unseen'), 'srcc']:.3f}",
+        ]
+        more = [
+            f"{row['family']:.0%}" if row["family"] == row["family"] else "",
+            f"{row['seconds']:.0f}" if row["seconds"] == row["seconds"] else "",
+        ]
+        lines.append(
+            [
+                name if name != "ranking" else "**ranking** (the paper's reward)",
+                f"{row['seed']:.0f}",
+                *numbers,
+                *more,
+            ]
+        )
+    return markdown(
+        [
+            "variant",
+            "seeds",
+            "SRCC",
+            "within-level",
+            "minus ranking",
+            "SRCC `sim-unseen`",
+            "family named",
+            "CPU s",
+        ],
+        lines,
+    )
 
 
 def mixture() -> str:
     """What training on three sets gives on each."""
-    rows, differences = read("mixture"), read("mixture-differences").set_index(["variant", "set", "statistic"])
+    rows, differences = (
+        read("mixture"),
+        read("mixture-differences").set_index(["variant", "set", "statistic"]),
+    )
     sets = list(dict.fromkeys(rows["set"]))
     lines = []
     for name in dict.fromkeys(rows["variant"]):
@@ -84,9 +132,23 @@ def step() -> str:
         cells = [part]
         for setting in settings:
             row = by.loc[setting, part]
-            cells += [f"{row['stock']:.2f}", f"{row['shared']:.2f}", f"{row['stock_over_shared']:.1f}x" if row["unit"] == "s" else ""]
+            cells += [
+                f"{row['stock']:.2f}",
+                f"{row['shared']:.2f}",
+                f"{row['stock_over_shared']:.1f}x" if row["unit"] == "s" else "",
+            ]
         lines.append(cells)
-    return markdown(["", *(text for setting in settings for text in (f"{setting.removeprefix('embedded, ')}: stock", "shared", "ratio"))], lines)
+    return markdown(
+        [
+            "",
+            *(
+                text
+                for setting in settings
+                for text in (f"{setting.removeprefix('embedded, ')}: stock", "shared", "ratio")
+            ),
+        ],
+        lines,
+    )
 
 
 def growth() -> str:
@@ -95,11 +157,28 @@ def growth() -> str:
     for axis, own in rows.groupby("axis", sort=False):
         first, last = own.iloc[0], own.iloc[-1]
         cells = [f"{first[key]:.3g} → {last[key]:.3g}" for key in ("seconds", "peak_mb")]
-        lines.append([axis, f"{first['value']:.0f} → {last['value']:.0f}", cells[0], f"{first['time_exponent']:.2f}", cells[1], f"{first['memory_exponent']:.2f}"])
+        lines.append(
+            [
+                axis,
+                f"{first['value']:.0f} → {last['value']:.0f}",
+                cells[0],
+                f"{first['time_exponent']:.2f}",
+                cells[1],
+                f"{first['memory_exponent']:.2f}",
+            ]
+        )
     return markdown(["quantity", "from → to", "seconds", "exponent", "MB at the peak", "exponent"], lines)
 
 
-TABLES = {"demo": partial(gains, "demo"), "pretraining-long": pretraining, "pretraining": partial(gains, "pretraining"), "comparison": comparison, "mixture": mixture, "step": step, "growth": growth}
+TABLES = {
+    "demo": partial(gains, "demo"),
+    "pretraining-long": pretraining,
+    "pretraining": partial(gains, "pretraining"),
+    "comparison": comparison,
+    "mixture": mixture,
+    "step": step,
+    "growth": growth,
+}
 
 
 def renewed(text: str) -> str:
@@ -107,7 +186,9 @@ def renewed(text: str) -> str:
     for name, table in TABLES.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
-            sys.exit(f"README.md has no place for table {name}: put <!-- table {name} --> and <!-- end {name} --> there")
+            sys.exit(
+                f"README.md has no place for table {name}: put <!-- table {name} --> and <!-- end {name} --> there"
+            )
         text = pattern.sub(lambda found, made=table(): f"{found[1]}{made}\n{found[2]}", text)
     return text
 

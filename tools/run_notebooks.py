@@ -1,7 +1,8 @@
 """Run notebooks and store their outputs in place: `python tools/run_notebooks.py notebooks/*.ipynb`.
 
-What is stored is what a reader of the page can use: no widget (without its kernel it shows its repr), and no
-stderr, which holds the progress bars of libraries. Plots are stored with a palette, at about a quarter of the size.
+What is stored is what a reader of the page can use: no widget (without its kernel it shows its repr), and
+no stderr, which holds the progress bars of libraries. Plots are stored with a palette, at about a quarter
+of the size.
 """
 
 import base64
@@ -33,7 +34,9 @@ def run(path: Path) -> None:
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+            cell.outputs = [
+                o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
             for data in (o.data for o in cell.outputs if "image/png" in o.get("data", {})):
                 data["image/png"] = with_palette(data["image/png"])
     CoalesceStreamsPreprocessor().preprocess(notebook, {})  # pieces of one print would be shown apart

@@ -27,17 +27,25 @@ exit code: 0 all have a score, 1 some have not (their rows say why), 2 wrong usa
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vqr1", description="Image quality assessment by reinforcement learning to rank.")
+    parser = argparse.ArgumentParser(
+        prog="vqr1", description="Image quality assessment by reinforcement learning to rank."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, more: str | None = None) -> argparse.ArgumentParser:
         shape = argparse.RawDescriptionHelpFormatter if more else argparse.HelpFormatter
         return commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=shape)
 
-    demo = command("demo", "Evaluate the embedded policy, train it by RL to rank, evaluate again; write a report.")
-    demo.add_argument("--out", default="runs/demo", help="folder for log, checkpoints, plots and report.md (%(default)s)")
+    demo = command(
+        "demo", "Evaluate the embedded policy, train it by RL to rank, evaluate again; write a report."
+    )
+    demo.add_argument(
+        "--out", default="runs/demo", help="folder for log, checkpoints, plots and report.md (%(default)s)"
+    )
     demo.add_argument("--config", default="cpu", help="name or path of a configuration (%(default)s)")
-    demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo from its last checkpoint")
+    demo.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted demo from its last checkpoint"
+    )
     demo.add_argument("--steps", type=_count, help="train fewer steps than the configuration says")
     demo.add_argument("--limit", type=_count, help="evaluate at most so many rows of each set")
 
@@ -48,15 +56,36 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=_count, help="train fewer steps than the configuration says")
     train.add_argument("--seed", type=int, help="another seed than the configuration's")
 
-    score = command("score", "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation.", SCORE_HELP)
-    score.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, 'globs' (** for any depth), or - for a list on standard input")
+    score = command(
+        "score", "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation.", SCORE_HELP
+    )
+    score.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="pictures, folders, 'globs' (** for any depth), or - for a list on standard input",
+    )
     _policy(score)
-    score.add_argument("--estimate", choices=("expected", "greedy", "sample"), default="expected", help="how the score is read off (%(default)s)")
-    score.add_argument("--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)")
+    score.add_argument(
+        "--estimate",
+        choices=("expected", "greedy", "sample"),
+        default="expected",
+        help="how the score is read off (%(default)s)",
+    )
+    score.add_argument(
+        "--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)"
+    )
     score.add_argument("--thinking", action="store_true", help="let the policy reason first")
-    score.add_argument("--batch-size", type=int, default=16, help="pictures at a time; fewer need less memory (%(default)s)")
+    score.add_argument(
+        "--batch-size", type=int, default=16, help="pictures at a time; fewer need less memory (%(default)s)"
+    )
     score.add_argument("--out", help="add rows to this .csv, .jsonl or .parquet file instead of printing CSV")
-    score.add_argument("--shard", default="1/1", metavar="I/N", help="only the i-th of n blocks of the pictures (%(default)s)")
+    score.add_argument(
+        "--shard",
+        default="1/1",
+        metavar="I/N",
+        help="only the i-th of n blocks of the pictures (%(default)s)",
+    )
 
     compare = command("compare", "Print the probability that the first picture looks better than the second.")
     compare.add_argument("images", nargs=2, metavar="IMAGE", help="picture files")
@@ -69,35 +98,74 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "Score rated sets and print SRCC, PLCC and intervals beside the oracles.")
     _policy(evaluate)
     what = evaluate.add_mutually_exclusive_group()
-    what.add_argument("--sets", nargs="+", default=["sim-kadid", "sim-unseen", "sim-mixed"], help="names or manifests (%(default)s)")
-    what.add_argument("--suite", choices=("table2",), help="the paper's rows beside those of the public sets that are there, all splits")
+    what.add_argument(
+        "--sets",
+        nargs="+",
+        default=["sim-kadid", "sim-unseen", "sim-mixed"],
+        help="names or manifests (%(default)s)",
+    )
+    what.add_argument(
+        "--suite",
+        choices=("table2",),
+        help="the paper's rows beside those of the public sets that are there, all splits",
+    )
     _root(evaluate)
     evaluate.add_argument("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
-    evaluate.add_argument("--estimates", nargs="+", choices=("expected", "greedy", "sample"), help="how scores are read off (all three; of a suite: expected)")
+    evaluate.add_argument(
+        "--estimates",
+        nargs="+",
+        choices=("expected", "greedy", "sample"),
+        help="how scores are read off (all three; of a suite: expected)",
+    )
     evaluate.add_argument("--limit", type=_count, help="at most so many rows of each set, a fixed sample")
     evaluate.add_argument("--out", help="write the tables into this folder")
 
-    data = command("data", "Check a data set: rows, range, splits, missing pictures; or list the public sets.")
-    data.add_argument("name", nargs="?", metavar="NAME", help="a public or embedded set, or the path of a manifest")
+    data = command(
+        "data", "Check a data set: rows, range, splits, missing pictures; or list the public sets."
+    )
+    data.add_argument(
+        "name", nargs="?", metavar="NAME", help="a public or embedded set, or the path of a manifest"
+    )
     twins = "find biq2021's near twins again: prints data/biq2021_twins.csv"
     data.add_argument("--twins", action="store_true", help=twins)
-    data.add_argument("--list", action="store_true", help="say where each public set can be had, its size and licence")
+    data.add_argument(
+        "--list", action="store_true", help="say where each public set can be had, its size and licence"
+    )
     _root(data)
 
     sheet = command("sheet", "Draw all 25 distortions at 5 levels of a picture.")
     sheet.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
     sheet.add_argument("--out", default="sheet.png", help="the PNG to write (%(default)s)")
 
-    pretrain = command("pretrain", "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself.")
+    pretrain = command(
+        "pretrain", "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself."
+    )
     pretrain.add_argument("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
-    pretrain.add_argument("--steps", type=_count, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages")
+    pretrain.add_argument(
+        "--steps", type=_count, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages"
+    )
     pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
 
-    study = command("study", "Make the rows of a study, one per variant, seed and set; rows that are there are kept.")
-    study.add_argument("name", choices=("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress"), help="which; data/runs/NAME.csv has its rows")
+    study = command(
+        "study", "Make the rows of a study, one per variant, seed and set; rows that are there are kept."
+    )
+    study.add_argument(
+        "name",
+        choices=("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress"),
+        help="which; data/runs/NAME.csv has its rows",
+    )
     study.add_argument("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
-    study.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these (default: all of the study's); of progress: policies")
-    study.add_argument("--steps", type=_count, help="train fewer steps than the study says, for a look; needs a --csv of its own")
+    study.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="VARIANT",
+        help="only these (default: all of the study's); of progress: policies",
+    )
+    study.add_argument(
+        "--steps",
+        type=_count,
+        help="train fewer steps than the study says, for a look; needs a --csv of its own",
+    )
     study.add_argument("--out", default="runs/study", help="folder of the runs (%(default)s)")
     study.add_argument("--csv", help="table to add to (data/runs/NAME.csv)")
     return parser
@@ -111,11 +179,19 @@ def _count(text: str) -> int:
 
 
 def _policy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", default="tiny-policy", help="tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)")
+    parser.add_argument(
+        "--policy",
+        default="tiny-policy",
+        help="tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)",
+    )
 
 
 def _root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", metavar="DIR", help="where the public sets are: a set's folder, or one that holds folders of sets (VQR1_DATA)")
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        help="where the public sets are: a set's folder, or one that holds folders of sets (VQR1_DATA)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
         return globals()[f"_{args.command}"](args)
     except KeyboardInterrupt:
         trains = args.command in ("demo", "train")
-        print("\nInterrupted." + " What was saved up to the last checkpoint is kept: --resume goes on from there." * trains, file=sys.stderr)
+        print(
+            "\nInterrupted."
+            + " What was saved up to the last checkpoint is kept: --resume goes on from there." * trains,
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:  # what the user gave cannot be used; the text says what and why
         print(f"vqr1 {args.command}: {error}", file=sys.stderr)
@@ -147,10 +227,13 @@ def _demo(args) -> int:
 
 
 def _train(args) -> int:
-    from vqr1.training import load_config, train
+    from vqr1.config import load_config
+    from vqr1.training import train
 
     config = load_config(args.config)
-    config["grpo"] |= {key: value for key, value in (("max_steps", args.steps), ("seed", args.seed)) if value is not None}
+    config["grpo"] |= {
+        key: value for key, value in (("max_steps", args.steps), ("seed", args.seed)) if value is not None
+    }
     print(f"The trained policy is in {train(config, args.out, args.resume)}")
     return EXIT_OK
 
@@ -158,12 +241,19 @@ def _train(args) -> int:
 def _score(args) -> int:
     import warnings
 
-    from vqr1.serving.bulk import RowFile, find_pictures, shard
     from vqr1.scoring import WINDOW, Scorer
+    from vqr1.serving.bulk import RowFile, find_pictures, shard
 
-    warnings.filterwarnings("ignore", module="PIL")  # what it says of damaged or large files stands in their rows
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # what it says of damaged or large files stands in their rows
     pictures = shard(find_pictures(args.paths), args.shard, WINDOW * args.batch_size)
-    settings = {"policy": args.policy, "estimate": args.estimate, "k": args.k if args.estimate == "sample" else 1, "thinking": args.thinking}
+    settings = {
+        "policy": args.policy,
+        "estimate": args.estimate,
+        "k": args.k if args.estimate == "sample" else 1,
+        "thinking": args.thinking,
+    }
 
     def scorer() -> Scorer:
         return Scorer(args.policy, args.thinking, args.estimate, args.k, args.batch_size)
@@ -206,14 +296,23 @@ def _write_scores(file, scorer, pictures: list[str]) -> int:
                 bar.update(len(rows))
         file.finish()
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {len(file.done)} rows are in {file.log}; the same command goes on from there.", file=sys.stderr)
+        print(
+            f"\nInterrupted. {len(file.done)} rows are in {file.log}; the same command goes on from there.",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     except OSError as error:
-        print(f"\nvqr1 score: {file.path}: {error.strerror}. The rows in {file.log} are whole; the same command goes on from there.", file=sys.stderr)
+        print(
+            f"\nvqr1 score: {file.path}: {error.strerror}. The rows in {file.log} are whole; the same command goes on from there.",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
     failed = sum(file.done[plain(picture)] for picture in pictures)
     before = f", {here} of them from before" if here else ""
-    print(f"{file.path}: {len(pictures)} pictures{before}; {failed} without a score" + (" (see column error)" if failed else ""))
+    print(
+        f"{file.path}: {len(pictures)} pictures{before}; {failed} without a score"
+        + (" (see column error)" if failed else "")
+    )
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -246,7 +345,13 @@ def _evaluate(args) -> int:
     result, tables = evaluate(args.policy, sets, args.estimates or ["expected", "greedy", "sample"])
     known = {name: rows.frame for name, rows in sets.items() if rows.frame["distortion"].isin(FAMILY).all()}
     rated = {name: frame for name, frame in known.items() if frame["mos"].notna().all()}
-    gold = pd.DataFrame([{"set": name, "estimate": oracle} | row for name, frame in rated.items() for oracle, row in oracles(frame).items()])
+    gold = pd.DataFrame(
+        [
+            {"set": name, "estimate": oracle} | row
+            for name, frame in rated.items()
+            for oracle, row in oracles(frame).items()
+        ]
+    )
     print(markdown(pd.concat([result, gold], ignore_index=True)))
     if args.out:
         save_scores(tables, Path(args.out))
@@ -262,20 +367,38 @@ def _data(args) -> int:
     from vqr1.data.public_sets import SETS, public_name, read_public
 
     if args.list or not args.name:
-        print(*(f"{name}: {s.title}; {s.rows} pictures\n    where: {s.source}\n    size: {s.size}; licence: {s.licence}\n    expected: {s.layout}\n"
-                f"    {s.note}" for name, s in SETS.items()), sep="\n")  # fmt: skip
+        print(
+            *(
+                f"{name}: {s.title}; {s.rows} pictures\n    where: {s.source}\n    size: {s.size}; licence: {s.licence}\n    expected: {s.layout}\n"
+                f"    {s.note}"
+                for name, s in SETS.items()
+            ),
+            sep="\n",
+        )
         return EXIT_OK
     known = public_name(args.name)
     public = SETS.get(known)
     if args.twins:
         return _twins(known, args.root or data_root())
-    frame = read_public(known, args.root or data_root(), strict=False) if public else load_ratings(args.name, args.root)
+    frame = (
+        read_public(known, args.root or data_root(), strict=False)
+        if public
+        else load_ratings(args.name, args.root)
+    )
     missing = frame.attrs.get("missing", [])
     splits = frame["split"].replace("", "none").value_counts()
     print(f"{known or args.name}, in {frame.attrs['root']}")
-    print(f"pictures    {len(frame) - len(missing)}" + (f", {len(missing)} missing" if missing else "") + (f"; published: {public.rows}" if public else ""))
+    print(
+        f"pictures    {len(frame) - len(missing)}"
+        + (f", {len(missing)} missing" if missing else "")
+        + (f"; published: {public.rows}" if public else "")
+    )
     print(f"mos         {frame['mos'].min():.4g} to {frame['mos'].max():.4g}, higher is better")
-    print(f"std         {frame['std'].min():.4g} to {frame['std'].max():.4g}" if frame["std"].notna().any() else "std         none")
+    print(
+        f"std         {frame['std'].min():.4g} to {frame['std'].max():.4g}"
+        if frame["std"].notna().any()
+        else "std         none"
+    )
     print(f"references  {frame['reference'].nunique()}")
     print("splits      " + ", ".join(f"{split} {count}" for split, count in splits.items()))
     if "subset" in frame:
@@ -338,7 +461,9 @@ def _progress(args) -> int:
     from vqr1.experiments.yardstick import POLICIES, study
 
     if args.seeds or args.steps or args.csv:
-        raise ValueError("study progress has neither seeds, steps nor another table; only --variants, the policies, can be given")
+        raise ValueError(
+            "study progress has neither seeds, steps nor another table; only --variants, the policies, can be given"
+        )
     print(markdown(study(args.variants or POLICIES)))
     return EXIT_OK
 

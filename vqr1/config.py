@@ -1,4 +1,6 @@
-"""The settings of a training run: a YAML file, read as YAML 1.2 and checked key by key before anything is loaded."""
+"""The settings of a training run: a YAML file, read as YAML 1.2 and checked key by key before anything is
+loaded.
+"""
 
 import importlib.util
 import math
@@ -12,11 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from trl import GRPOConfig
 
-from vqr1.policy import lora_config
 from vqr1.data.public_sets import public_name
+from vqr1.policy import lora_config
 from vqr1.rewards import RankingReward
 from vqr1.thurstone import ranking_reward
 
@@ -62,30 +67,54 @@ HINTS = {
     "": _hints(Settings),
     "validation": _hints(Validation),
     "lora": _hints(lora_config),
-    "variant": _hints(RankingReward.__init__, "num_generations") | _hints(ranking_reward, "scores", "dataset")
+    "variant": _hints(RankingReward.__init__, "num_generations")
+    | _hints(ranking_reward, "scores", "dataset")
     | {"scope": Literal["local", "global"]},
-    "grpo": _hints(GRPOConfig) | {
+    "grpo": _hints(GRPOConfig)
+    | {
         "loss_type": Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"],
         "scale_rewards": Literal["group", "batch", "none"],
         "importance_sampling_level": Literal["token", "sequence"],
         "num_generations": int,
         "max_completion_length": int,
     },
-}  # fmt: skip
-"""Section of a configuration -> its keys and their types. TRL checks some of its words only after the first rollout."""
+}
+"""Section of a configuration -> its keys and their types. TRL checks some of its words only after the first
+rollout.
+"""
 TRL_DEFAULTS = {field.name: field.default for field in fields(GRPOConfig)}
 
 LEAST = {
-    "validation.rows": 2, "validation.every": 1, "lora.r": 1, "grpo.num_generations": 2, "grpo.max_steps": 1,
-    "grpo.per_device_train_batch_size": 1, "grpo.gradient_accumulation_steps": 1, "grpo.steps_per_generation": 1,
-    "grpo.num_iterations": 1, "grpo.max_completion_length": 1, "grpo.save_total_limit": 1, "grpo.seed": 0,
-    "grpo.warmup_steps": 0, "grpo.beta": 0, "grpo.top_k": 0, "grpo.weight_decay": 0, "grpo.max_grad_norm": 0,
-}  # fmt: skip
+    "validation.rows": 2,
+    "validation.every": 1,
+    "lora.r": 1,
+    "grpo.num_generations": 2,
+    "grpo.max_steps": 1,
+    "grpo.per_device_train_batch_size": 1,
+    "grpo.gradient_accumulation_steps": 1,
+    "grpo.steps_per_generation": 1,
+    "grpo.num_iterations": 1,
+    "grpo.max_completion_length": 1,
+    "grpo.save_total_limit": 1,
+    "grpo.seed": 0,
+    "grpo.warmup_steps": 0,
+    "grpo.beta": 0,
+    "grpo.top_k": 0,
+    "grpo.weight_decay": 0,
+    "grpo.max_grad_norm": 0,
+}
 """The least value of a number. A group needs two answers, and a correlation two rows."""
 POSITIVE = {
-    "lora.alpha", "variant.variance", "variant.gamma", "variant.eps", "grpo.learning_rate", "grpo.temperature",
-    "grpo.epsilon", "grpo.logging_steps", "grpo.save_steps",
-}  # fmt: skip
+    "lora.alpha",
+    "variant.variance",
+    "variant.gamma",
+    "variant.eps",
+    "grpo.learning_rate",
+    "grpo.temperature",
+    "grpo.epsilon",
+    "grpo.logging_steps",
+    "grpo.save_steps",
+}
 
 RESERVED = {
     "output_dir": "--out says where",
@@ -102,7 +131,9 @@ RESERVED = {
 PACKAGES = {"use_vllm": "vllm", "use_liger_kernel": "liger_kernel", "deepspeed": "deepspeed"}
 """Keys of GRPOConfig that need a package which is not installed with ours."""
 PATCH = 32 * 32
-"""Pixels that a policy sees as one token, at most: 32x32 of the embedded policy and Qwen3-VL, 28x28 of Qwen2.5-VL."""
+"""Pixels that a policy sees as one token, at most: 32x32 of the embedded policy and Qwen3-VL, 28x28 of
+Qwen2.5-VL.
+"""
 
 
 # YAML 1.2: 1e-3 is a number, 010 is ten, 1:30 is no number of seconds, and yes, no, on and off are words
@@ -115,7 +146,9 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         again = [key for key in keys if keys.count(key) > 1]
         if again:
-            raise yaml.YAMLError(f"key {again[0]!r} is there twice in line {node.start_mark.line + 1} and below")
+            raise yaml.YAMLError(
+                f"key {again[0]!r} is there twice in line {node.start_mark.line + 1} and below"
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -143,7 +176,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    """Write a YAML file that `read_yaml` reads as the same; whoever reads it meanwhile sees the old one whole."""
+    """Write a YAML file that `read_yaml` reads as the same; whoever reads it meanwhile sees the old one
+    whole.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
     partial.replace(path)
@@ -213,7 +248,8 @@ def _wrong(source, key: str, value, why: str) -> ValueError:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of an annotated type; an integer is a float too, and a truth value is no number.
+    """Tell whether a value is of an annotated type; an integer is a float too, and a truth value is no
+    number.
 
     >>> fits("1e-3", float), fits(1, float), fits(True, int), fits(["a"], list[str] | None), fits("linaer", str)
     (False, True, False, True, True)
@@ -227,7 +263,9 @@ def fits(value: Any, hint: Any) -> bool:
     if kind is list:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
     if kind is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items()
+        )
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     if hint is int:
@@ -264,7 +302,9 @@ def _check_numbers(source, config: dict) -> None:
         for key, value in (config[section] or {}).items():
             name = f"{section}.{key}"
             if value is not None and value < LEAST.get(name, value):
-                raise _wrong(source, f"{section} {key}", value, f"is below {LEAST[name]}, the least that makes sense")
+                raise _wrong(
+                    source, f"{section} {key}", value, f"is below {LEAST[name]}, the least that makes sense"
+                )
             if value is not None and name in POSITIVE and not value > 0:
                 raise _wrong(source, f"{section} {key}", value, "is not above 0")
 
@@ -272,7 +312,9 @@ def _check_numbers(source, config: dict) -> None:
 def _check_pictures(source, config: dict) -> None:
     pixels = config["pixels"]
     if pixels is not None and not (len(pixels) == 2 and 0 < pixels[0] <= pixels[1] and pixels[1] >= PATCH):
-        raise _wrong(source, "pixels", pixels, f"is not [smallest, largest], with a largest of at least {PATCH}")
+        raise _wrong(
+            source, "pixels", pixels, f"is not [smallest, largest], with a largest of at least {PATCH}"
+        )
 
 
 def _check_sets(source, config: dict) -> None:
@@ -297,14 +339,23 @@ def _check_trl(source, config: dict) -> None:
             raise _wrong(source, f"grpo {key}", grpo[key], f"is not yours to set: {why}; leave it out")
     for key, package in PACKAGES.items():
         if grpo.get(key) and importlib.util.find_spec(package) is None:
-            raise _wrong(source, f"grpo {key}", grpo[key], f"needs the package {package}: install it, or leave it out")
+            raise _wrong(
+                source, f"grpo {key}", grpo[key], f"needs the package {package}: install it, or leave it out"
+            )
     named = grpo.get("report_to") or []
     there = {"none", "all", *get_available_reporting_integrations()}
     for name in [named] if isinstance(named, str) else named:
         if name not in {*INTEGRATION_TO_CALLBACK, *there}:
-            raise _wrong(source, "grpo report_to", name, f"is unknown; use none, or of {', '.join(INTEGRATION_TO_CALLBACK)}")
+            raise _wrong(
+                source,
+                "grpo report_to",
+                name,
+                f"is unknown; use none, or of {', '.join(INTEGRATION_TO_CALLBACK)}",
+            )
         if name not in there:
-            raise _wrong(source, "grpo report_to", name, f"needs a package: pip install {name}, or report_to: none")
+            raise _wrong(
+                source, "grpo report_to", name, f"needs a package: pip install {name}, or report_to: none"
+            )
 
 
 def _check_batch(source, config: dict) -> None:
@@ -312,9 +363,15 @@ def _check_batch(source, config: dict) -> None:
     grpo = TRL_DEFAULTS | config["grpo"]
     k, batch = grpo["num_generations"], grpo["per_device_train_batch_size"]
     passes = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]
-    sampled = f"grpo per_device_train_batch_size {batch} x steps_per_generation {passes} = {batch * passes} answers"
+    sampled = (
+        f"grpo per_device_train_batch_size {batch} x steps_per_generation {passes} = {batch * passes} answers"
+    )
     if batch * passes % k:
-        raise ValueError(f"{source}: {sampled} are not divisible by num_generations {k}: a group would be split")
+        raise ValueError(
+            f"{source}: {sampled} are not divisible by num_generations {k}: a group would be split"
+        )
     if batch * passes < 2 * k:
-        raise ValueError(f"{source}: {sampled} are of one picture (num_generations {k}); ranking compares pictures, "
-                         f"use at least 2: {2 * k} answers")  # fmt: skip
+        raise ValueError(
+            f"{source}: {sampled} are of one picture (num_generations {k}); ranking compares pictures, "
+            f"use at least 2: {2 * k} answers"
+        )

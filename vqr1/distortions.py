@@ -1,9 +1,9 @@
 """The 25 distortions of KADID-10k at five levels, seeded, in NumPy, SciPy and Pillow.
 
-Numbers are those of the authors' generator (`imdist_generator.m` of KADIS-700k, Lin, Hosu and Saupe); the code
-is our own. `mean_shift` and `contrast_change` run from plus to minus, as there: their level is no severity.
-Parameters in px are native pixels of KADID's 512x384 pictures: distort at full size, crop afterwards.
-Unlike the generator, no picture is stretched to the full range of values before or after.
+Numbers are those of the authors' generator (`imdist_generator.m` of KADIS-700k, Lin, Hosu and Saupe); the
+code is our own. `mean_shift` and `contrast_change` run from plus to minus, as there: their level is no
+severity. Parameters in px are native pixels of KADID's 512x384 pictures: distort at full size, crop
+afterwards. Unlike the generator, no picture is stretched to the full range of values before or after.
 """
 
 import io
@@ -54,7 +54,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 # sRGB <-> CIE Lab (D65) by table: powers and cube roots of every pixel would take most of the time.
-_XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+_XYZ = np.array(
+    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+)
 _XYZ = (_XYZ / _XYZ.sum(axis=1, keepdims=True)).astype(np.float32)
 _RGB = np.linalg.inv(_XYZ.astype(np.float64)).astype(np.float32)
 _BYTE = np.linspace(0, 1, 256)
@@ -144,7 +146,9 @@ def _color_diffusion(x, p, rng):
 def _color_shift(x, p, rng):
     """Move the green channel down and right by a random angle, mostly near edges; p: distance in px."""
     gray = x @ np.float32([0.299, 0.587, 0.114])
-    edges = np.abs(np.diff(gray, axis=0, append=gray[-1:])) + np.abs(np.diff(gray, axis=1, append=gray[:, -1:]))
+    edges = np.abs(np.diff(gray, axis=0, append=gray[-1:])) + np.abs(
+        np.diff(gray, axis=1, append=gray[:, -1:])
+    )
     edges = _gaussian(edges, 4, 8)
     low, high = np.percentile(edges[::4, ::4], (1, 99))
     weight = np.clip((edges - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
@@ -219,13 +223,19 @@ def _multiplicative_noise(x, p, rng):
 
 
 def _denoise(x, p, rng):
-    """Add Gaussian noise of variance p, then shrink three wavelet bands towards 0 where little but noise is in them.
+    """Add Gaussian noise of variance p, then shrink three wavelet bands towards 0 where little but noise is
+    in them.
 
-    KADID used a deep denoiser (DnCNN). This stand-in (undecimated bands between Gaussian blurs, Wiener gain from
-    the energy nearby) is fast and leaves the same look: flat smears, soft blotches, edges kept where they are strong.
+    KADID used a deep denoiser (DnCNN). This stand-in (undecimated bands between Gaussian blurs, Wiener gain
+    from the energy nearby) is fast and leaves the same look: flat smears, soft blotches, edges kept where
+    they are strong.
     """
     low, out = np.clip(x + _normal(x, p, rng), 0, 1), 0
-    for sigma, spread in ((0.8, 0.79), (1.4, 0.24), (2.8, 0.12)):  # spread: std of unit white noise in the band
+    for sigma, spread in (
+        (0.8, 0.79),
+        (1.4, 0.24),
+        (2.8, 0.12),
+    ):  # spread: std of unit white noise in the band
         band = low - (low := _gaussian(low, sigma, math.ceil(2 * sigma)))
         energy = ndimage.uniform_filter(np.square(band).mean(axis=2), 5, mode="nearest") + 1e-9
         out = out + band * np.clip(1 - 1.5 * p * spread**2 / energy, 0, 1)[..., None]
@@ -257,7 +267,9 @@ def _mean_shift(x, p, rng):
 def _jitter(x, p, rng):
     """Move every pixel at random, five times, bilinearly; p: standard deviation of one move in px."""
     h, w = x.shape[:2]
-    x = np.pad(x.reshape(-1, 3), ((0, 0), (0, 1)))  # 16 bytes per pixel, so that one look-up fetches all channels
+    x = np.pad(
+        x.reshape(-1, 3), ((0, 0), (0, 1))
+    )  # 16 bytes per pixel, so that one look-up fetches all channels
     for _ in range(5):
         moves = np.float32(p) * rng.standard_normal((2, h, w), dtype=np.float32)
         r, fr = _place(moves[0] + np.arange(h, dtype=np.float32)[:, None], h)
@@ -321,7 +333,9 @@ def _high_sharpen(x, p, rng):
 
 
 def _contrast_change(x, p, rng):
-    """Bend tones by the cubic spline that takes 0.3 to 0.25 - p / 4 and 0.7 to 0.75 + p / 4 (-0.2: identity)."""
+    """Bend tones by the cubic spline that takes 0.3 to 0.25 - p / 4 and 0.7 to 0.75 + p / 4 (-0.2:
+    identity).
+    """
     curve = interpolate.CubicSpline((0, 0.3, 0.5, 0.7, 1), (0, 0.25 - p / 4, 0.5, 0.75 + p / 4, 1))
     return curve(_BYTE).astype(np.float32)[_index(x, 255)]
 

@@ -1,4 +1,6 @@
-"""Evaluate a policy: score the rows of rated sets, and put agreement with MOS, intervals and oracles into one table."""
+"""Evaluate a policy: score the rows of rated sets, and put agreement with MOS, intervals and oracles into
+one table.
+"""
 
 import math
 import re
@@ -12,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqr1.data.manifests import UNRATED, RenderedPictures, dominance_pairs, load_ratings
-from vqr1.distortions import FAMILIES
-from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
 from vqr1.data.observers import oracle_scores
-from vqr1.experiments.pretraining import true_strength
-from vqr1.prompts import format_ok, named_distortions, named_severity
 from vqr1.data.public_sets import PER_CONTENT
+from vqr1.distortions import FAMILIES
+from vqr1.experiments.pretraining import true_strength
+from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
+from vqr1.prompts import format_ok, named_distortions, named_severity
 from vqr1.scoring import Score, Scorer
 
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
@@ -34,18 +36,23 @@ class Rows(NamedTuple):
     images: Sequence[Image.Image | Path]
 
 
-def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None) -> dict[str, Rows]:
+def evaluation_rows(
+    names=SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None
+) -> dict[str, Rows]:
     """Return each set's rows of a split, with their pictures.
 
-    split: "all" for every row. limit: at most so many rows of each set, a fixed sample, of whole contents where a set is
-    rated per content. root: as for `load_ratings`. Raises ValueError for a set without such rows.
+    split: "all" for every row. limit: at most so many rows of each set, a fixed sample, of whole contents
+    where a set is rated per content. root: as for `load_ratings`. Raises ValueError for a set without such
+    rows.
     """
     found = {}
     for name in names:
         frame = load_ratings(name, root)
         rows = frame[frame["split"] == split] if split != "all" else frame
         if rows.empty:
-            raise ValueError(f"set {str(name)!r} has no rows with split {split!r}; it has {sorted(frame['split'].unique())}")
+            raise ValueError(
+                f"set {str(name)!r} has no rows with split {split!r}; it has {sorted(frame['split'].unique())}"
+            )
         rows = _sample(rows, limit) if limit and limit < len(rows) else rows
         rows = rows.reset_index(drop=True)
         found[str(name)] = Rows(rows, _pictures(rows))
@@ -53,7 +60,9 @@ def evaluation_rows(names=SETS, split: str = "test", limit: int | None = None, r
 
 
 def _sample(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """Return a fixed sample in order; of sets rated per content the first whole contents, in a fixed order, that fit."""
+    """Return a fixed sample in order; of sets rated per content the first whole contents, in a fixed order,
+    that fit.
+    """
     if not rows["dataset"].isin(PER_CONTENT).all():
         return rows.sample(limit, random_state=0).sort_index()
     mixed = rows.sample(frac=1, random_state=0)["reference"].drop_duplicates()
@@ -62,7 +71,9 @@ def _sample(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
 
 
 def _pictures(rows: pd.DataFrame) -> list:
-    """Return the rows' pictures; where every one is as it is on disk, their paths: a public set would not fit into memory."""
+    """Return the rows' pictures; where every one is as it is on disk, their paths: a public set would not
+    fit into memory.
+    """
     if rows["seed"].isna().all() and (rows["crop"] == "").all():
         return [Path(rows.attrs["root"]) / image for image in rows["image"]]
     return RenderedPictures(rows)
@@ -79,10 +90,13 @@ def score_rows(scorer: Scorer, rows: Rows, label: str = "scoring") -> pd.DataFra
             scores += window
             bar.update(len(window))
     return rows.frame.assign(
-        score=[s.score for s in scores], score_std=[s.std for s in scores], reasoning=[s.reasoning for s in scores],
-        answer=[s.answers[0] if s.answers else "" for s in scores], error=[s.error for s in scores],
+        score=[s.score for s in scores],
+        score_std=[s.std for s in scores],
+        reasoning=[s.reasoning for s in scores],
+        answer=[s.answers[0] if s.answers else "" for s in scores],
+        error=[s.error for s in scores],
         well_formed=[_well_formed(s, scorer.thinking) for s in scores],
-    )  # fmt: skip
+    )
 
 
 def unread(table: pd.DataFrame) -> list[str]:
@@ -91,25 +105,33 @@ def unread(table: pd.DataFrame) -> list[str]:
 
 
 def _well_formed(score: Score, thinking: bool) -> bool:
-    """Tell whether the answer has the format; that of an expected score is kept up to the number, which has a `mass`."""
+    """Tell whether the answer has the format; that of an expected score is kept up to the number, which has
+    a `mass`.
+    """
     if not score.answers or math.isnan(score.mass):
         return bool(score.answers) and format_ok(score.answers[0], thinking)
     return not score.error and format_ok(f"{score.answers[0]}{score.score:.2f}</answer>", thinking)
 
 
 def agreement(table: pd.DataFrame) -> dict[str, float]:
-    """Return one result row of scored rows: `summarize`, or for unrated sets the share of dominance pairs ordered right.
+    """Return one result row of scored rows: `summarize`, or for unrated sets the share of dominance pairs
+    ordered right.
 
-    Ties count half. A pair with an unparseable answer counts as wrong. Of sets rated per content, srcc and plcc are means
-    over contents, their pooled values have columns of their own, and there is no fit. A set with subsets
-    has the SRCC within each of them, srcc_SUBSET.
+    Ties count half. A pair with an unparseable answer counts as wrong. Of sets rated per content, srcc and
+    plcc are means over contents, their pooled values have columns of their own, and there is no fit. A set
+    with subsets has the SRCC within each of them, srcc_SUBSET.
     """
     if table["dataset"].isin(UNRATED).all():
         pairs = dominance_pairs(table)
         score = table["score"].to_numpy()
         better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
         right = (better > worse) + 0.5 * (better == worse)
-        return {"rows": len(table), "unparseable": int(table["score"].isna().sum()), "photographs": table["reference"].nunique(), "dominance": _mean(right)}
+        return {
+            "rows": len(table),
+            "unparseable": int(table["score"].isna().sum()),
+            "photographs": table["reference"].nunique(),
+            "dominance": _mean(right),
+        }
     if table["dataset"].isin(PER_CONTENT).all():
         return summarize(table) | content_agreement(table) | {"plcc_fit": math.nan}
     subsets = table.groupby("subset") if "subset" in table else ()
@@ -117,16 +139,19 @@ def agreement(table: pd.DataFrame) -> dict[str, float]:
 
 
 def oracles(frame: pd.DataFrame) -> dict[str, dict]:
-    """Return the result rows of the oracle that knows the level alone and of the one that knows type and level."""
+    """Return the result rows of the oracle that knows the level alone and of the one that knows type and
+    level.
+    """
     names = "oracle: type and level", "oracle: level"
     return {name: summarize(frame.assign(score=score)) for name, score in zip(names, oracle_scores(frame))}
 
 
 def naming(table: pd.DataFrame) -> dict[str, float]:
-    """Return how often the reasoning names the right family, the exact distortion, and the right strength; and how many texts there are.
+    """Return how often the reasoning names the right family, the exact distortion, and the right strength;
+    and how many texts there are.
 
-    Over rows where it is easy to see: levels 3-5, and 1 and 5 for mean shift and contrast change, whose level 3 is (nearly) the
-    original. Rows without a single known distortion are left out.
+    Over rows where it is easy to see: levels 3-5, and 1 and 5 for mean shift and contrast change, whose
+    level 3 is (nearly) the original. Rows without a single known distortion are left out.
     """
     rows = table[table["distortion"].isin(FAMILY)]
     signed, level = rows["distortion"].isin(["mean_shift", "contrast_change"]), rows["level"].astype(int)
@@ -134,11 +159,17 @@ def naming(table: pd.DataFrame) -> dict[str, float]:
     named = [(named_distortions(text) or [""])[0] for text in rows["reasoning"]]
     family = [FAMILY.get(name) == FAMILY[truth] for name, truth in zip(named, rows["distortion"])]
     exact = [name == truth for name, truth in zip(named, rows["distortion"])]
-    severity = [named_severity(text) == true_strength(*cell) for text, *cell in zip(rows["reasoning"], rows["distortion"], rows["level"].astype(int))]
+    severity = [
+        named_severity(text) == true_strength(*cell)
+        for text, *cell in zip(rows["reasoning"], rows["distortion"], rows["level"].astype(int))
+    ]
     return {
-        "named_rows": len(rows), "family": _mean(family), "exact": _mean(exact), "severity": _mean(severity),
+        "named_rows": len(rows),
+        "family": _mean(family),
+        "exact": _mean(exact),
+        "severity": _mean(severity),
         "texts": table["reasoning"].nunique(),
-    }  # fmt: skip
+    }
 
 
 def _mean(values) -> float:
@@ -155,11 +186,13 @@ def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
     return row
 
 
-def evaluate(policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), seed: int = 0) -> tuple[pd.DataFrame, dict]:
+def evaluate(
+    policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), seed: int = 0
+) -> tuple[pd.DataFrame, dict]:
     """Return (result rows, scored tables): every set by every estimate, thinking and not.
 
-    policy: what `Scorer` takes; sets: from `evaluation_rows`. Tables are keyed by (set, estimate, thinking). An average
-    over the rated sets follows for each estimate and mode.
+    policy: what `Scorer` takes; sets: from `evaluation_rows`. Tables are keyed by (set, estimate,
+    thinking). An average over the rated sets follows for each estimate and mode.
     """
     rows, tables = [], {}
     pair = policy if isinstance(policy, tuple) else None
@@ -168,30 +201,49 @@ def evaluate(policy, sets: dict[str, Rows], estimates=("expected",), modes=(True
             scorer = Scorer(pair or policy, thinking, estimate, seed=seed)
             pair = scorer.model, scorer.processor
             for name, own in sets.items():
-                table = score_rows(scorer, own, f"{name}, {estimate}, {'thinking' if thinking else 'non-thinking'}")
+                table = score_rows(
+                    scorer, own, f"{name}, {estimate}, {'thinking' if thinking else 'non-thinking'}"
+                )
                 tables[name, estimate, thinking] = table
                 rows.append({"set": name, "estimate": estimate, "thinking": thinking} | agreement(table))
     result = pd.DataFrame(rows)
     rated = result[result["srcc"].notna()] if "srcc" in result else result.iloc[:0]
     if rated["set"].nunique() > 1:
-        means = rated.groupby(["estimate", "thinking"], sort=False)[["srcc", "srcc_within_level", "plcc", "plcc_fit"]].mean().reset_index()
+        means = (
+            rated.groupby(["estimate", "thinking"], sort=False)[
+                ["srcc", "srcc_within_level", "plcc", "plcc_fit"]
+            ]
+            .mean()
+            .reset_index()
+        )
         result = pd.concat([result, means.assign(set="average")], ignore_index=True)
     return result, tables
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Return a table in Markdown; numbers with three decimals, empty cells for NaN."""
+
     def cell(value) -> str:
         if isinstance(value, (float, np.floating)):
-            return "" if np.isnan(value) else f"{value:.3f}" if value != int(value) or abs(value) < 10 else f"{value:.0f}"
+            return (
+                ""
+                if np.isnan(value)
+                else f"{value:.3f}"
+                if value != int(value) or abs(value) < 10
+                else f"{value:.0f}"
+            )
         return re.sub(r"[|\n]", " ", str(value))
 
     lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)])
+    return "\n".join(
+        lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)]
+    )
 
 
 def save_scores(tables: dict, folder: Path) -> None:
     """Write every scored table as CSV: SET.ESTIMATE.thinking.csv or SET.ESTIMATE.plain.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for (name, estimate, thinking), table in tables.items():
-        table.to_csv(folder / f"{Path(name).stem}.{estimate}.{'thinking' if thinking else 'plain'}.csv", index=False)
+        table.to_csv(
+            folder / f"{Path(name).stem}.{estimate}.{'thinking' if thinking else 'plain'}.csv", index=False
+        )

@@ -1,8 +1,8 @@
 """How well scores agree with mean opinion scores (MOS): SRCC, PLCC, and intervals by photograph.
 
 Pairs with a score or a MOS that is not a finite number are left out of every correlation; ``summarize``
-counts the scores among them as unparseable. What is not defined (a constant side, fewer than two pairs) is NaN,
-without a warning. Scores and MOS have the same direction: higher is better.
+counts the scores among them as unparseable. What is not defined (a constant side, fewer than two pairs) is
+NaN, without a warning. Scores and MOS have the same direction: higher is better.
 """
 
 import math
@@ -20,7 +20,8 @@ Statistic = Callable[[Mapping], float]
 
 
 def srcc(pred, mos) -> float:
-    """Return Spearman's rank correlation: Pearson's correlation of the ranks, equal values sharing their mean rank.
+    """Return Spearman's rank correlation: Pearson's correlation of the ranks, equal values sharing their
+    mean rank.
 
     ``pred`` and ``mos`` are (N,); the result is in -1..1, or NaN. Raises ValueError if the lengths differ.
 
@@ -48,12 +49,12 @@ def plcc_fit(pred, mos) -> float:
     """Return Pearson's correlation after the monotone 4-parameter logistic fit of scores to MOS (VQEG).
 
     f(x) = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)), least squares, from b1 = max(mos), b2 = min(mos),
-    b3 = mean(x), b4 = std(x) / 4. Where the fit falls (b1 < b2) the result is negative, so that reversed scores stay
-    visible; common IQA toolboxes give it without the sign.
+    b3 = mean(x), b4 = std(x) / 4. Where the fit falls (b1 < b2) the result is negative, so that reversed
+    scores stay visible; common IQA toolboxes give it without the sign.
 
-    The raw PLCC is returned if there are fewer than 5 pairs, if the fit does not converge, or if it is stuck
-    where it correlates less than the raw scores. Raises ValueError if the lengths differ. Source: VQEG, Final report
-    on the validation of objective models of video quality assessment (2000).
+    The raw PLCC is returned if there are fewer than 5 pairs, if the fit does not converge, or if it is
+    stuck where it correlates less than the raw scores. Raises ValueError if the lengths differ. Source:
+    VQEG, Final report on the validation of objective models of video quality assessment (2000).
 
     >>> x = np.linspace(1, 5, 20)
     >>> mos = 1 + 4 / (1 + np.exp(-(x - 3) / 0.2))
@@ -72,8 +73,8 @@ def plcc_fit(pred, mos) -> float:
 def logistic_fit(pred, mos) -> np.ndarray:
     """Return what the fit of `plcc_fit` makes of every score: its MOS on the curve, (N,).
 
-    NaN throughout if there are fewer than 5 pairs, one side is constant, or the fit does not converge; the arguments must be
-    finite.
+    NaN throughout if there are fewer than 5 pairs, one side is constant, or the fit does not converge; the
+    arguments must be finite.
 
     >>> x = np.linspace(1, 5, 20)
     >>> logistic_fit(x, 1 + 4 / (1 + np.exp(-(x - 3) / 0.2)))[[0, 9, 19]].round(2)
@@ -91,9 +92,9 @@ def logistic_fit(pred, mos) -> np.ndarray:
 def within_level_srcc(pred, mos, level) -> float:
     """Return the mean over levels of the SRCC across the rows of one level.
 
-    It asks how a mild colour shift compares with a mild blur: an oracle that knows the level alone scores every row of
-    a level alike, and gets NaN. Levels without a defined SRCC, and rows without a level, are left out. All arguments
-    are (N,); raises ValueError if the lengths differ.
+    It asks how a mild colour shift compares with a mild blur: an oracle that knows the level alone scores
+    every row of a level alike, and gets NaN. Levels without a defined SRCC, and rows without a level, are
+    left out. All arguments are (N,); raises ValueError if the lengths differ.
 
     >>> within_level_srcc([1, 2, 3, 3, 2, 1], [1, 2, 3, 4, 5, 6], [1, 1, 1, 2, 2, 2])
     0.0
@@ -104,8 +105,8 @@ def within_level_srcc(pred, mos, level) -> float:
 def per_content_srcc(pred, mos, content) -> float:
     """Return the mean over contents of the SRCC across the versions of one picture.
 
-    It is the SRCC to report where each content has a scale of its own (SRIQA-Bench). Contents without a defined SRCC
-    are left out. All arguments are (N,); raises ValueError if the lengths differ.
+    It is the SRCC to report where each content has a scale of its own (SRIQA-Bench). Contents without a
+    defined SRCC are left out. All arguments are (N,); raises ValueError if the lengths differ.
 
     >>> mos = [0, 50, 100, 0, 50, 100]
     >>> per_content_srcc([1, 2, 3, 4, 5, 6], mos, list("aaabbb")), round(srcc([1, 2, 3, 4, 5, 6], mos), 3)
@@ -168,7 +169,8 @@ def frame_plcc(frame: Mapping) -> float:
 
 
 def frame_within_level_srcc(frame: Mapping) -> float:
-    """Return the within-level SRCC of the columns ``score``, ``mos`` and ``level``: a statistic for ``bootstrap``.
+    """Return the within-level SRCC of the columns ``score``, ``mos`` and ``level``: a statistic for
+    ``bootstrap``.
 
     >>> frame_within_level_srcc(pd.DataFrame({"score": [1, 2, 9, 8], "mos": [2, 3, 1, 0], "level": [1, 1, 2, 2]}))
     1.0
@@ -177,7 +179,8 @@ def frame_within_level_srcc(frame: Mapping) -> float:
 
 
 def over_sets(frame: Mapping) -> float:
-    """Return the mean over data sets (column ``set``) of the SRCC of ``score`` and ``mos``: a statistic for several sets with scales of their own.
+    """Return the mean over data sets (column ``set``) of the SRCC of ``score`` and ``mos``: a statistic for
+    several sets with scales of their own.
 
     >>> over_sets(pd.DataFrame({"set": list("aabb"), "score": [1, 2, 3, 4], "mos": [1, 5, 900, 1400]}))
     1.0
@@ -190,10 +193,10 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the 95% percentile interval of a statistic, resampling whole photographs with replacement.
 
-    ``statistic`` is called with {column name: array} for each of the ``n`` resamples, e.g. ``frame_srcc``. The rows of
-    one photograph are alike, so that resampling single rows would give an interval that is too narrow. A row whose
-    ``by`` is missing is its own photograph. Fewer than two photographs: (nan, nan). Raises ValueError if the
-    column is not there. Source: Efron & Tibshirani (1993), percentile interval.
+    ``statistic`` is called with {column name: array} for each of the ``n`` resamples, e.g. ``frame_srcc``.
+    The rows of one photograph are alike, so that resampling single rows would give an interval that is too
+    narrow. A row whose ``by`` is missing is its own photograph. Fewer than two photographs: (nan, nan).
+    Raises ValueError if the column is not there. Source: Efron & Tibshirani (1993), percentile interval.
 
     >>> mos = [n // 2 * 2 + n % 2 * 9 for n in range(40)]
     >>> frame = pd.DataFrame({"reference": range(40), "score": range(40), "mos": mos})
@@ -212,11 +215,12 @@ def paired_difference(
     n: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Return statistic(frame_a) - statistic(frame_b), and its 95% interval by bootstrap over shared photographs.
+    """Return statistic(frame_a) - statistic(frame_b), and its 95% interval by bootstrap over shared
+    photographs.
 
-    Every resample takes the same photographs from both frames, so that what makes a photograph hard for both cancels:
-    ``paired_difference(after, before, frame_srcc)`` is the gain. Returns (difference, low, high). Raises ValueError
-    if the frames do not hold the same photographs or a photograph has no name.
+    Every resample takes the same photographs from both frames, so that what makes a photograph hard for
+    both cancels: ``paired_difference(after, before, frame_srcc)`` is the gain. Returns (difference, low,
+    high). Raises ValueError if the frames do not hold the same photographs or a photograph has no name.
 
     >>> before = pd.DataFrame({"reference": list("aabbcc"), "score": [1, 2, 2, 1, 1, 2], "mos": [1, 2, 3, 4, 5, 6]})
     >>> paired_difference(before.assign(score=before["mos"]), before, frame_srcc)[0] > 0
@@ -233,25 +237,34 @@ def paired_difference(
 
 
 def seed_difference(
-    frame: pd.DataFrame, a: list[str], b: list[str], statistic: Statistic, by: str = "reference", n: int = 1000, seed: int = 0
+    frame: pd.DataFrame,
+    a: list[str],
+    b: list[str],
+    statistic: Statistic,
+    by: str = "reference",
+    n: int = 1000,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Return how far the mean of a statistic over runs a is above that over runs b, with a 95% interval over photographs and seeds.
+    """Return how far the mean of a statistic over runs a is above that over runs b, with a 95% interval
+    over photographs and seeds.
 
-    The interval has two parts: [l, h], of `paired_difference`, is that of the mean difference d of these k pairs of runs over other
-    photographs; t s / sqrt(k) is what other seeds would change, with s the standard deviation (ddof 1) of the k differences and t the 97.5%
-    quantile of Student's t with k - 1 degrees of freedom (4.30 for three seeds). Squares add up:
+    The interval has two parts: [l, h], of `paired_difference`, is that of the mean difference d of these k
+    pairs of runs over other photographs; t s / sqrt(k) is what other seeds would change, with s the
+    standard deviation (ddof 1) of the k differences and t the 97.5% quantile of Student's t with k - 1
+    degrees of freedom (4.30 for three seeds). Squares add up:
 
         lo = d - sqrt((d - l)^2 + (t s)^2 / k),  hi = d + sqrt((h - d)^2 + (t s)^2 / k)
 
-    In simulations of 24 photographs it covers the truth in 94 to 98% where seeds dominate, weigh as much, or less than photographs, for
-    k = 3 and 5; in 92% where seeds change nothing, as the bootstrap by itself. A bootstrap over so few seeds covers it in 73 to 92%.
-    One pair of runs says nothing of other seeds: the interval is then that of photographs alone.
+    In simulations of 24 photographs it covers the truth in 94 to 98% where seeds dominate, weigh as much,
+    or less than photographs, for k = 3 and 5; in 92% where seeds change nothing, as the bootstrap by
+    itself. A bootstrap over so few seeds covers it in 73 to 92%. One pair of runs says nothing of other
+    seeds: the interval is then that of photographs alone.
 
-    frame: one row per picture, with the columns mos, ``by``, those that the statistic needs, and one of scores per run.
-    a, b: k columns each, one per seed, paired in this order; a column may come again. n: resamples.
-    Returns the keys mean, mean_than, difference, lo and hi; NaN where a run has no value, the interval too.
-    Raises ValueError if a column is missing, or a and b differ in length.
-    Source: Zou & Donner (2008), variance estimates recovery, for the sum of the two parts.
+    frame: one row per picture, with the columns mos, ``by``, those that the statistic needs, and one of
+    scores per run. a, b: k columns each, one per seed, paired in this order; a column may come again. n:
+    resamples. Returns the keys mean, mean_than, difference, lo and hi; NaN where a run has no value, the
+    interval too. Raises ValueError if a column is missing, or a and b differ in length. Source: Zou &
+    Donner (2008), variance estimates recovery, for the sum of the two parts.
 
     >>> frame = pd.DataFrame({"reference": list("aabbcc"), "mos": [1, 2, 3, 4, 5, 6], "x/0": [1, 2, 3, 4, 5, 6], "y/0": [2, 1, 4, 3, 6, 5]})
     >>> found = seed_difference(frame, ["x/0"], ["y/0"], frame_srcc, n=100)
@@ -260,7 +273,9 @@ def seed_difference(
     """
     _require(frame, [*a, *b, by, "mos"])
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} runs cannot be paired with {len(b)}: give one column per seed on both sides")
+        raise ValueError(
+            f"{len(a)} runs cannot be paired with {len(b)}: give one column per seed on both sides"
+        )
     runs = list(dict.fromkeys([*a, *b]))
     one, two = ([runs.index(name) for name in side] for side in (a, b))
 
@@ -268,26 +283,35 @@ def seed_difference(
         return np.array([statistic({**columns, "score": columns[name]}) for name in runs])  # (runs,)
 
     found = values({name: frame[name].to_numpy() for name in frame})
-    drawn = np.reshape(_resampled(frame, values, by, n, seed), (-1, len(runs)))  # (n, runs): the same photographs for all
+    drawn = np.reshape(
+        _resampled(frame, values, by, n, seed), (-1, len(runs))
+    )  # (n, runs): the same photographs for all
     mean, mean_than = float(found[one].mean()), float(found[two].mean())
     difference = mean - mean_than
     low, high = _interval((drawn[:, one] - drawn[:, two]).mean(axis=1))
     seeds = _seed_error(found[one] - found[two])
-    low, high = difference - math.hypot(difference - low, seeds), difference + math.hypot(high - difference, seeds)
+    low, high = (
+        difference - math.hypot(difference - low, seeds),
+        difference + math.hypot(high - difference, seeds),
+    )
     return {"mean": mean, "mean_than": mean_than, "difference": difference, "lo": low, "hi": high}
 
 
 def _seed_error(gaps: np.ndarray) -> float:
-    """Half the 95% interval of the mean gap over seeds by Student's t; 0 for one seed, which does not show it."""
+    """Half the 95% interval of the mean gap over seeds by Student's t; 0 for one seed, which does not show
+    it.
+    """
     k = len(gaps)
     return float(student_t.ppf(0.975, k - 1) * np.std(gaps, ddof=1) / math.sqrt(k)) if k > 1 else 0.0
 
 
 def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Return the mean over contents of SRCC and PLCC, with 95% bootstrap intervals over contents, and both pooled.
+    """Return the mean over contents of SRCC and PLCC, with 95% bootstrap intervals over contents, and both
+    pooled.
 
-    For sets whose ratings are scaled within each content (column reference). Contents where a correlation is not defined
-    are left out of its mean. Columns needed: score, mos, reference; raises ValueError if one is missing.
+    For sets whose ratings are scaled within each content (column reference). Contents where a correlation
+    is not defined are left out of its mean. Columns needed: score, mos, reference; raises ValueError if one
+    is missing.
 
     >>> mos, scores = [0, 50, 100, 0, 50, 100], [1, 2, 3, 4, 6, 5]
     >>> row = content_agreement(pd.DataFrame({"score": scores, "mos": mos, "reference": list("aaabbb")}))
@@ -298,9 +322,16 @@ def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict
     contents = [group for _, group in frame.groupby("reference")]
     row = {}
     for name, statistic in (("srcc", frame_srcc), ("plcc", frame_plcc)):
-        each = pd.DataFrame({"reference": range(len(contents)), "value": [statistic(group) for group in contents]}).dropna()
+        each = pd.DataFrame(
+            {"reference": range(len(contents)), "value": [statistic(group) for group in contents]}
+        ).dropna()
         low, high = bootstrap(each, lambda columns: float(np.mean(columns["value"])), n=n, seed=seed)
-        row |= {name: float(each["value"].mean()), f"{name}_lo": low, f"{name}_hi": high, f"{name}_pooled": statistic(frame)}
+        row |= {
+            name: float(each["value"].mean()),
+            f"{name}_lo": low,
+            f"{name}_hi": high,
+            f"{name}_pooled": statistic(frame),
+        }
     return row
 
 
@@ -326,7 +357,9 @@ def _resampled(frame: pd.DataFrame, statistic: Callable, by: str, n: int, seed: 
     clusters = _clusters(frame, by)
     if len(clusters) < 2:
         return []
-    columns = {name: frame[name].to_numpy() for name in frame}  # arrays are five times as fast to index as a frame
+    columns = {
+        name: frame[name].to_numpy() for name in frame
+    }  # arrays are five times as fast to index as a frame
     draws = np.random.default_rng(seed).integers(len(clusters), size=(n, len(clusters)))
     resamples = (np.concatenate([clusters[cluster] for cluster in draw]) for draw in draws)
     return [statistic({name: values[rows] for name, values in columns.items()}) for rows in resamples]
@@ -349,10 +382,10 @@ def _require(frame: pd.DataFrame, columns: list[str]) -> None:
 def summarize(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, float]:
     """Return one result row for a table of scores, under the names of the study columns.
 
-    Columns needed: score, mos, reference, level (level may be empty: the within-level SRCC is then NaN); one row is
-    one picture. ``rows`` counts all rows, ``unparseable`` those whose score is not a finite number; the correlations
-    are over the others. ``srcc_lo`` and ``srcc_hi`` are the 95% bootstrap interval over photographs, from ``n``
-    resamples. Raises ValueError if a column is missing.
+    Columns needed: score, mos, reference, level (level may be empty: the within-level SRCC is then NaN);
+    one row is one picture. ``rows`` counts all rows, ``unparseable`` those whose score is not a finite
+    number; the correlations are over the others. ``srcc_lo`` and ``srcc_hi`` are the 95% bootstrap interval
+    over photographs, from ``n`` resamples. Raises ValueError if a column is missing.
 
     >>> frame = pd.DataFrame({"score": [1, 2, np.nan, 4], "mos": [1, 3, 2, 5], "reference": list("aabb")})
     >>> row = summarize(frame.assign(level=1))

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data"
-"""What comes with the project: photographs, simulated sets, the embedded policy, tables and runs; never elsewhere."""
+"""What comes with the project: photographs, simulated sets, the embedded policy, tables and runs; never
+elsewhere.
+"""
 
 
 def data_root() -> Path:
@@ -14,5 +16,7 @@ def data_root() -> Path:
     """
     root = Path(os.environ.get("VQR1_DATA") or EMBEDDED)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; set VQR1_DATA to the one that holds the public sets")
+        raise FileNotFoundError(
+            f"{root} is not a folder; set VQR1_DATA to the one that holds the public sets"
+        )
     return root

@@ -29,9 +29,11 @@ def training_figure(log: pd.DataFrame, sets: str = "sim-kadid") -> Figure:
     """Return the curves of a run: ranking reward, validation SRCC, and the spread of a picture's K scores."""
     figure = Figure(figsize=(10, 3), layout="constrained", dpi=100)
     for ax, column, label, window in zip(
-        figure.subplots(1, 3), ("ranking", "val_srcc", "score_std"),
-        ("ranking reward (training batches)", f"SRCC ({sets} validation)", "deviation of a picture's scores"), (5, 1, 5),
-    ):  # fmt: skip
+        figure.subplots(1, 3),
+        ("ranking", "val_srcc", "score_std"),
+        ("ranking reward (training batches)", f"SRCC ({sets} validation)", "deviation of a picture's scores"),
+        (5, 1, 5),
+    ):
         curve(ax, log, column, window=window)
         ax.set_ylabel(label)
     return figure
@@ -48,10 +50,16 @@ def gallery(pictures: list[Image.Image], titles: list[str], captions: list[str],
     """Return pictures in a grid, each with a title above and a caption below."""
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(3.6 * columns, 4.6 * rows), layout="constrained", dpi=100)
-    for ax, picture, title, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, titles, captions):
+    for ax, picture, title, caption in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, pictures, titles, captions
+    ):
         ax.imshow(np.asarray(picture))
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, 46)), fontsize=8, loc="left")
+        ax.set_xlabel(
+            "\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, 46)),
+            fontsize=8,
+            loc="left",
+        )
         ax.set(xticks=[], yticks=[])
     for ax in figure.axes[len(pictures) :]:
         ax.axis("off")
@@ -59,7 +67,9 @@ def gallery(pictures: list[Image.Image], titles: list[str], captions: list[str],
 
 
 def jpeg(figure: Figure, quality: int = 85) -> bytes:
-    """Return a figure as JPEG and close it: a notebook that shows photographs as PNG is several times larger."""
+    """Return a figure as JPEG and close it: a notebook that shows photographs as PNG is several times
+    larger.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="jpeg", dpi=figure.dpi, pil_kwargs={"quality": quality})
     plt.close(figure)
@@ -74,13 +84,22 @@ def bells(ax: Axes, means, stds, labels, samples=None) -> None:
         (line,) = ax.plot(x, norm.pdf(x, mean, std), label=label)
         ax.fill_between(x, norm.pdf(x, mean, std), alpha=0.15, color=line.get_color())
         if samples is not None:
-            ax.plot(samples[row], np.full(len(samples[row]), -0.06 * (row + 1)), "|", color=line.get_color(), markersize=9, mew=2)
+            ax.plot(
+                samples[row],
+                np.full(len(samples[row]), -0.06 * (row + 1)),
+                "|",
+                color=line.get_color(),
+                markersize=9,
+                mew=2,
+            )
     ax.set(xlabel="quality, in points of the scale", ylabel="density")
     ax.legend(frameon=False)
 
 
 class LivePlot(TrainerCallback):
-    """Draw a run's curves from its log.csv as training goes: one picture kept up to date in Jupyter, a line per entry elsewhere."""
+    """Draw a run's curves from its log.csv as training goes: one picture kept up to date in Jupyter, a line
+    per entry elsewhere.
+    """
 
     def __init__(self, path: str | Path, sets: str = "sim-kadid"):
         self.path, self.sets, self.handle = Path(path), sets, None
@@ -91,7 +110,15 @@ class LivePlot(TrainerCallback):
         log = pd.read_csv(self.path, comment="#")
         if not _in_jupyter():
             last = log[["step", "ranking", "val_srcc", "seconds"]].ffill().iloc[-1]
-            print("  ".join([f"step {last['step']:.0f}", *(f"{name} {value:.3f}" for name, value in last[1:3].items()), f"{last['seconds']:.0f} s"]))
+            print(
+                "  ".join(
+                    [
+                        f"step {last['step']:.0f}",
+                        *(f"{name} {value:.3f}" for name, value in last[1:3].items()),
+                        f"{last['seconds']:.0f} s",
+                    ]
+                )
+            )
             return
         from IPython.display import Image as Shown
         from IPython.display import display
@@ -112,7 +139,9 @@ def _in_jupyter() -> bool:
 
 
 def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float = 2.0) -> None:
-    """Draw how far each picture's K sampled scores, (N, K) with NaN, are from their mean; beyond `limit` counts as `limit`."""
+    """Draw how far each picture's K sampled scores, (N, K) with NaN, are from their mean; beyond `limit`
+    counts as `limit`.
+    """
     away = scores - np.nanmean(scores, axis=1, keepdims=True)
     away = np.clip(away[np.isfinite(away)], -limit, limit)
     ax.hist(away, bins=np.linspace(-limit, limit, 41), weights=np.full(len(away), 1 / len(away)))
@@ -121,7 +150,9 @@ def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float 
 
 
 def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
-    """Draw the distribution of weights, each divided by the largest of its block, over the levels that 4 bits can keep."""
+    """Draw the distribution of weights, each divided by the largest of its block, over the levels that 4
+    bits can keep.
+    """
     ax.hist(weight, bins=np.linspace(-1, 1, 81), color="0.7")
     for level in levels:
         ax.axvline(level, color="tab:red", linewidth=0.8)
@@ -140,8 +171,13 @@ def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> F
 
 
 def intervals(ax: Axes, table: pd.DataFrame, label: str | None = None, shift: float = 0.0) -> None:
-    """Draw means with their intervals (columns mean, low, high), one row of the table after another, `shift` to the right."""
-    place, around = np.arange(len(table)) + shift, np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy())
+    """Draw means with their intervals (columns mean, low, high), one row of the table after another, `shift`
+    to the right.
+    """
+    place, around = (
+        np.arange(len(table)) + shift,
+        np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy()),
+    )
     ax.errorbar(place, table["mean"], around, marker="o", markersize=4, capsize=3, label=label)
     ax.set_xticks(np.arange(len(table)), table.index)
     ax.grid(alpha=0.3)

@@ -1,7 +1,7 @@
 """Rewards in TRL's convention: called with columns of the batch, they return one number per completion.
 
-TRL calls a reward once per generation batch with this process's completions, the completions of one prompt side
-by side. A completion is ``[{"role": "assistant", "content": text}]`` or the text alone.
+TRL calls a reward once per generation batch with this process's completions, the completions of one prompt
+side by side. A completion is ``[{"role": "assistant", "content": text}]`` or the text alone.
 """
 
 import math
@@ -47,20 +47,23 @@ def scores_of(completions: Sequence[Completion], log_metric: LogMetric | None = 
 
 
 class RankingReward:
-    """The paper's reward: how well a completion's score ranks its image among the images of the same data set.
+    """The paper's reward: how well a completion's score ranks its image among the images of the same data
+    set.
 
-    r_k(x_i) = mean over j != i of fidelity(p(i, j), p_k(i, j)); see ``vqr1.thurstone.ranking_reward``, whose keyword
-    arguments (binary, average, variance, gamma, eps) are the ``variants``.
+    r_k(x_i) = mean over j != i of fidelity(p(i, j), p_k(i, j)); see ``vqr1.thurstone.ranking_reward``,
+    whose keyword arguments (binary, average, variance, gamma, eps) are the ``variants``.
 
-    ``num_generations`` is K, TRL's own. ``scope="local"`` compares the images of this process: with gradient
-    accumulation the whole generation batch, as TRL passes it, not one micro-batch. ``scope="global"`` compares the
-    images of all processes, which exchange (score, mos, dataset) rows in one collective per call: every process
-    has to call it. ``bounded``: a score outside 1..5 counts as none; without it nothing holds the scale, for in a comparison
-    300 beats 5 as well (notebook 02, section 5). A completion without a score gets 0.0. The official code compares within one GPU
+    ``num_generations`` is K, TRL's own. ``scope="local"`` compares the images of this process: with
+    gradient accumulation the whole generation batch, as TRL passes it, not one micro-batch.
+    ``scope="global"`` compares the images of all processes, which exchange (score, mos, dataset) rows in
+    one collective per call: every process has to call it. ``bounded``: a score outside 1..5 counts as none;
+    without it nothing holds the scale, for in a comparison 300 beats 5 as well (notebook 02, section 5). A
+    completion without a score gets 0.0. The official code compares within one GPU
     (``grpo_trainer.py`` line 775).
 
-    Raises ValueError for K < 2 and an unknown scope, and when called without a ``mos`` column, with a number of
-    completions on any process that K does not divide, or with a group whose rows disagree in MOS or data set.
+    Raises ValueError for K < 2 and an unknown scope, and when called without a ``mos`` column, with a
+    number of completions on any process that K does not divide, or with a group whose rows disagree in MOS
+    or data set.
 
     >>> reward = RankingReward(num_generations=2)
     >>> answers = [f"<answer>{score}</answer>" for score in (4.2, 4.4, 1.5, 1.1)]
@@ -72,11 +75,18 @@ class RankingReward:
 
     def __init__(self, num_generations: int, scope: str = "local", bounded: bool = False, **variants):
         if num_generations < 2:
-            raise ValueError(f"num_generations = {num_generations}: ranking needs at least 2 completions per image")
+            raise ValueError(
+                f"num_generations = {num_generations}: ranking needs at least 2 completions per image"
+            )
         if scope not in ("local", "global"):
             raise ValueError(f"scope must be 'local' or 'global', got {scope!r}")
         ranking_reward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 2], **variants)  # a bad variant fails now
-        self.num_generations, self.scope, self.bounded, self.variants = num_generations, scope, bounded, variants
+        self.num_generations, self.scope, self.bounded, self.variants = (
+            num_generations,
+            scope,
+            bounded,
+            variants,
+        )
 
     def __call__(
         self, prompts=None, completions=(), mos=None, dataset=None, log_metric=None, log_extra=None, **kwargs
@@ -85,7 +95,8 @@ class RankingReward:
         if self.bounded:
             scores = [score if SCORE_MIN <= score <= SCORE_MAX else math.nan for score in scores]
         columns = [scores, _or_none(mos, scores), _or_none(dataset, scores)]
-        # One list of rows per process, in the order of ranks. Every check comes after this collective and looks at
+        # One list of rows per process, in the order of ranks. Every check comes after this collective and
+        # looks at
         # the rows of all processes, so that all raise together and none is left waiting.
         everyone = gather_object([columns]) if self.scope == "global" else [columns]
         rewards = self._rewards(everyone)  # (B, K), B images of all these processes
@@ -106,9 +117,13 @@ class RankingReward:
         if log_extra:
             log_extra("score", scores)
         if log_metric:
-            groups = [scores[n : n + self.num_generations] for n in range(0, len(scores), self.num_generations)]
+            groups = [
+                scores[n : n + self.num_generations] for n in range(0, len(scores), self.num_generations)
+            ]
             spreads = [std for std in map(_std, groups) if not math.isnan(std)]
-            if spreads:  # TRL averages what is logged: a NaN would hide the rest, and so would one answer of 40
+            if (
+                spreads
+            ):  # TRL averages what is logged: a NaN would hide the rest, and so would one answer of 40
                 log_metric("score_std", median(spreads))
 
 
@@ -126,7 +141,9 @@ def _check_columns(k: int, rows: int, mos: list, dataset: list, where: str) -> N
         if len(column) != rows:
             raise ValueError(f"{rows} completions but {len(column)} values of {name!r}{where}")
     if not all(value is not None and math.isfinite(value) for value in mos):
-        raise ValueError(f"the ranking reward needs a number in column 'mos' for every row, got {mos[:3]}…{where}")
+        raise ValueError(
+            f"the ranking reward needs a number in column 'mos' for every row, got {mos[:3]}…{where}"
+        )
     for start in range(0, rows, k):
         group = set(zip(mos[start : start + k], dataset[start : start + k]))
         if len(group) > 1:
@@ -142,7 +159,8 @@ def _std(scores: list[float]) -> float:
 
 
 def format_reward(completions: Sequence[Completion], **kwargs) -> list[float]:
-    """Return 1.0 where the whole completion is ``<think>…</think>``, white space, ``<answer>…</answer>``, else 0.0.
+    """Return 1.0 where the whole completion is ``<think>…</think>``, white space, ``<answer>…</answer>``,
+    else 0.0.
 
     Source: the official code's format reward, added to the ranking reward 1:1.
 
@@ -180,7 +198,9 @@ class ThresholdReward:
 
     def __call__(self, completions=(), mos=None, log_metric=None, **kwargs) -> list[float]:
         scores = scores_of(completions, log_metric)
-        return [float(abs(score - value) < self.threshold) for score, value in _pairs(scores, mos)]  # NaN < x is False
+        return [
+            float(abs(score - value) < self.threshold) for score, value in _pairs(scores, mos)
+        ]  # NaN < x is False
 
 
 def absolute_error_reward(completions, mos=None, log_metric=None, **kwargs) -> list[float]:
@@ -193,7 +213,10 @@ def absolute_error_reward(completions, mos=None, log_metric=None, **kwargs) -> l
     """
     worst = SCORE_MIN - SCORE_MAX
     scores = scores_of(completions, log_metric)
-    return [worst if math.isnan(score) else max(worst, -abs(score - value)) for score, value in _pairs(scores, mos)]
+    return [
+        worst if math.isnan(score) else max(worst, -abs(score - value))
+        for score, value in _pairs(scores, mos)
+    ]
 
 
 def _pairs(scores: list[float], mos) -> list[tuple[float, float]]:

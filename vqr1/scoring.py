@@ -1,4 +1,6 @@
-"""The Scorer: one picture, one score with its uncertainty, the same every time. There is no second way to a score."""
+"""The Scorer: one picture, one score with its uncertainty, the same every time. There is no second way to a
+score.
+"""
 
 import copy
 import html
@@ -26,10 +28,10 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
+from vqr1.data.images import TAKEN, Picture, is_one, listed, read_picture
 from vqr1.engines import answers
 from vqr1.engines.answers import OPENINGS, RARE, VALUES
 from vqr1.engines.vllm import Refused, Vllm, load_vllm
-from vqr1.data.images import TAKEN, Picture, is_one, listed, read_picture
 from vqr1.policy import base_of, load_policy, never_sampled
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.sharing import prefill
@@ -41,9 +43,13 @@ OPEN = "<answer>"
 WINDOW = 4
 """Batches that are decoded, sorted by size and scored together, at most."""
 HELD = 2**30
-"""Bytes of decoded pictures at which a window is full: four of 12 megapixels as Qwen's processor makes them, 288 MB each."""
+"""Bytes of decoded pictures at which a window is full: four of 12 megapixels as Qwen's processor makes them,
+288 MB each.
+"""
 PATCHES = 2**16
-"""Of a batch, padding included, at most; a single picture may have more. A picture of 12 megapixels has 61,204."""
+"""Of a batch, padding included, at most; a single picture may have more. A picture of 12 megapixels has
+61,204.
+"""
 THREADS = 4
 """Pictures decoded at a time."""
 DRAWS = 10_000
@@ -53,13 +59,15 @@ NOT_NUMBERS = "the model's output holds NaN or infinity; in fp16, load the polic
 AHEAD = 12
 """Tokens that an answer is followed for, to see what it is."""
 
+
 @dataclass
 class Score:
     """A picture's score (1..5, higher is better) and its standard deviation.
 
-    answers: the completions it was read from (up to the number for an expected score); mass: the probability of the answers
-    that the expected score is the mean of (NaN for other estimates); note: what was done to the picture to read it, as
-    "frame 1 of several", and whether answers were off the scale; error: why there is no score.
+    answers: the completions it was read from (up to the number for an expected score); mass: the
+    probability of the answers that the expected score is the mean of (NaN for other estimates); note: what
+    was done to the picture to read it, as "frame 1 of several", and whether answers were off the scale;
+    error: why there is no score.
     """
 
     score: float = math.nan
@@ -73,7 +81,9 @@ class Score:
 
 @dataclass
 class Description:
-    """What the policy thinks of a picture: its words, the KADID-10k distortions they name, and the score given these words."""
+    """What the policy thinks of a picture: its words, the KADID-10k distortions they name, and the score
+    given these words.
+    """
 
     text: str
     distortions: list[str]
@@ -98,29 +108,39 @@ class Description:
 class Scorer:
     """Score pictures with a policy.
 
-    estimate="expected": the mean and deviation of the model's own distribution over the answers that `parse_score` reads and that
-    begin with their number: 0 to 10 with up to two decimals (`vqr1.engines.answers`), exact, from token probabilities. A number counts
-    where no digit, point or sign of doubt follows it; what comes later is not looked at, so `mass` is too large by the
-    probability of answers as `3.5 or 4`, and the likeliest answer alone is followed to its end: if `parse_score` does not read it,
-    the row is an error. With thinking, the reasoning is generated greedily first, and mean and deviation are given that reasoning:
-    another reasoning would have another mean, which ``std`` does not show. "greedy": the parsed greedy answer; ``note`` says when it is
-    off the scale. "sample": mean and deviation (ddof 1) of the answers between 1 and 5 among k sampled at temperature 1; the paper takes
-    the mean of all, but one answer of 9000 would be the score. ``note`` says how many were off the scale. `seed` makes them
-    repeatable in the same batch. A picture that cannot be read, whose answer cannot be parsed, or for which the model gives NaN has a NaN
-    score and an error. policy: a name or path for `load_policy`, or a (model, processor) pair.
-    numbered: "Picture 1: " before the picture (`prompts.messages`).
+    estimate="expected": the mean and deviation of the model's own distribution over the answers that
+    `parse_score` reads and that begin with their number: 0 to 10 with up to two decimals
+    (`vqr1.engines.answers`), exact, from token probabilities. A number counts where no digit, point or sign
+    of doubt follows it; what comes later is not looked at, so `mass` is too large by the probability of
+    answers as `3.5 or 4`, and the likeliest answer alone is followed to its end: if `parse_score` does not
+    read it, the row is an error. With thinking, the reasoning is generated greedily first, and mean and
+    deviation are given that reasoning: another reasoning would have another mean, which ``std`` does not
+    show. "greedy": the parsed greedy answer; ``note`` says when it is off the scale. "sample": mean and
+    deviation (ddof 1) of the answers between 1 and 5 among k sampled at temperature 1; the paper takes the
+    mean of all, but one answer of 9000 would be the score. ``note`` says how many were off the scale.
+    `seed` makes them repeatable in the same batch. A picture that cannot be read, whose answer cannot be
+    parsed, or for which the model gives NaN has a NaN score and an error. policy: a name or path for
+    `load_policy`, or a (model, processor) pair. numbered: "Picture 1: " before the picture
+    (`prompts.messages`).
 
     engine="vllm" asks vLLM instead of transformers; see `vqr1.engines.vllm`, also for what was not run.
 
-    Pictures are decoded ahead in background threads, sorted by size into batches (`batch_size` pictures at most, fewer if they are
-    large), and each goes through the vision tower once.
+    Pictures are decoded ahead in background threads, sorted by size into batches (`batch_size` pictures at
+    most, fewer if they are large), and each goes through the vision tower once.
     """
 
     def __init__(
-        self, policy: str | Path | tuple[PreTrainedModel, ProcessorMixin] = "tiny-policy", thinking: bool = False,
-        estimate: str = "expected", k: int = 6, batch_size: int = 16, max_new_tokens: int = 256, seed: int = 0,
-        engine: str = "transformers", numbered: bool = False,
-    ):  # fmt: skip
+        self,
+        policy: str | Path | tuple[PreTrainedModel, ProcessorMixin] = "tiny-policy",
+        thinking: bool = False,
+        estimate: str = "expected",
+        k: int = 6,
+        batch_size: int = 16,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        engine: str = "transformers",
+        numbered: bool = False,
+    ):
         if estimate not in ESTIMATES:
             raise ValueError(f"estimate {estimate!r} is unknown; use one of {', '.join(ESTIMATES)}")
         if estimate == "sample" and k < 2:
@@ -137,11 +157,16 @@ class Scorer:
         if estimate == "expected":
             self.tokens = answers.tokens_of(self.processor.tokenizer)
             self.tag = self.processor.tokenizer.encode(OPEN, add_special_tokens=False)[-1]  # what ends `OPEN`
-        prompt = self.processor.apply_chat_template(messages(thinking, numbered), add_generation_prompt=True, tokenize=False)
+        prompt = self.processor.apply_chat_template(
+            messages(thinking, numbered), add_generation_prompt=True, tokenize=False
+        )
         texts = prompt.split(self.processor.image_token)  # before and after the picture
-        self.answered = estimate == "expected" and not thinking  # the answer's tag can be put in the model's mouth
+        self.answered = (
+            estimate == "expected" and not thinking
+        )  # the answer's tag can be put in the model's mouth
         self.before, self.after = (
-            torch.tensor(self.processor.tokenizer(text).input_ids) for text in (texts[0], texts[1] + OPEN * self.answered)
+            torch.tensor(self.processor.tokenizer(text).input_ids)
+            for text in (texts[0], texts[1] + OPEN * self.answered)
         )
 
     def score(self, images: Picture | Iterable[Picture] | torch.Tensor) -> list[Score]:
@@ -150,9 +175,9 @@ class Scorer:
         images: a path, a file opened in binary mode or its bytes, a PIL image, a numpy array (H, W) or
             (H, W, 3 or 4), a tensor (3, H, W); a list or any iterable of these; or a batch, an array (B, H, W, 3) or
             a tensor (B, 3, H, W). Pixels are uint8 0..255 or floats 0..1 (`pictures.SLACK` outside is clipped).
-        A picture of a list that cannot be read, or is none, has a NaN score and an error.
-        Raises TypeError where `images` is no picture and no list, ValueError for an array or tensor of another
-        shape or range, or with NaN.
+        A picture of a list that cannot be read, or is none, has a NaN score and an error. Raises TypeError
+        where `images` is no picture and no list, ValueError for an array or tensor of another shape or
+        range, or with NaN.
         """
         return [score for window in self.batches(images) for score in window]
 
@@ -161,14 +186,18 @@ class Scorer:
 
         A window is `WINDOW` batches, or as many pictures as take `HELD` bytes.
 
-        While a window is scored the next one is being decoded: in memory are two windows, one more picture per thread, and what
-        was handed over as pictures. The pictures of a window are batched by size, so that little is padded.
+        While a window is scored the next one is being decoded: in memory are two windows, one more picture
+        per thread, and what was handed over as pictures. The pictures of a window are batched by size, so
+        that little is padded.
         """
         images, room, most = enumerate(listed(images)), _Room(2 * HELD), WINDOW * self.batch_size
         queue = deque()  # of what is decoded or will be, in order
         with ThreadPoolExecutor(THREADS, "decode") as pool:
+
             def ask() -> None:
-                queue.extend(pool.submit(self._decode, room, *item) for item in islice(images, most - len(queue)))
+                queue.extend(
+                    pool.submit(self._decode, room, *item) for item in islice(images, most - len(queue))
+                )
 
             try:
                 ask()
@@ -206,7 +235,8 @@ class Scorer:
     def compare(self, a: Picture | torch.Tensor, b: Picture | torch.Tensor) -> float:
         """Return P(a looks better than b) under Thurstone's law, from both score distributions.
 
-        a, b: one picture each, as for `score`. Raises TypeError for anything else, ValueError where one has no score.
+        a, b: one picture each, as for `score`. Raises TypeError for anything else, ValueError where one has
+        no score.
         """
         for picture in (a, b):
             if not is_one(picture):
@@ -215,25 +245,36 @@ class Scorer:
         if one.error or two.error:
             raise ValueError(f"cannot compare: {one.error or two.error}")
         if math.isnan(one.std + two.std):
-            raise ValueError("cannot compare scores without a deviation: use estimate='expected', or 'sample' with two parseable answers")
+            raise ValueError(
+                "cannot compare scores without a deviation: use estimate='expected', or 'sample' with two parseable answers"
+            )
         mean, variance = torch.tensor([[one.score], [two.score]]), torch.tensor([one.std**2, two.std**2])
         return float(comparative_probability(mean, variance, mean[:, 0], variance)[0, 1, 0])
 
     def rank(self, images: Picture | Iterable[Picture] | torch.Tensor) -> pd.DataFrame:
         """Return the pictures from best to worst; those without a score come last.
 
-        images: as for `score`, and so are errors.
-        Columns: image (position in the input), score, std, lo and hi (the score's 95% interval under Thurstone's normal law),
-        rank_lo and rank_hi (95% interval of the rank, 1 = best, over `DRAWS` joint draws of all scores), error.
+        images: as for `score`, and so are errors. Columns: image (position in the input), score, std, lo
+        and hi (the score's 95% interval under Thurstone's normal law), rank_lo and rank_hi (95% interval of
+        the rank, 1 = best, over `DRAWS` joint draws of all scores), error.
         """
         scores = self.score(images)
-        table = pd.DataFrame({"image": range(len(scores))} | {key: [getattr(s, key) for s in scores] for key in ("score", "std", "error")})
+        table = pd.DataFrame(
+            {"image": range(len(scores))}
+            | {key: [getattr(s, key) for s in scores] for key in ("score", "std", "error")}
+        )
         good = table[table["error"] == ""].sort_values("score", ascending=False, kind="stable")
         std = good["std"].to_numpy()
-        drawn = np.random.default_rng(self.seed).normal(good["score"], std, (DRAWS, len(good))) if len(good) else np.empty((1, 0))
+        drawn = (
+            np.random.default_rng(self.seed).normal(good["score"], std, (DRAWS, len(good)))
+            if len(good)
+            else np.empty((1, 0))
+        )
         ranks = 1 + np.argsort(np.argsort(-drawn, axis=1), axis=1)  # (DRAWS, pictures)
         low, high = np.quantile(ranks, (0.025, 0.975), axis=0, method="nearest")
-        good = good.assign(lo=good["score"] - 1.96 * std, hi=good["score"] + 1.96 * std, rank_lo=low, rank_hi=high)
+        good = good.assign(
+            lo=good["score"] - 1.96 * std, hi=good["score"] + 1.96 * std, rank_lo=low, rank_hi=high
+        )
         ranked = pd.concat([good, table[table["error"] != ""]], ignore_index=True)
         columns = ["image", "score", "std", "lo", "hi", "rank_lo", "rank_hi", "error"]
         return ranked.reindex(columns=columns).astype({"rank_lo": "Int64", "rank_hi": "Int64"})
@@ -241,11 +282,19 @@ class Scorer:
     def describe(self, images: Picture | Iterable[Picture] | torch.Tensor) -> Description | list[Description]:
         """Return what the policy thinks of a picture, and its score; of many a list, in order.
 
-        images: as for `score`. One picture without a score raises ValueError; of many, its description says why.
+        images: as for `score`. One picture without a score raises ValueError; of many, its description says
+        why.
         """
-        thinker = Scorer((self.model, self.processor), thinking=True, max_new_tokens=self.max_new_tokens, numbered=self.numbered)
+        thinker = Scorer(
+            (self.model, self.processor),
+            thinking=True,
+            max_new_tokens=self.max_new_tokens,
+            numbered=self.numbered,
+        )
         scores = thinker.score(images)
-        described = [Description(score.reasoning, named_distortions(score.reasoning), score) for score in scores]
+        described = [
+            Description(score.reasoning, named_distortions(score.reasoning), score) for score in scores
+        ]
         if not is_one(images):
             return described
         if scores[0].error:
@@ -264,8 +313,14 @@ class Scorer:
             return str(error)
 
     def _window(self, opened: list[dict | str], prefix: Cache) -> list[Score]:
-        scores = [Score(error=picture) if isinstance(picture, str) else Score(note=picture["note"]) for picture in opened]
-        good = sorted((i for i, score in enumerate(scores) if not score.error), key=lambda i: len(opened[i]["pixel_values"]))
+        scores = [
+            Score(error=picture) if isinstance(picture, str) else Score(note=picture["note"])
+            for picture in opened
+        ]
+        good = sorted(
+            (i for i, score in enumerate(scores) if not score.error),
+            key=lambda i: len(opened[i]["pixel_values"]),
+        )
         if isinstance(self.model, Vllm):
             self._serve([opened[i]["picture"] for i in good], [scores[i] for i in good])
             return scores
@@ -274,7 +329,9 @@ class Scorer:
         return scores
 
     def _serve(self, pictures: list[Image.Image], scores: list[Score]) -> None:
-        """Let vLLM answer for a window of pictures; where it refuses one of them, for each half, and so on down to that one."""
+        """Let vLLM answer for a window of pictures; where it refuses one of them, for each half, and so on
+        down to that one.
+        """
         if not scores:
             return
         try:
@@ -296,19 +353,27 @@ class Scorer:
             self._read_texts(scores, self.model.texts(prompt, pictures, k, self.max_new_tokens, self.seed))
             return
         stop = ("", -1) if self.answered else (OPEN, self.tag)
-        texts, probability, written = self.model.distributions(prompt, pictures, self.tokens, *stop, self.max_new_tokens, AHEAD)
-        self._read_distributions(scores, [OPEN] * len(scores) if self.answered else texts, probability, written)
+        texts, probability, written = self.model.distributions(
+            prompt, pictures, self.tokens, *stop, self.max_new_tokens, AHEAD
+        )
+        self._read_distributions(
+            scores, [OPEN] * len(scores) if self.answered else texts, probability, written
+        )
 
     def _batch(self, pictures: list[dict], scores: list[Score], prefix: Cache) -> None:
         try:
             with torch.no_grad(), _evaluating(self.model):
-                (self._expected if self.estimate == "expected" else self._parsed)(scores, *self._prefill(pictures, prefix))
+                (self._expected if self.estimate == "expected" else self._parsed)(
+                    scores, *self._prefill(pictures, prefix)
+                )
             return
         except torch.OutOfMemoryError:
             pass  # go on outside of this clause: in it, the traceback keeps every tensor of the failed try
         torch.cuda.empty_cache()
         if len(pictures) == 1:
-            scores[0].error = "does not fit into the GPU's memory; use a smaller model, quantize it, or limit the processor's pixels"
+            scores[
+                0
+            ].error = "does not fit into the GPU's memory; use a smaller model, quantize it, or limit the processor's pixels"
             return
         half = len(pictures) // 2
         self._batch(pictures[:half], scores[:half], prefix)
@@ -319,7 +384,11 @@ class Scorer:
         ids = self.before[None].to(self.model.device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
         with torch.no_grad(), _evaluating(self.model):
-            return base_of(self.model).model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+            return (
+                base_of(self.model)
+                .model(input_ids=ids, position_ids=positions, use_cache=True)
+                .past_key_values
+            )
 
     def _prefill(self, pictures: list[dict], prefix: Cache) -> tuple[torch.Tensor, torch.Tensor, Cache]:
         """Return ids and mask of the prompts, (B, T) each, and the cache of all but their last token.
@@ -330,7 +399,10 @@ class Scorer:
         pixels = torch.cat([picture["pixel_values"] for picture in pictures])
         sizes = (grid.prod(1) // self.processor.image_processor.merge_size**2).tolist()
         image, pad = self.processor.image_token_id, self.model.generation_config.pad_token_id
-        rows = [torch.cat([self.before, torch.full((max(sizes) - n,), pad), torch.full((n,), image), self.after]) for n in sizes]
+        rows = [
+            torch.cat([self.before, torch.full((max(sizes) - n,), pad), torch.full((n,), image), self.after])
+            for n in sizes
+        ]
         ids, place, start = torch.stack(rows), torch.arange(len(rows[0])), len(self.before)
         mask = ((place < start) | (place >= start + max(sizes) - torch.tensor(sizes)[:, None])).long()
         ids, mask, pixels, grid = (tensor.to(self.model.device) for tensor in (ids, mask, pixels, grid))
@@ -338,21 +410,39 @@ class Scorer:
         cache.batch_repeat_interleave(len(ids))
         return ids, mask, prefill(self.model, ids, mask, pixels, grid, cache)
 
-    def _generate(self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options):
-        """Return what `generate` makes of k copies of every prefilled row; a row of which the model makes NaN gets an error."""
-        own, inner, numbers = self.model.generation_config, base_of(self.model).model, OnlyNumbers(self.processor.tokenizer.eos_token_id)
+    def _generate(
+        self, scores: list[Score], ids: torch.Tensor, mask: torch.Tensor, cache: Cache, k: int = 1, **options
+    ):
+        """Return what `generate` makes of k copies of every prefilled row; a row of which the model makes
+        NaN gets an error.
+        """
+        own, inner, numbers = (
+            self.model.generation_config,
+            base_of(self.model).model,
+            OnlyNumbers(self.processor.tokenizer.eos_token_id),
+        )
         if k > 1:
             cache.batch_repeat_interleave(k)
-            ids, mask, inner.rope_deltas = (tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas))
+            ids, mask, inner.rope_deltas = (
+                tensor.repeat_interleave(k, 0) for tensor in (ids, mask, inner.rope_deltas)
+            )
         config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, return_dict_in_generate=True,
-            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, **options,
-        )  # fmt: skip
+            max_new_tokens=self.max_new_tokens,
+            repetition_penalty=1.0,
+            return_dict_in_generate=True,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+            **options,
+        )
         never = SuppressTokensLogitsProcessor(list(never_sampled(self.processor).values()), device=ids.device)
         out = self.model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-            tokenizer=self.processor.tokenizer, logits_processor=LogitsProcessorList([numbers, never]),  # NaN is looked for first
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=config,
+            tokenizer=self.processor.tokenizer,
+            logits_processor=LogitsProcessorList([numbers, never]),  # NaN is looked for first
+        )
         for score, copies in zip(scores, _chunks(numbers.failed, k)):
             score.error = NOT_NUMBERS if any(copies) else ""
         return out
@@ -368,7 +458,9 @@ class Scorer:
         self._read_texts(scores, texts)
 
     def _read_texts(self, scores: list[Score], texts: list[str]) -> None:
-        """Fill in the scores of completions, equally many for each; one that is off the scale counts only if it is the only one."""
+        """Fill in the scores of completions, equally many for each; one that is off the scale counts only if
+        it is the only one.
+        """
         for score, found in zip(scores, _chunks(texts, len(texts) // len(scores))):
             score.answers, score.reasoning = found, parse_reasoning(found[0])
             values = torch.tensor([parse_score(text) for text in found], dtype=torch.float64)
@@ -381,7 +473,9 @@ class Scorer:
             if score.error:
                 continue
             if not len(kept):
-                score.error = f"no score in the answer {found[0][:200]!r}" + f", and {off}" * bool(len(values))
+                score.error = f"no score in the answer {found[0][:200]!r}" + f", and {off}" * bool(
+                    len(values)
+                )
                 continue
             score.score = float(kept.mean())
             score.std = float(kept.std()) if len(kept) > 1 else math.nan
@@ -394,23 +488,33 @@ class Scorer:
             out = self._generate(scores, ids, mask, cache, do_sample=False, stop_strings=[OPEN])
             ids, cache = out.sequences, out.past_key_values
             pad = self.model.generation_config.pad_token_id
-            lengths = (ids[:, length:] != pad).long().cumsum(1).argmax(1) + 1  # up to the last token that is no padding
+            lengths = (ids[:, length:] != pad).long().cumsum(1).argmax(
+                1
+            ) + 1  # up to the last token that is no padding
             kept = torch.arange(ids.shape[1] - length, device=ids.device) < lengths[:, None]
             mask, last = torch.cat([mask, kept.long()], 1), length + lengths - 1
             texts = [self._thoughts(row[length : n + 1]) for row, n in zip(ids, last.tolist())]
         probability = self._answers(ids, mask, last, cache).cpu()  # (B, 3, 1231)
-        starts = [answers.likeliest(p) if text.endswith(OPEN) else None for text, p in zip(texts, probability)]
+        starts = [
+            answers.likeliest(p) if text.endswith(OPEN) else None for text, p in zip(texts, probability)
+        ]
         self._read_distributions(scores, texts, probability, self._written(ids, mask, last, cache, starts))
 
     def _thoughts(self, ids: torch.Tensor) -> str:
-        """Return the text of generated ids, whose last token is made the tag's own where white space clings to it."""
+        """Return the text of generated ids, whose last token is made the tag's own where white space clings
+        to it.
+        """
         decode = self.processor.tokenizer.decode
         if decode(ids, skip_special_tokens=True).rstrip().endswith(OPEN):
             ids[-1] = self.tag  # it is fed again
         return decode(ids, skip_special_tokens=True)
 
-    def _read_distributions(self, scores: list[Score], texts: list[str], probability: torch.Tensor, written: list[str]) -> None:
-        """Fill in the scores of the texts up to the answer, the probabilities of the answers after them, (B, 3, 1231), and what follows."""
+    def _read_distributions(
+        self, scores: list[Score], texts: list[str], probability: torch.Tensor, written: list[str]
+    ) -> None:
+        """Fill in the scores of the texts up to the answer, the probabilities of the answers after them, (B,
+        3, 1231), and what follows.
+        """
         for score, text, p, answer in zip(scores, texts, probability.sum(1), written):
             score.answers, score.reasoning = [text], parse_reasoning(text)
             score.mass = float(p.sum())
@@ -426,65 +530,122 @@ class Scorer:
                 score.error = f"the likeliest answer is not one number: {answer!r}"
             else:
                 mean = float((p * VALUES).sum()) / score.mass
-                score.score, score.std = mean, math.sqrt(max(0.0, float((p * (VALUES - mean) ** 2).sum()) / score.mass))
+                score.score, score.std = (
+                    mean,
+                    math.sqrt(max(0.0, float((p * (VALUES - mean) ** 2).sum()) / score.mass)),
+                )
 
-    def _answers(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Return the probability of each of `ANSWERS` after each of `OPENINGS` after each row's `last` token, (B, 3, 1231).
+    def _answers(
+        self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """Return the probability of each of `ANSWERS` after each of `OPENINGS` after each row's `last`
+        token, (B, 3, 1231).
 
-        All beginnings of a number are one tree, and one forward; another one where a space or newline before it is not `RARE`.
-        ids, mask: (B, T) prefix tokens and which are real; last: (B,) position of the last real one.
+        All beginnings of a number are one tree, and one forward; another one where a space or newline
+        before it is not `RARE`. ids, mask: (B, T) prefix tokens and which are real; last: (B,) position of
+        the last real one.
         """
         listed = torch.tensor(list(self.tokens.values()), device=ids.device)
-        following = torch.zeros(len(ids), len(OPENINGS), len(answers.BEGINNINGS), len(answers.COLUMNS), dtype=torch.float64)
+        following = torch.zeros(
+            len(ids), len(OPENINGS), len(answers.BEGINNINGS), len(answers.COLUMNS), dtype=torch.float64
+        )
         tail = [self.tokens[text[-1]] for text in answers.BEGINNINGS[1:]]
         for i, opening in enumerate(OPENINGS):
             if opening and (following[:, 0, 0, answers.COLUMNS.index(opening)] < RARE).all():
                 continue
             chain = [self.tokens[character] for character in opening] + tail
-            logits = self._branch(ids, mask, last, cache, torch.tensor([chain] * len(ids)), *answers.tree(len(opening)))[:, len(opening) :]
-            p = torch.stack([row.float().softmax(-1)[:, listed] for row in logits])  # (B, 133, tokens); a row at a time, for memory
+            logits = self._branch(
+                ids, mask, last, cache, torch.tensor([chain] * len(ids)), *answers.tree(len(opening))
+            )[:, len(opening) :]
+            p = torch.stack(
+                [row.float().softmax(-1)[:, listed] for row in logits]
+            )  # (B, 133, tokens); a row at a time, for memory
             following[:, i] = answers.columns(p.double()).cpu()
         return answers.probabilities(following)
 
-    def _written(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache, starts: list[str | None]) -> list[str]:
-        """Return how each answer goes on greedily to its end, or for `AHEAD` tokens; "" where there is no start."""
-        tokenizer, chains = self.processor.tokenizer, [[self.tokens[character] for character in start or ""] for start in starts]
+    def _written(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        last: torch.Tensor,
+        cache: Cache,
+        starts: list[str | None],
+    ) -> list[str]:
+        """Return how each answer goes on greedily to its end, or for `AHEAD` tokens; "" where there is no
+        start.
+        """
+        tokenizer, chains = (
+            self.processor.tokenizer,
+            [[self.tokens[character] for character in start or ""] for start in starts],
+        )
         going = [i for i, start in enumerate(starts) if start is not None]
         for _ in range(AHEAD):
             if not going:
                 break
             width = max(map(len, chains))
-            fed = torch.tensor([chain + [0] * (width - len(chain)) for chain in chains], dtype=torch.long).reshape(len(chains), width)
-            logits = self._branch(ids, mask, last, cache, fed, torch.arange(width + 1), torch.ones(width + 1, width + 1).tril().bool())
+            fed = torch.tensor(
+                [chain + [0] * (width - len(chain)) for chain in chains], dtype=torch.long
+            ).reshape(len(chains), width)
+            logits = self._branch(
+                ids,
+                mask,
+                last,
+                cache,
+                fed,
+                torch.arange(width + 1),
+                torch.ones(width + 1, width + 1).tril().bool(),
+            )
             logits[..., list(never_sampled(self.processor).values())] = -math.inf
             for i in going:
                 chains[i].append(int(logits[i, len(chains[i])].argmax()))
-            going = [i for i in going if chains[i][-1] != tokenizer.eos_token_id and "</" not in tokenizer.decode(chains[i])]
+            going = [
+                i
+                for i in going
+                if chains[i][-1] != tokenizer.eos_token_id and "</" not in tokenizer.decode(chains[i])
+            ]
         return [answers.closed(tokenizer.decode(chain), i in going) for i, chain in enumerate(chains)]
 
     def _branch(
-        self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, cache: Cache, tail: torch.Tensor, depth: torch.Tensor, sees: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        last: torch.Tensor,
+        cache: Cache,
+        tail: torch.Tensor,
+        depth: torch.Tensor,
+        sees: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the logits (B, 1 + N, V) of each row's `last` token and the N of `tail`, (B, N), after it; the cache stays as it was.
+        """Return the logits (B, 1 + N, V) of each row's `last` token and the N of `tail`, (B, N), after it;
+        the cache stays as it was.
 
-        A 4-D mask makes them a tree: a token sees the prefix, and those of which `sees`, (1 + N, 1 + N), says so. depth: (1 + N,).
+        A 4-D mask makes them a tree: a token sees the prefix, and those of which `sees`, (1 + N, 1 + N),
+        says so. depth: (1 + N,).
         """
         size, device = cache.get_seq_length(), ids.device
         tree = torch.cat([ids.gather(1, last[:, None]), tail.to(device)], 1)
         before = torch.arange(mask.shape[1], device=device) < last[:, None]  # the last token is fed again
         before = (mask.bool() & before)[:, :size]
-        seen = torch.cat([before[:, None].expand(-1, len(depth), -1), sees.to(device).expand(len(ids), -1, -1)], 2)
-        bias = torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill(~seen, torch.finfo(self.model.dtype).min)
+        seen = torch.cat(
+            [before[:, None].expand(-1, len(depth), -1), sees.to(device).expand(len(ids), -1, -1)], 2
+        )
+        bias = torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill(
+            ~seen, torch.finfo(self.model.dtype).min
+        )
         position = before.sum(1, keepdim=True) + base_of(self.model).model.rope_deltas + depth.to(device)
         logits = self.model(
-            input_ids=tree, attention_mask=bias[:, None], position_ids=position.expand(3, -1, -1), past_key_values=cache, use_cache=True
+            input_ids=tree,
+            attention_mask=bias[:, None],
+            position_ids=position.expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
         ).logits
         cache.crop(-len(depth))
         return logits
 
 
 class OnlyNumbers(LogitsProcessor):
-    """Ends a completion where the logits are no numbers, and remembers which: sampling from them would stop the whole batch.
+    """Ends a completion where the logits are no numbers, and remembers which: sampling from them would stop
+    the whole batch.
 
     failed: of each row, whether it happened.
     """
@@ -540,7 +701,8 @@ def _bytes(opened: dict | str) -> int:
 
 
 def _batched(items: list, sizes: list[int], most: int) -> list[list]:
-    """Split items into batches of at most `most`, and of at most `PATCHES` when each is padded to the largest.
+    """Split items into batches of at most `most`, and of at most `PATCHES` when each is padded to the
+    largest.
 
     sizes: their patches, ascending.
 

@@ -1,8 +1,9 @@
 """One look per picture and one pass per prompt: a GRPO step's K answers share both.
 
-TRL repeats prompt and picture K times through the vision tower, through the prefill of the rollout, and through the forward and backward
-pass of the log-probabilities. The numbers are the same when each distinct picture and prompt is computed once, to the rounding of the
-numbers' format: in fp32 the same samples, in bf16 other ones after a few steps. Only the work is shared.
+TRL repeats prompt and picture K times through the vision tower, through the prefill of the rollout, and
+through the forward and backward pass of the log-probabilities. The numbers are the same when each distinct
+picture and prompt is computed once, to the rounding of the numbers' format: in fp32 the same samples, in
+bf16 other ones after a few steps. Only the work is shared.
 """
 
 from functools import wraps
@@ -14,16 +15,17 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from vqr1.policy import base_of
 
-
 SHARED = ("qwen2_5_vl", "qwen3_vl")
 """Model types that this holds for; all others go the stock way."""
 
 
 def share(model: PreTrainedModel, prompts: bool = True) -> None:
-    """Share what K answers have in common, in rollouts and log-probabilities, on a model that TRL has prepared (`fused_lm_head`).
+    """Share what K answers have in common, in rollouts and log-probabilities, on a model that TRL has
+    prepared (`fused_lm_head`).
 
-    prompts: also in log-probabilities. Not with gradient checkpointing: TRL switches it off for the reference alone, which would
-    share while the policy cannot, and in bf16 two ways round differently: the KL term of the first step would not be 0.
+    prompts: also in log-probabilities. Not with gradient checkpointing: TRL switches it off for the
+    reference alone, which would share while the policy cannot, and in bf16 two ways round differently: the
+    KL term of the first step would not be 0.
     """
     look_once(model)
     prefill_once(model)
@@ -32,7 +34,9 @@ def share(model: PreTrainedModel, prompts: bool = True) -> None:
 
 
 def process_once(processor: ProcessorMixin) -> None:
-    """Let the image processor work once on a picture that is given many times, and remember the last batch: TRL asks for it again for the log-probabilities."""
+    """Let the image processor work once on a picture that is given many times, and remember the last batch:
+    TRL asks for it again for the log-probabilities.
+    """
     process, last = processor._process_images, [None, None]  # the last call, and what came of it
 
     def shared(images, **kwargs):
@@ -40,10 +44,19 @@ def process_once(processor: ProcessorMixin) -> None:
         once = list({id(image): image for image in images}.values())
         places = {id(image): i for i, image in enumerate(once)}
         order = [places[id(image)] for image in images]
-        if last[0] is None or last[0][1:] != (order, kwargs) or any(a is not b for a, b in zip(last[0][0], once)):
+        if (
+            last[0] is None
+            or last[0][1:] != (order, kwargs)
+            or any(a is not b for a, b in zip(last[0][0], once))
+        ):
             done, texts = process(once, **kwargs)
-            grid, patches = done["image_grid_thw"], done["pixel_values"].split(done["image_grid_thw"].prod(1).tolist())
-            repeated = BatchFeature({"pixel_values": torch.cat([patches[i] for i in order]), "image_grid_thw": grid[order]})
+            grid, patches = (
+                done["image_grid_thw"],
+                done["pixel_values"].split(done["image_grid_thw"].prod(1).tolist()),
+            )
+            repeated = BatchFeature(
+                {"pixel_values": torch.cat([patches[i] for i in order]), "image_grid_thw": grid[order]}
+            )
             last[:] = (once, order, kwargs), (repeated, [texts[i] for i in order])
         return last[1]
 
@@ -54,8 +67,8 @@ def look_once(model: PreTrainedModel) -> None:
     """Let a frozen vision tower see each distinct picture of a batch once, and remember the last batch.
 
     TRL repeats every picture for each of its K answers, in the rollout and again for the log-probabilities.
-    The features are the same numbers; only the work is shared. A tower that is trained is left alone. Qwen3-VL's
-    features of inner layers (DeepStack) are shared alike.
+    The features are the same numbers; only the work is shared. A tower that is trained is left alone.
+    Qwen3-VL's features of inner layers (DeepStack) are shared alike.
     """
     tower = base_of(model).model.visual
     forward, remembered = tower.forward, []  # of ((grid, picture), (features, features of inner layers …))
@@ -73,7 +86,9 @@ def look_once(model: PreTrainedModel) -> None:
             sizes = (grid_thw[new].prod(1) // tower.spatial_merge_unit).tolist()
             levels = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
             found = zip(*(level.split(sizes) for level in levels))
-            remembered.extend(((pictures[i][0], pictures[i][1].clone()), features) for i, features in zip(new, found))
+            remembered.extend(
+                ((pictures[i][0], pictures[i][1].clone()), features) for i, features in zip(new, found)
+            )
         asked = places[known:]
         pooled, *inner = (torch.cat(level) for level in zip(*(remembered[place][1] for place in asked)))
         remembered[:] = [remembered[place] for place in dict.fromkeys(asked)]
@@ -82,72 +97,117 @@ def look_once(model: PreTrainedModel) -> None:
     tower.forward = shared
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pixel_values: torch.Tensor, grid: torch.Tensor, cache: Cache | None = None) -> Cache:
+def prefill(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    pixel_values: torch.Tensor,
+    grid: torch.Tensor,
+    cache: Cache | None = None,
+) -> Cache:
     """Run prompts with one picture each through the model, all but their last token, and return the cache.
 
-    ids, mask: (B, T); pixel_values, grid: as the image processor gives them; cache: of the first tokens, where these are
-    known. The model keeps `rope_deltas`, how far positions are from the number of tokens, as it does for its own prefill.
-    Ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after `cache.batch_repeat_interleave(K)`.
+    ids, mask: (B, T); pixel_values, grid: as the image processor gives them; cache: of the first tokens,
+    where these are known. The model keeps `rope_deltas`, how far positions are from the number of tokens,
+    as it does for its own prefill. Ready for `generate(ids, mask, past_key_values=cache)`, and for K
+    answers after `cache.batch_repeat_interleave(K)`.
     """
     inner = base_of(model).model
     kinds = (ids == model.config.image_token_id).int()
     positions, inner.rope_deltas = inner.get_rope_index(ids, kinds, image_grid_thw=grid, attention_mask=mask)
     known = cache.get_seq_length() if cache else 0
     out = inner(
-        input_ids=ids[:, known:-1], attention_mask=mask[:, :-1], position_ids=positions[:, :, known:-1],
-        pixel_values=pixel_values, image_grid_thw=grid, past_key_values=cache, use_cache=True,
-    )  # fmt: skip
+        input_ids=ids[:, known:-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :, known:-1],
+        pixel_values=pixel_values,
+        image_grid_thw=grid,
+        past_key_values=cache,
+        use_cache=True,
+    )
     return out.past_key_values
 
 
 def prefill_once(model: PreTrainedModel) -> None:
-    """Let `model.generate` run each distinct prompt of a batch once: TRL repeats it for each of its K answers.
+    """Let `model.generate` run each distinct prompt of a batch once: TRL repeats it for each of its K
+    answers.
 
-    The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a cache go the stock way.
+    The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a
+    cache go the stock way.
     """
     generate = model.generate
 
     def shared(*args, **inputs):
         ids, pixels, grid = (inputs.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw"))
-        if args or ids is None or pixels is None or grid is None or len(grid) != len(ids) or inputs.get("past_key_values") is not None:
+        if (
+            args
+            or ids is None
+            or pixels is None
+            or grid is None
+            or len(grid) != len(ids)
+            or inputs.get("past_key_values") is not None
+        ):
             return generate(*args, **inputs)
         with torch.no_grad():
             cache, _ = _prefill_distinct(model, ids, inputs["attention_mask"], pixels, grid)
-        rest = {key: value for key, value in inputs.items() if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+        rest = {
+            key: value
+            for key, value in inputs.items()
+            if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+        }
         return generate(**rest, past_key_values=cache)
 
     model.generate = shared
 
 
 def prompt_once(model: PreTrainedModel) -> None:
-    """Let TRL's forward for log-probabilities run each distinct prompt once, with gradients, and each answer on the prompt's cache.
+    """Let TRL's forward for log-probabilities run each distinct prompt once, with gradients, and each
+    answer on the prompt's cache.
 
-    Of N = B K rows of P prompt and C answer tokens, B P + N C are computed instead of N (P + C). Seam: the forward that TRL calls with
-    ``fused_lm_head=True`` and labels that are -100 for the prompt. The stock way goes a call without these, without one picture per prompt, and with
-    gradient checkpointing, which allows no cache.
+    Of N = B K rows of P prompt and C answer tokens, B P + N C are computed instead of N (P + C). Seam: the
+    forward that TRL calls with ``fused_lm_head=True`` and labels that are -100 for the prompt. The stock
+    way goes a call without these, without one picture per prompt, and with gradient checkpointing, which
+    allows no cache.
     """
     base = base_of(model)
     forward = base.forward
 
     @wraps(forward)  # `generate` reads its signature
     def shared(*args, **inputs):
-        ids, labels, pixels, grid = (inputs.get(name) for name in ("input_ids", "labels", "pixel_values", "image_grid_thw"))
+        ids, labels, pixels, grid = (
+            inputs.get(name) for name in ("input_ids", "labels", "pixel_values", "image_grid_thw")
+        )
         answered = labels is not None and bool((labels != -100).any())
         alike = inputs.get("fused_lm_head") and answered and grid is not None and len(grid) == len(ids)
         if not alike or (base.is_gradient_checkpointing and base.training):
             return forward(*args, **inputs)
-        mask, start = inputs["attention_mask"], int((labels != -100).any(0).int().argmax()) - 1  # of the prompt's last token
-        rest = {key: value for key, value in inputs.items() if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+        mask, start = (
+            inputs["attention_mask"],
+            int((labels != -100).any(0).int().argmax()) - 1,
+        )  # of the prompt's last token
+        rest = {
+            key: value
+            for key, value in inputs.items()
+            if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+        }
         cache, delta = _prefill_distinct(base, ids[:, : start + 1], mask[:, : start + 1], pixels, grid)
         position = mask.cumsum(1)[:, start:] - 1 + delta  # (N, 1 + C)
-        rest |= {"input_ids": ids[:, start:], "labels": labels[:, start:], "position_ids": position.expand(3, -1, -1)}
+        rest |= {
+            "input_ids": ids[:, start:],
+            "labels": labels[:, start:],
+            "position_ids": position.expand(3, -1, -1),
+        }
         return forward(**rest, past_key_values=cache)
 
     base.forward = shared
 
 
-def _prefill_distinct(model, ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor) -> tuple[Cache, torch.Tensor]:
-    """Return the cache of N prompts, of which each distinct one was run once, and their `rope_deltas` (N, 1)."""
+def _prefill_distinct(
+    model, ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor
+) -> tuple[Cache, torch.Tensor]:
+    """Return the cache of N prompts, of which each distinct one was run once, and their `rope_deltas` (N,
+    1).
+    """
     pictures = pixels.split(grid.prod(1).tolist())
     first, places = distinct([*zip(zip(map(tuple, grid.tolist()), map(tuple, ids.tolist())), pictures)])
     order = torch.tensor(places, device=ids.device)
@@ -159,13 +219,18 @@ def _prefill_distinct(model, ids: torch.Tensor, mask: torch.Tensor, pixels: torc
 
 
 def distinct(items: list[tuple[tuple, torch.Tensor]]) -> tuple[list[int], list[int]]:
-    """Return (positions of the distinct items, which of these each item is), exact. An item is a key and a tensor, equal in both.
+    """Return (positions of the distinct items, which of these each item is), exact. An item is a key and a
+    tensor, equal in both.
 
     >>> a, b = torch.ones(2, 3), torch.zeros(2, 3)
     >>> distinct([((), a), ((), b), ((), a.clone()), ((1,), a)])
     ([0, 1, 3], [0, 1, 0, 2])
     """
-    first, places, groups = [], [], {}  # groups: key and a few of the numbers -> places of the distinct items with these
+    first, places, groups = (
+        [],
+        [],
+        {},
+    )  # groups: key and a few of the numbers -> places of the distinct items with these
     for i, (key, tensor) in enumerate(items):
         group = groups.setdefault((key, *tensor[len(tensor) // 2].flatten()[:4].tolist()), [])
         place = next((place for place in group if torch.equal(items[first[place]][1], tensor)), len(first))

@@ -28,9 +28,9 @@ def comparative_probability(
 
     p_k(i, j) = Phi((s_ik - mean_j) / sqrt(var_i + var_j + gamma)), Phi the normal distribution function.
 
-    ``scores`` (B, K), ``variances`` (B,), ``other_means`` and ``other_variances`` (J,), in score units (variances:
-    squared, ddof 1); the result is (B, J, K), entry [i, j, k]. Raises ValueError for other shapes and unless
-    gamma > 0. Source: the paper's p_k(x_i, x_j); gamma from the official code.
+    ``scores`` (B, K), ``variances`` (B,), ``other_means`` and ``other_variances`` (J,), in score units
+    (variances: squared, ddof 1); the result is (B, J, K), entry [i, j, k]. Raises ValueError for other
+    shapes and unless gamma > 0. Source: the paper's p_k(x_i, x_j); gamma from the official code.
 
     >>> scores, variances = torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([0.5])
     >>> comparative_probability(scores, variances, torch.tensor([3.0]), torch.tensor([0.5]))   # Phi(-1), Phi(0), Phi(1)
@@ -49,7 +49,8 @@ def comparative_probability(
 def fidelity(p_true, p_pred, eps: float = 1e-6) -> torch.Tensor:
     """Return how well a predicted preference matches the true one (1 is perfect, 0 is opposite).
 
-    fidelity(p, q) = sqrt(p q + eps) + sqrt((1 - p)(1 - q) + eps); tensors or numbers in 0..1, which broadcast.
+    fidelity(p, q) = sqrt(p q + eps) + sqrt((1 - p)(1 - q) + eps); tensors or numbers in 0..1, which
+    broadcast.
 
     Because of eps a perfect match gives 1.0010 and an opposite one 0.0020. Raises ValueError if eps < 0.
     Source: the paper's reward r_k; eps inside both roots from the official code.
@@ -70,7 +71,8 @@ def fidelity(p_true, p_pred, eps: float = 1e-6) -> torch.Tensor:
 def true_preference(mos) -> torch.Tensor:
     """Return the preferences that the mean opinion scores state.
 
-    p[i, j] = 1 if mos_i > mos_j, 0.5 if equal, 0 if less. ``mos`` is (B,), in any scale where higher is better
+    p[i, j] = 1 if mos_i > mos_j, 0.5 if equal, 0 if less. ``mos`` is (B,), in any scale where higher is
+    better
     (numbers that are not a tensor are read as float64); the result is (B, B). Raises ValueError if a MOS is not
     finite or the shape is not (B,). Source: the paper's p(x_i, x_j).
 
@@ -105,15 +107,16 @@ def ranking_reward(
 
     r_ik = mean over j != i of fidelity(p(i, j), p_k(i, j)), over images j of the same data set.
 
-    ``scores`` (B, K) floating, NaN = unparseable; ``mos`` (B,); ``dataset`` B names, or None for one data set.
-    The result is (B, K), in the dtype and on the device of ``scores``, in 0.002..1.001; 0 where nothing was compared:
-    an unparseable completion (which takes no part in its group's mean and variance) and an image without a
-    partner. One parseable completion in a group: variance 0. None: the image is nobody's partner. A score so
-    large that its square overflows counts as unparseable.
+    ``scores`` (B, K) floating, NaN = unparseable; ``mos`` (B,); ``dataset`` B names, or None for one data
+    set. The result is (B, K), in the dtype and on the device of ``scores``, in 0.002..1.001; 0 where
+    nothing was compared: an unparseable completion (which takes no part in its group's mean and variance)
+    and an image without a partner. One parseable completion in a group: variance 0. None: the image is
+    nobody's partner. A score so large that its square overflows counts as unparseable.
 
     The variants of the paper's Table 4:
 
-    - ``binary``: 1 instead of the fidelity if p_k(i, j), thresholded at 0.5, agrees with p(i, j), else 0. The paper
+    - ``binary``: 1 instead of the fidelity if p_k(i, j), thresholded at 0.5, agrees with p(i, j), else 0.
+      The paper
       states no rule for ties; here the gain is 1 - |p - threshold(p_k)| with threshold(0.5) = 0.5, so a tie on one
       side only gives 0.5, and ties on both give 1;
     - ``average``: p_k(i, j) is the mean over k' of Phi((s_ik - s_jk') / sqrt(var_i + var_j + gamma)) (Eq. 7);
@@ -174,7 +177,9 @@ def _moments(scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _averaged_probability(scores, valid, var, gamma) -> torch.Tensor:
     b, k = scores.shape
-    each = comparative_probability(scores, var, scores.flatten(), var.repeat_interleave(k), gamma)  # (B, B K', K)
+    each = comparative_probability(
+        scores, var, scores.flatten(), var.repeat_interleave(k), gamma
+    )  # (B, B K', K)
     weight = valid.to(scores) / valid.sum(1, keepdim=True).clamp(min=1)  # (B, K')
     return torch.einsum("ijlk,jl->ijk", each.view(b, b, k, k), weight)
 
@@ -200,16 +205,18 @@ def _partners(valid: torch.Tensor, dataset) -> torch.Tensor:
 def thurstone_scale(wins) -> tuple[np.ndarray, np.ndarray]:
     """Return the quality of n items, and its standard error, from votes between pairs (Thurstone, Case V).
 
-    The qualities maximise sum over i, j of (wins_ij + h_ij) log Phi((q_i - q_j) / sqrt(2)) with mean 0, where
-    h_ij = 1/2 if i and j were compared, else 0 (without it, an item that won every vote would be infinitely good).
-    Standard errors are the roots of the diagonal of the pseudo-inverse of the Fisher information of the votes cast.
+    The qualities maximise sum over i, j of (wins_ij + h_ij) log Phi((q_i - q_j) / sqrt(2)) with mean 0,
+    where h_ij = 1/2 if i and j were compared, else 0 (without it, an item that won every vote would be
+    infinitely good). Standard errors are the roots of the diagonal of the pseudo-inverse of the Fisher
+    information of the votes cast.
 
-    ``wins`` (n, n), not negative: wins[i, j] = how often i beat j (a tie is half a vote each way). Both results are
+    ``wins`` (n, n), not negative: wins[i, j] = how often i beat j (a tie is half a vote each way). Both
+    results are
     (n,) float64 arrays. The unit is the standard deviation of one item's perceived quality, as
-    ``ranking_reward(variance=1.0)`` has it; many texts use the deviation of the *difference* instead: divide by sqrt(2)
-    for theirs.
-    Raises ValueError for a matrix that is not square, n < 2, a negative or non-finite entry, a vote of an item
-    against itself, and items that no chain of comparisons connects. Source: Thurstone (1927), Case V.
+    ``ranking_reward(variance=1.0)`` has it; many texts use the deviation of the *difference* instead:
+    divide by sqrt(2) for theirs. Raises ValueError for a matrix that is not square, n < 2, a negative or
+    non-finite entry, a vote of an item against itself, and items that no chain of comparisons connects.
+    Source: Thurstone (1927), Case V.
 
     >>> quality, error = thurstone_scale([[0, 30], [10, 0]])     # 30.5 : 10.5 votes
     >>> (quality.round(4) + 0.0).tolist(), error.round(4).tolist()
@@ -228,7 +235,11 @@ def thurstone_scale(wins) -> tuple[np.ndarray, np.ndarray]:
         return 0.5 * q.sum() ** 2 - (smoothed * log_cdf).sum(), slope.sum(0) - slope.sum(1) + q.sum()
 
     found = minimize(
-        loss, np.zeros(len(wins)), jac=True, hess=lambda q: _information(q, votes) + 1, method="trust-exact",
+        loss,
+        np.zeros(len(wins)),
+        jac=True,
+        hess=lambda q: _information(q, votes) + 1,
+        method="trust-exact",
         options={"gtol": 1e-9 * max(1.0, votes.sum())},
     )
     quality = found.x - found.x.mean()
@@ -241,7 +252,9 @@ def _log_pdf(x: np.ndarray) -> np.ndarray:
 
 
 def _information(q: np.ndarray, votes: np.ndarray) -> np.ndarray:
-    """Fisher information of votes (n, n, symmetric) about q: a graph Laplacian, singular along a common shift."""
+    """Fisher information of votes (n, n, symmetric) about q: a graph Laplacian, singular along a common
+    shift.
+    """
     difference = (q[:, None] - q[None, :]) / np.sqrt(2)
     log_weight = 2 * _log_pdf(difference) - log_ndtr(difference) - log_ndtr(-difference)
     weight = 0.5 * votes * np.exp(log_weight)

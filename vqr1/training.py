@@ -15,21 +15,38 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOConfig, GRPOTrainer
 
 from vqr1.cards import model_card
-from vqr1.config import CONFIGS, TRL_DEFAULTS, check_config, load_config  # noqa: F401: notebooks know them from here
+from vqr1.config import TRL_DEFAULTS, check_config
 from vqr1.data.manifests import load_ratings, one_set_batches, pictures_of, prompt_rows
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
-from vqr1.rewards import RankingReward, ThresholdReward, absolute_error_reward, answer_format_reward, format_reward
-from vqr1.runs import last_checkpoint, resume_from, save_settings, step_of  # noqa: F401
+from vqr1.rewards import (
+    RankingReward,
+    ThresholdReward,
+    absolute_error_reward,
+    answer_format_reward,
+    format_reward,
+)
+from vqr1.runs import resume_from, save_settings, step_of
 from vqr1.scoring import Scorer
 from vqr1.sharing import SHARED, process_once, share
 
 LOG = {
-    "step": "step", "reward": "reward", "ranking": "rewards/ranking/mean", "format": "format", "reward_std": "reward_std",
-    "length": "completions/mean_length", "kl": "kl", "unparseable": "unparseable", "score_std": "score_std",
-    "val_srcc": "val_srcc", "val_plcc": "val_plcc", "val_family": "val_family", "val_unscored": "val_unscored", "seconds": "seconds",
-}  # fmt: skip
+    "step": "step",
+    "reward": "reward",
+    "ranking": "rewards/ranking/mean",
+    "format": "format",
+    "reward_std": "reward_std",
+    "length": "completions/mean_length",
+    "kl": "kl",
+    "unparseable": "unparseable",
+    "score_std": "score_std",
+    "val_srcc": "val_srcc",
+    "val_plcc": "val_plcc",
+    "val_family": "val_family",
+    "val_unscored": "val_unscored",
+    "seconds": "seconds",
+}
 """Column of log.csv -> key in TRL's logs."""
 
 
@@ -41,11 +58,15 @@ def config_for_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return next((name for least, name in ((38, "a100-7b"), (20, "l4-7b"), (10, "t4-3b")) if memory >= least), "cpu")
+    return next(
+        (name for least, name in ((38, "a100-7b"), (20, "l4-7b"), (10, "t4-3b")) if memory >= least), "cpu"
+    )
 
 
 def grpo_config(config: dict, output: Path) -> GRPOConfig:
-    """Return TRL's settings for a configuration; ValueError for what TRL does not take, or a GPU that is not there."""
+    """Return TRL's settings for a configuration; ValueError for what TRL does not take, or a GPU that is not
+    there.
+    """
     grpo = {"report_to": "none"} | config["grpo"]
     if "max_steps" not in grpo:
         raise ValueError("max_steps is missing: say under grpo, or by --steps, for how many steps to train")
@@ -54,13 +75,19 @@ def grpo_config(config: dict, output: Path) -> GRPOConfig:
             "this configuration is for a GPU, and torch sees none; on a CPU use --config cpu, or set use_cpu: true and bf16: false under grpo"
         )
     try:
-        return GRPOConfig(output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, **grpo)
+        return GRPOConfig(
+            output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, **grpo
+        )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"trl.GRPOConfig does not take what is under grpo: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"trl.GRPOConfig does not take what is under grpo: {' '.join(str(error).split())}"
+        ) from error
 
 
 def rewards(config: dict) -> list:
-    """Return the reward functions of a configuration: what is to be learned, and the format, 1:1 as in the official code."""
+    """Return the reward functions of a configuration: what is to be learned, and the format, 1:1 as in the
+    official code.
+    """
     form = format_reward if config["thinking"] else answer_format_reward
     k = config["grpo"].get("num_generations", TRL_DEFAULTS["num_generations"])
     chosen = {
@@ -82,13 +109,19 @@ def training_rows(config: dict, args: GRPOConfig, frame: pd.DataFrame | None = N
     if frame is None:
         frame = set_rows(config, "train")
     count = images_per_step(args)
-    passes = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
+    passes = -(
+        -args.max_steps
+        * args.gradient_accumulation_steps
+        // (args.steps_per_generation * args.num_iterations)
+    )
     epochs = -(-passes * count // max(1, len(frame) - count * frame["dataset"].nunique() + 1))
     order = one_set_batches(frame, count, args.seed, max(1, epochs))[: passes * count]
     used = sorted(set(order))
     place = {row: i for i, row in enumerate(used)}
     rows = frame.iloc[used]
-    return prompt_rows(rows, pictures_of(rows), config["thinking"], config["numbered"]).select([place[row] for row in order])
+    return prompt_rows(rows, pictures_of(rows), config["thinking"], config["numbered"]).select(
+        [place[row] for row in order]
+    )
 
 
 def set_rows(config: dict, split: str) -> pd.DataFrame:
@@ -116,12 +149,21 @@ def _of_split(frame: pd.DataFrame, split: str) -> pd.DataFrame:
 class RunLog(TrainerCallback):
     """Write log.csv as training goes, with validation by the Scorer every so many steps.
 
-    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained; val_unscored counts those
-    that got no score and so are not in the other columns. Of several
-    processes the first one writes, and scores unless the weights are spread over all (sharded): then all must take part.
+    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained;
+    val_unscored counts those that got no score and so are not in the other columns. Of several processes
+    the first one writes, and scores unless the weights are spread over all (sharded): then all must take
+    part.
     """
 
-    def __init__(self, path: Path, scorer: Scorer, frame: pd.DataFrame, every: int, resumed_at: int, sharded: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        scorer: Scorer,
+        frame: pd.DataFrame,
+        every: int,
+        resumed_at: int,
+        sharded: bool = False,
+    ):
         self.path, self.scorer, self.frame, self.every, self.sharded = path, scorer, frame, every, sharded
         self.images, self.start = pictures_of(frame), time.time()
         self.rows = []
@@ -150,10 +192,22 @@ class RunLog(TrainerCallback):
         found = self.scorer.score(self.images)
         if state.is_world_process_zero:
             scores = [score.score for score in found]
-            family = naming(self.frame.assign(reasoning=[score.reasoning for score in found]))["family"] if self.scorer.thinking else None
-            sets = list(self.frame.assign(score=scores).groupby("dataset"))  # each has its own scale: means over sets
-            values = {f"val_{key}": sum(f(rows["score"], rows["mos"]) for _, rows in sets) / len(sets) for key, f in (("srcc", srcc), ("plcc", plcc))}
-            self._write(state.global_step, values | {"val_family": family, "val_unscored": sum(map(math.isnan, scores))})
+            family = (
+                naming(self.frame.assign(reasoning=[score.reasoning for score in found]))["family"]
+                if self.scorer.thinking
+                else None
+            )
+            sets = list(
+                self.frame.assign(score=scores).groupby("dataset")
+            )  # each has its own scale: means over sets
+            values = {
+                f"val_{key}": sum(f(rows["score"], rows["mos"]) for _, rows in sets) / len(sets)
+                for key, f in (("srcc", srcc), ("plcc", plcc))
+            }
+            self._write(
+                state.global_step,
+                values | {"val_family": family, "val_unscored": sum(map(math.isnan, scores))},
+            )
 
     def _write(self, step: int, logs: dict) -> None:
         logs = logs | {"step": step, "seconds": round(time.time() - self.start, 1)}
@@ -170,7 +224,9 @@ class RunLog(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar with the reward and the last validation beside it, instead of every log entry."""
+    """The Trainer's progress bar with the reward and the last validation beside it, instead of every log
+    entry.
+    """
 
     def __init__(self, log: RunLog):
         super().__init__()
@@ -184,7 +240,11 @@ class Progress(ProgressCallback):
 
 def machine_line(seed: int | str) -> str:
     """Return one line that says on what, with which versions, seed and commit a log was made."""
-    where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    where = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    )
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
     root = Path(__file__).resolve().parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
@@ -195,13 +255,15 @@ def machine_line(seed: int | str) -> str:
 def freeze(model: torch.nn.Module, names: list[str]) -> None:
     """Stop training the parameters with one of `names` in their path; ValueError for a name that none has.
 
-    A frozen vision tower must not ask for input gradients either: with gradient checkpointing the backward pass would
-    run through all of it for nothing.
+    A frozen vision tower must not ask for input gradients either: with gradient checkpointing the backward
+    pass would run through all of it for nothing.
     """
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     unknown = set(names) - parts
     if unknown:
-        raise ValueError(f"frozen {sorted(unknown)[0]!r} is no part of the policy; name visual, language_model, …")
+        raise ValueError(
+            f"frozen {sorted(unknown)[0]!r} is no part of the policy; name visual, language_model, …"
+        )
     for name, parameter in model.named_parameters():
         if any(part in name.split(".") for part in names):
             parameter.requires_grad = False
@@ -212,8 +274,8 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
 def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:
     """Return the configured trainer: TRL's own, with our rewards, rows and settings.
 
-    policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the sets'.
-    Raises ValueError for settings that cannot be meant (`check_config`) before the model is loaded.
+    policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the
+    sets'. Raises ValueError for settings that cannot be meant (`check_config`) before the model is loaded.
     """
     check_config(config)
     args, functions = grpo_config(config, output), rewards(config)
@@ -226,19 +288,30 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
     if not adapter and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"frozen {config['frozen']} leaves nothing to train; freeze less, or give lora")
     if adapter:
-        model.name_or_path = str(config["policy"])  # what peft notes as an adapter's base: the name given, not its folder
+        model.name_or_path = str(
+            config["policy"]
+        )  # what peft notes as an adapter's base: the name given, not its folder
     trainer = GRPOTrainer(
-        model=model, reward_funcs=functions, args=args, train_dataset=rows, processing_class=processor, peft_config=adapter
+        model=model,
+        reward_funcs=functions,
+        args=args,
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=adapter,
     )
     own_names(trainer.model)
     note_base(trainer.model)
-    if sharded(trainer):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
+    if sharded(
+        trainer
+    ):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
         return trainer
     if config["share"] and base_of(trainer.model).config.model_type in SHARED:
         process_once(processor)
         for model in filter(None, (trainer.model, trainer.ref_model)):
             share(model, prompts=not args.gradient_checkpointing)
-        if trainer.ref_model is not None and "visual" in config["frozen"]:  # the same frozen tower: one look serves both
+        if (
+            trainer.ref_model is not None and "visual" in config["frozen"]
+        ):  # the same frozen tower: one look serves both
             trainer.ref_model.model.visual = trainer.model.model.visual
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away; fp16 training needs fp32, too
@@ -247,7 +320,9 @@ def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame |
 
 
 def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
-    """Keep TRL from sampling tokens that only a prompt may hold, in the words of what samples: vLLM or transformers."""
+    """Keep TRL from sampling tokens that only a prompt may hold, in the words of what samples: vLLM or
+    transformers.
+    """
     tokens, own = never_sampled(processor), args.generation_kwargs or {}
     key, never = ("bad_words", list(tokens)) if args.use_vllm else ("suppress_tokens", list(tokens.values()))
     args.generation_kwargs = own | {key: [*(own.get(key) or []), *never]}
@@ -265,13 +340,19 @@ def validation_rows(config: dict) -> pd.DataFrame:
 
 
 def train(
-    config: dict, output: str | Path, resume: bool = False, policy=None, frame: pd.DataFrame | None = None, shown: TrainerCallback | None = None
+    config: dict,
+    output: str | Path,
+    resume: bool = False,
+    policy=None,
+    frame: pd.DataFrame | None = None,
+    shown: TrainerCallback | None = None,
 ) -> Path:
     """Train and return the folder of the trained policy; see `build_trainer` for policy and frame.
 
-    Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes on from the last checkpoint,
-    with the settings that the run was begun with (`vqr1.runs.resume_from`; rows given as `frame` are not compared).
-    shown: a callback that shows how far it is, instead of the progress bar.
+    Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes
+    on from the last checkpoint, with the settings that the run was begun with (`vqr1.runs.resume_from`;
+    rows given as `frame` are not compared). shown: a callback that shows how far it is, instead of the
+    progress bar.
     """
     output = Path(output)
     check_config(config)
@@ -279,11 +360,16 @@ def train(
     save_settings(output, config)
     trainer = build_trainer(config, output, policy, frame)
     scorer = Scorer(
-        (trainer.model, trainer.processing_class), config["thinking"], numbered=config["numbered"],
-        max_new_tokens=trainer.args.max_completion_length, seed=trainer.args.seed,
-    )  # fmt: skip
+        (trainer.model, trainer.processing_class),
+        config["thinking"],
+        numbered=config["numbered"],
+        max_new_tokens=trainer.args.max_completion_length,
+        seed=trainer.args.seed,
+    )
     rows = validation_rows(config)
-    log = RunLog(output / "log.csv", scorer, rows, config["validation"]["every"], step_of(found), sharded(trainer))
+    log = RunLog(
+        output / "log.csv", scorer, rows, config["validation"]["every"], step_of(found), sharded(trainer)
+    )
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another class in notebooks
     trainer.add_callback(log)
     trainer.add_callback(shown or Progress(log))
@@ -291,5 +377,7 @@ def train(
     trainer.save_model(str(output / "policy"))
     trainer.processing_class.save_pretrained(output / "policy")
     if trainer.is_world_process_zero():
-        (output / "policy" / "README.md").write_text(model_card(config, pd.DataFrame(log.rows, columns=list(LOG)), log.header), encoding="utf-8")
+        (output / "policy" / "README.md").write_text(
+            model_card(config, pd.DataFrame(log.rows, columns=list(LOG)), log.header), encoding="utf-8"
+        )
     return output / "policy"

@@ -1,8 +1,8 @@
 """Four small ipywidgets applications, and the plain functions behind their controls.
 
-`explorer`, `comparison`, `leaderboard` and `rating` build an application; a control only calls one of the functions
-above them and shows what it returns, so that all of it runs, and is tested, without a browser. What a user gives and
-cannot be used is said on the application, in red.
+`explorer`, `comparison`, `leaderboard` and `rating` build an application; a control only calls one of the
+functions above them and shows what it returns, so that all of it runs, and is tested, without a browser.
+What a user gives and cannot be used is said on the application, in red.
 """
 
 import base64
@@ -20,13 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.serving.bulk import picture_endings
 from vqr1.data.manifests import COLUMNS, CROP, open_picture, read_manifest, render_rows
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.metrics import srcc
 from vqr1.plots import bells, jpeg
 from vqr1.prompts import PHRASES, parse_reasoning, parse_score
 from vqr1.scoring import Score, Scorer
+from vqr1.serving.bulk import picture_endings
 from vqr1.thurstone import thurstone_scale
 
 SIDE = 512
@@ -42,10 +42,12 @@ KEYS = {"1": "first", "2": "second", "0": "same"}
 def read_upload(value) -> Image.Image:
     """Return the newest picture of a FileUpload's value, RGB, at most `SIDE` px wide and high.
 
-    value: a tuple of {"name", "content"} (ipywidgets 8) or a mapping from names to {"content"} (7, as on Colab).
-    Raises ValueError saying why the file cannot be used, and when nothing was uploaded.
+    value: a tuple of {"name", "content"} (ipywidgets 8) or a mapping from names to {"content"} (7, as on
+    Colab). Raises ValueError saying why the file cannot be used, and when nothing was uploaded.
     """
-    files = [{"name": name} | file for name, file in value.items()] if isinstance(value, dict) else list(value)
+    files = (
+        [{"name": name} | file for name, file in value.items()] if isinstance(value, dict) else list(value)
+    )
     if not files:
         raise ValueError("nothing was uploaded; choose a JPEG, PNG or WebP file")
     image = open_picture(bytes(files[-1]["content"]), name=files[-1]["name"])
@@ -54,7 +56,8 @@ def read_upload(value) -> Image.Image:
 
 
 def degrade(image: Image.Image, distortion: str = "jpeg", level: int = 0, seed: int = 0) -> Image.Image:
-    """Return the picture distorted at full size, then its middle `CROP` px, as the rows of the simulated sets are made.
+    """Return the picture distorted at full size, then its middle `CROP` px, as the rows of the simulated
+    sets are made.
 
     level: 1..5, or 0 for no distortion. Raises ValueError for an unknown distortion or level.
 
@@ -71,7 +74,9 @@ def explore(scorer: Scorer, image: Image.Image, k: int = 6, seed: int = 0) -> tu
 
     Raises ValueError where there is no score.
     """
-    sampler = Scorer((scorer.model, scorer.processor), True, "sample", k, max_new_tokens=scorer.max_new_tokens, seed=seed)
+    sampler = Scorer(
+        (scorer.model, scorer.processor), True, "sample", k, max_new_tokens=scorer.max_new_tokens, seed=seed
+    )
     scores = scorer.score([image]) + sampler.score([image])
     for score in scores:
         if score.error:
@@ -80,7 +85,9 @@ def explore(scorer: Scorer, image: Image.Image, k: int = 6, seed: int = 0) -> tu
 
 
 def curves(ax: Axes, scores: Sequence[Score], labels: Sequence[str], sampled: Sequence[str] = ()) -> None:
-    """Draw the normal curves that Thurstone's law sees in the scores; sampled: answers, ticks under the first one."""
+    """Draw the normal curves that Thurstone's law sees in the scores; sampled: answers, ticks under the
+    first one.
+    """
     labels = [f"{label}: {score.score:.2f} ± {score.std:.2f}" for label, score in zip(labels, scores)]
     ticks = [[parse_score(answer) for answer in sampled]] + [[]] * (len(scores) - 1)
     bells(ax, [score.score for score in scores], [score.std for score in scores], labels, ticks)
@@ -89,21 +96,31 @@ def curves(ax: Axes, scores: Sequence[Score], labels: Sequence[str], sampled: Se
 
 def sampled_answers(score: Score) -> pd.DataFrame:
     """Return sampled answers as a table: score (NaN = unparseable) and reasoning."""
-    return pd.DataFrame({"score": [parse_score(a) for a in score.answers], "reasoning": [parse_reasoning(a) for a in score.answers]})
+    return pd.DataFrame(
+        {
+            "score": [parse_score(a) for a in score.answers],
+            "reasoning": [parse_reasoning(a) for a in score.answers],
+        }
+    )
 
 
 def folder_rows(folder: str | Path) -> pd.DataFrame:
     """Return the pictures of a folder as unrated manifest rows, by name; ``attrs["root"]`` is the folder.
 
-    A file counts by its ending. Raises ValueError where there is no folder, or none of its files is a picture.
+    A file counts by its ending. Raises ValueError where there is no folder, or none of its files is a
+    picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder; give the path of one with pictures in it")
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in picture_endings())
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in picture_endings()
+    )
     if not names:
         raise ValueError(f"{folder} holds no pictures (JPEG, PNG, WebP, …); give another folder")
-    frame = pd.DataFrame({"image": names}, columns=COLUMNS).fillna("").assign(mos=np.nan, std=np.nan, seed=pd.NA)
+    frame = (
+        pd.DataFrame({"image": names}, columns=COLUMNS).fillna("").assign(mos=np.nan, std=np.nan, seed=pd.NA)
+    )
     frame = frame.assign(dataset=folder.name, reference=names, split="train")
     frame.attrs["root"] = str(folder)
     return frame
@@ -125,8 +142,9 @@ def rank_folder(scorer: Scorer, folder: str | Path) -> pd.DataFrame:
 def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
     """Return all n (n - 1) / 2 pairs in an order for voting, left and right by chance.
 
-    Round after round: each picture beside its d-th neighbour in a shuffled circle. After the first n pairs every
-    picture was seen twice and all are connected, so one may stop at any time after. Raises ValueError for n < 2.
+    Round after round: each picture beside its d-th neighbour in a shuffled circle. After the first n pairs
+    every picture was seen twice and all are connected, so one may stop at any time after. Raises ValueError
+    for n < 2.
 
     >>> len(blind_pairs(6)), sorted(i for pair in blind_pairs(6)[:6] for i in pair)
     (15, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
@@ -142,7 +160,9 @@ def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
 
 
 class Ballot:
-    """Blind pairs of n pictures, and the votes: ``wins`` (n, n), wins[i, j] = how often i looked better than j."""
+    """Blind pairs of n pictures, and the votes: ``wins`` (n, n), wins[i, j] = how often i looked better than
+    j.
+    """
 
     def __init__(self, n: int, seed: int = 0):
         self.pairs = blind_pairs(n, seed)
@@ -179,7 +199,9 @@ def scale_votes(wins) -> pd.DataFrame:
     wins = np.asarray(wins, dtype=float)
     needed = len(wins) - 1
     if wins.sum() < needed:
-        raise ValueError(f"{wins.sum():.0f} votes on {len(wins)} pictures: a common scale needs at least {needed}; vote on more pairs")
+        raise ValueError(
+            f"{wins.sum():.0f} votes on {len(wins)} pictures: a common scale needs at least {needed}; vote on more pairs"
+        )
     try:
         quality, error = thurstone_scale(wins)
     except ValueError as problem:
@@ -188,7 +210,8 @@ def scale_votes(wins) -> pd.DataFrame:
 
 
 def vote_agreement(wins, scores) -> dict[str, float]:
-    """Return how well scores (n,) agree with votes: SRCC with their Thurstone scale, and the share of votes ordered alike.
+    """Return how well scores (n,) agree with votes: SRCC with their Thurstone scale, and the share of votes
+    ordered alike.
 
     Equal scores count half, a NaN counts as wrong. Raises ValueError as `scale_votes` does.
 
@@ -197,19 +220,26 @@ def vote_agreement(wins, scores) -> dict[str, float]:
     """
     wins, scores = np.asarray(wins, dtype=float), np.asarray(scores, dtype=float)
     alike = (scores[:, None] > scores) + 0.5 * (scores[:, None] == scores)  # (n, n)
-    return {"srcc": srcc(scores, scale_votes(wins)["quality"]), "votes": float((wins * alike).sum() / wins.sum())}
+    return {
+        "srcc": srcc(scores, scale_votes(wins)["quality"]),
+        "votes": float((wins * alike).sum() / wins.sum()),
+    }
 
 
 def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes") -> pd.DataFrame:
-    """Write the pictures with their scaled quality as ``mos``, a manifest that training reads; return it, read again.
+    """Write the pictures with their scaled quality as ``mos``, a manifest that training reads; return it,
+    read again.
 
-    frame: the pictures' rows, in the order of ``wins``. The unit is Thurstone's, which is as good as any: rewards compare
-    within a set. The columns standard_error and votes are for people, std stays empty. Raises ValueError as `scale_votes`.
+    frame: the pictures' rows, in the order of ``wins``. The unit is Thurstone's, which is as good as any:
+    rewards compare within a set. The columns standard_error and votes are for people, std stays empty.
+    Raises ValueError as `scale_votes`.
     """
     scale = scale_votes(wins).round(4)
     rows = frame.reset_index(drop=True).assign(dataset=name, mos=scale["quality"], std="")[list(COLUMNS)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rows.join(scale[["standard_error", "votes"]]).to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
+    rows.join(scale[["standard_error", "votes"]]).to_csv(
+        path, index=False, lineterminator="\n", encoding="utf-8"
+    )
     return read_manifest(path, frame.attrs.get("root"))
 
 
@@ -217,24 +247,40 @@ def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-vote
 
 
 def board(ranked: pd.DataFrame, root: str | Path | None = None) -> pd.DataFrame:
-    """Return a ranking as a table to read: place, image, score, 95% interval of the score, places it may have, problem.
+    """Return a ranking as a table to read: place, image, score, 95% interval of the score, places it may
+    have, problem.
 
     root: the pictures' folder, for small pictures of them in HTML (file names are escaped then).
     """
     good = ranked["error"] == ""
-    table = pd.DataFrame({
-        "place": np.where(good, (np.arange(len(ranked)) + 1).astype(str), ""),
-        "image": ranked["image"],
-        "score": [f"{score:.2f} ± {std:.2f}" if ok else "" for score, std, ok in zip(ranked["score"], ranked["std"], good)],
-        "95% interval": [f"{low:.2f} … {high:.2f}" if ok else "" for low, high, ok in zip(ranked["lo"], ranked["hi"], good)],
-        "places": [f"{low:.0f}–{high:.0f}" if ok else "" for low, high, ok in zip(ranked["rank_lo"], ranked["rank_hi"], good)],
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "place": np.where(good, (np.arange(len(ranked)) + 1).astype(str), ""),
+            "image": ranked["image"],
+            "score": [
+                f"{score:.2f} ± {std:.2f}" if ok else ""
+                for score, std, ok in zip(ranked["score"], ranked["std"], good)
+            ],
+            "95% interval": [
+                f"{low:.2f} … {high:.2f}" if ok else ""
+                for low, high, ok in zip(ranked["lo"], ranked["hi"], good)
+            ],
+            "places": [
+                f"{low:.0f}–{high:.0f}" if ok else ""
+                for low, high, ok in zip(ranked["rank_lo"], ranked["rank_hi"], good)
+            ],
+        }
+    )
     if not good.all():
         table["problem"] = ranked["error"]
     if root is None:
         return table
     table = table.map(html.escape)
-    table.insert(1, "", [_thumb(open_picture(Path(root) / name)) if ok else "" for name, ok in zip(ranked["image"], good)])
+    table.insert(
+        1,
+        "",
+        [_thumb(open_picture(Path(root) / name)) if ok else "" for name, ok in zip(ranked["image"], good)],
+    )
     return table
 
 
@@ -264,7 +310,10 @@ def _table(frame: pd.DataFrame, escape: bool = True) -> str:
 
 
 def _guard(message: w.HTML, function: Callable[[], None]) -> Callable:
-    """Return an event handler: call the function; what it refuses is said in the message, not as a traceback."""
+    """Return an event handler: call the function; what it refuses is said in the message, not as a
+    traceback.
+    """
+
     def handle(*_):
         message.value = ""
         try:
@@ -295,13 +344,17 @@ class _Chooser:
         self.upload = w.FileUpload(accept="image/*,.heic,.heif", description="Upload")
         types = [(PHRASES[name], name) for name in DISTORTIONS]
         self.distortion = w.Dropdown(options=types, value=distortion, description="distortion")
-        self.level = w.IntSlider(level, 0, 5, description="level", continuous_update=False).add_class("vqr1-level")
+        self.level = w.IntSlider(level, 0, 5, description="level", continuous_update=False).add_class(
+            "vqr1-level"
+        )
         self.picture = w.Image(format="png", width=270, height=270)
         self.controls = w.VBox([w.HBox([self.photograph, self.upload]), self.distortion, self.level])
 
     def show(self) -> Image.Image:
         """Show the picture and return it."""
-        whole = open_picture(self.photograph.value) if self.photograph.value else read_upload(self.upload.value)
+        whole = (
+            open_picture(self.photograph.value) if self.photograph.value else read_upload(self.upload.value)
+        )
         shown = degrade(whole, self.distortion.value, self.level.value)
         self.picture.value = _png(shown)
         return shown
@@ -355,7 +408,9 @@ def comparison(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
     for side in sides:
         side.on_change(update)
     update()
-    columns = [w.VBox([w.HTML(f"<b>{name}</b>"), side.picture, side.controls]) for name, side in zip("AB", sides)]
+    columns = [
+        w.VBox([w.HTML(f"<b>{name}</b>"), side.picture, side.controls]) for name, side in zip("AB", sides)
+    ]
     return w.VBox([w.HBox(columns), message, text, plot])
 
 
@@ -373,7 +428,8 @@ def leaderboard(scorer: Scorer, folder: str | Path = "") -> w.VBox:
 
 
 def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path = "my-votes.csv") -> w.VBox:
-    """Return "rate it yourself": blind pairs of the frame's pictures, votes by click or key, their scale, the manifest.
+    """Return "rate it yourself": blind pairs of the frame's pictures, votes by click or key, their scale,
+    the manifest.
 
     Votes go into ``ballot``; path: the manifest that "Save as manifest" writes.
     """
@@ -381,13 +437,19 @@ def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path
     pictures = [w.Image(format="png", width=250, height=250) for _ in range(2)]
     texts = ("This one (key 1)", "This one (key 2)", "The same (key 0)")
     buttons = {choice: _button(text, choice, "") for choice, text in zip(CHOICES, texts)}
-    key = w.Text(placeholder="click here to vote by keys", layout=w.Layout(width="200px")).add_class("vqr1-key")
+    key = w.Text(placeholder="click here to vote by keys", layout=w.Layout(width="200px")).add_class(
+        "vqr1-key"
+    )
     scale, save = _button("Scale the votes", "finish"), _button("Save as manifest", "save", "")
     progress, message, result = _html("progress"), _html("message"), _html("scale")
 
     def show():
         count = f"{ballot.cast} of {len(ballot.pairs)} pairs have your vote"
-        progress.value = f"<b>Which looks better?</b> {count}." if ballot.pair else f"<b>Thank you.</b> {count}: scale them."
+        progress.value = (
+            f"<b>Which looks better?</b> {count}."
+            if ballot.pair
+            else f"<b>Thank you.</b> {count}: scale them."
+        )
         for picture, i in zip(pictures, ballot.pair or ()):
             picture.value = _png(images[i])
 
@@ -402,8 +464,12 @@ def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path
 
     def finish():
         result.value = ""
-        table = scale_votes(ballot.wins).assign(picture=[_thumb(i) for i in images], model=[score.score for score in scorer.score(images)])
-        table = table.sort_values("quality", ascending=False)[["picture", "quality", "standard_error", "votes", "model"]]
+        table = scale_votes(ballot.wins).assign(
+            picture=[_thumb(i) for i in images], model=[score.score for score in scorer.score(images)]
+        )
+        table = table.sort_values("quality", ascending=False)[
+            ["picture", "quality", "standard_error", "votes", "model"]
+        ]
         alike = vote_agreement(ballot.wins, table["model"].sort_index())
         head = f"SRCC with the model: {alike['srcc']:.2f}. It orders {alike['votes']:.0%} of your votes as you did."
         result.value = head + _table(table, escape=False)
@@ -419,4 +485,6 @@ def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path
     save.on_click(_guard(message, store))
     show()
     columns = [w.VBox([picture, buttons[choice]]) for picture, choice in zip(pictures, CHOICES)]
-    return w.VBox([progress, w.HBox(columns), w.HBox([buttons["same"], key]), w.HBox([scale, save]), message, result])
+    return w.VBox(
+        [progress, w.HBox(columns), w.HBox([buttons["same"], key]), w.HBox([scale, save]), message, result]
+    )

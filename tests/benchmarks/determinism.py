@@ -3,8 +3,9 @@
     python tests/benchmarks/determinism.py                   # --pictures 16 is quicker
     python tests/benchmarks/determinism.py --csv data/runs   # writes determinism.csv there
 
-Reference: fp32, non-thinking, whose scores are promised to 1e-4. Thinking generates words greedily, and a word may flip where two
-are almost equally likely; bf16 has 8 bits for what is compared. Every change is against the same pictures in batches of 16 in their first order.
+Reference: fp32, non-thinking, whose scores are promised to 1e-4. Thinking generates words greedily, and a
+word may flip where two are almost equally likely; bf16 has 8 bits for what is compared. Every change is
+against the same pictures in batches of 16 in their first order.
 """
 
 import random
@@ -33,26 +34,39 @@ def changes(count: int, rng: random.Random) -> dict[str, tuple[list[int], int]]:
 def rows(policy: str, dtype: torch.dtype, count: int) -> list[dict]:
     loaded, pictures, found = load_policy(policy, dtype=dtype), crops(count, (64, 96, 160, 224)), []
     for mode, thinking in MODES.items():
+
         def scored(order: list[int], size: int) -> list:
-            return Scorer(loaded, thinking, batch_size=size, max_new_tokens=TOKENS).score([pictures[i] for i in order])
+            return Scorer(loaded, thinking, batch_size=size, max_new_tokens=TOKENS).score(
+                [pictures[i] for i in order]
+            )
 
         before = scored(list(range(count)), BATCH)
         for change, (order, size) in changes(count, random.Random(0)).items():
             pairs = [(score, before[i]) for i, score in zip(order, scored(order, size))]
             both = [(one, two) for one, two in pairs if not one.error and not two.error]
             difference = torch.tensor([abs(one.score - two.score) for one, two in both])
-            found.append({
-                "dtype": str(dtype).removeprefix("torch."), "mode": mode, "changed": change, "pictures": len(pairs),
-                "texts_changed": sum(one.answers != two.answers for one, two in pairs) / len(pairs),
-                "scores_changed": float((difference > TOLERANCE).float().mean()), "mean_difference": float(difference.mean()),
-                "largest_difference": float(difference.max()), "errors_changed": sum(bool(one.error) != bool(two.error) for one, two in pairs) / len(pairs),
-            })  # fmt: skip
+            found.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "mode": mode,
+                    "changed": change,
+                    "pictures": len(pairs),
+                    "texts_changed": sum(one.answers != two.answers for one, two in pairs) / len(pairs),
+                    "scores_changed": float((difference > TOLERANCE).float().mean()),
+                    "mean_difference": float(difference.mean()),
+                    "largest_difference": float(difference.max()),
+                    "errors_changed": sum(bool(one.error) != bool(two.error) for one, two in pairs)
+                    / len(pairs),
+                }
+            )
     return found
 
 
 def main() -> None:
     args = arguments(__doc__)
-    table = [row for dtype in (torch.float32, torch.bfloat16) for row in rows(args.policy, dtype, args.pictures)]
+    table = [
+        row for dtype in (torch.float32, torch.bfloat16) for row in rows(args.policy, dtype, args.pictures)
+    ]
     title = f"{args.policy}; shares of texts, and of scores by more than {TOLERANCE:g}, that change"
     publish(table, title, args.csv and args.csv / "determinism.csv")
 

@@ -4,10 +4,12 @@
     python tests/benchmarks/gpu.py --csv gpu.csv        # and write the rows
     python tests/benchmarks/gpu.py --tiny               # the same code on a CPU, in seconds: its numbers mean nothing
 
-The architectures are exact, the weights random: nothing is downloaded, and time and memory do not depend on them. A random model
-does not stop early, so all 256 tokens are sampled: with thinking, an upper bound. 8 images of 512x384 x 6 completions x 256 tokens, settings of
-the kadid-7b-qlora configuration, one generation per step; the second of two steps is timed. Each row is a process of its own, with the GPU's
-memory capped; "fits" says whether it ran. A capped large GPU shows a smaller one's memory, not its speed, nor fp16 on a T4.
+The architectures are exact, the weights random: nothing is downloaded, and time and memory do not depend on
+them. A random model does not stop early, so all 256 tokens are sampled: with thinking, an upper bound. 8
+images of 512x384 x 6 completions x 256 tokens, settings of the kadid-7b-qlora configuration, one generation
+per step; the second of two steps is timed. Each row is a process of its own, with the GPU's memory capped;
+"fits" says whether it ran. A capped large GPU shows a smaller one's memory, not its speed, nor fp16 on a
+T4.
 """
 
 import argparse
@@ -32,33 +34,72 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noq
 
 from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
 from vqr1.policy import (  # noqa: E402
-    CHAT_TEMPLATE, PROMPT_TOKENS, SPECIAL, TINY, PictureProcessor, default_dtype, four_bit, keep_gradients, load_processor,
-    memory_by_part, qwen_config,
-)  # fmt: skip
+    CHAT_TEMPLATE,
+    PROMPT_TOKENS,
+    SPECIAL,
+    TINY,
+    PictureProcessor,
+    default_dtype,
+    four_bit,
+    keep_gradients,
+    load_processor,
+    memory_by_part,
+    qwen_config,
+)
 from vqr1.scoring import Scorer  # noqa: E402
-from vqr1.training import build_trainer, load_config, machine_line  # noqa: E402
+from vqr1.config import load_config
+from vqr1.training import build_trainer, machine_line  # noqa: E402
 
 CAPS = (None, 40, 22, 14.5)
 """GiB; a T4 has about 14.6 for programs, an L4 22, the smaller A100 39."""
 COLUMNS = [
-    "how", "size", "cap_gib", "fits", "peak_gib", "step_s", "rollout_s", "reward_s", "update_s", "tokens_per_s", "images_per_s",
+    "how",
+    "size",
+    "cap_gib",
+    "fits",
+    "peak_gib",
+    "step_s",
+    "rollout_s",
+    "reward_s",
+    "update_s",
+    "tokens_per_s",
+    "images_per_s",
     "images_per_s_thinking",
-]  # fmt: skip
+]
 
 
 def tiny_config():
     """Qwen2.5-VL's architecture in small; every size a multiple of 64, which 4-bit layers need on CPUs."""
     config = qwen_config("3B")
-    text = dict(hidden_size=256, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=640)
-    vision = dict(hidden_size=64, intermediate_size=128, depth=2, num_heads=2, out_hidden_size=256, fullatt_block_indexes=[1])
-    for part, sizes in ((config.text_config, text | {"layer_types": ["full_attention"] * 2}), (config.vision_config, vision)):
+    text = dict(
+        hidden_size=256,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=640,
+    )
+    vision = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        depth=2,
+        num_heads=2,
+        out_hidden_size=256,
+        fullatt_block_indexes=[1],
+    )
+    for part, sizes in (
+        (config.text_config, text | {"layer_types": ["full_attention"] * 2}),
+        (config.vision_config, vision),
+    ):
         for key, value in sizes.items():
             setattr(part, key, value)
     return config
 
 
 def random_policy(config, device: torch.device, dtype: torch.dtype):
-    """Return (model, processor): random weights made on the device, one matrix at a time, the language model's in 4 bits at once."""
+    """Return (model, processor): random weights made on the device, one matrix at a time, the language
+    model's in 4 bits at once.
+    """
     processor = random_processor(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -68,9 +109,15 @@ def random_policy(config, device: torch.device, dtype: torch.dtype):
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             norm = weight.ndim == 1 and name == "weight"
-            data = torch.ones(weight.shape, dtype=dtype, device=device) if norm else torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
+            data = (
+                torch.ones(weight.shape, dtype=dtype, device=device)
+                if norm
+                else torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
+            )
             if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
-                made = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module).to(device)
+                made = bnb.nn.Params4bit(
+                    data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
+                ).to(device)
             else:
                 made = torch.nn.Parameter(data)
             setattr(module, name, made)
@@ -81,35 +128,55 @@ def random_policy(config, device: torch.device, dtype: torch.dtype):
             model._init_weights(module)
     model.tie_weights()
     quantizer.postprocess_model(model)
-    model.hf_quantizer, model.hf_device_map = quantizer, {"": device.index or 0 if device.type == "cuda" else "cpu"}
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = config.text_config.pad_token_id, config.text_config.eos_token_id
+    model.hf_quantizer, model.hf_device_map = (
+        quantizer,
+        {"": device.index or 0 if device.type == "cuda" else "cpu"},
+    )
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = (
+        config.text_config.pad_token_id,
+        config.text_config.eos_token_id,
+    )
     keep_gradients(model)
     return model, processor
 
 
 def random_processor(config) -> PictureProcessor:
-    """Return the embedded tokenizer with Qwen's picture processor; the prompt is filled up to the length that it has in Qwen's tokens."""
+    """Return the embedded tokenizer with Qwen's picture processor; the prompt is filled up to the length
+    that it has in Qwen's tokens.
+    """
     tokenizer = load_processor(str(TINY), "qwen2_5_vl").tokenizer
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
     config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
     config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
     config.text_config.eos_token_id, config.text_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
-    pictures = Qwen2VLImageProcessorPil(patch_size=config.vision_config.patch_size, temporal_patch_size=2, merge_size=2)
-    filled = CHAT_TEMPLATE.replace("You are a helpful assistant.", "strong" + " strong" * (PROMPT_TOKENS - 20))
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=config.vision_config.patch_size, temporal_patch_size=2, merge_size=2
+    )
+    filled = CHAT_TEMPLATE.replace(
+        "You are a helpful assistant.", "strong" + " strong" * (PROMPT_TOKENS - 20)
+    )
     return PictureProcessor(pictures, tokenizer, chat_template=filled)
 
 
 class Clock(TrainerCallback):
-    """Seconds spent in functions in the current step, by name: in `seconds` without, in `total` with those of watched functions inside; the GPU is waited for."""
+    """Seconds spent in functions in the current step, by name: in `seconds` without, in `total` with those
+    of watched functions inside; the GPU is waited for.
+    """
 
     def __init__(self):
-        self.seconds, self.total, self.open = Counter(), Counter(), []  # open: [name, seconds of what is inside] of the calls that are running
+        self.seconds, self.total, self.open = (
+            Counter(),
+            Counter(),
+            [],
+        )  # open: [name, seconds of what is inside] of the calls that are running
 
     def on_step_begin(self, *args, **kwargs):
         self.seconds, self.total = Counter(), Counter()
 
     def around(self, name, function):
-        """Return the function with a clock. name: of what it does, or a function that tells it from a call's arguments, None for no clock."""
+        """Return the function with a clock. name: of what it does, or a function that tells it from a call's
+        arguments, None for no clock.
+        """
 
         @wraps(function)
         def timed(*args, **kwargs):
@@ -141,10 +208,14 @@ def one_row(size: str, cap: float | None, out: Path) -> dict:
     tiny = size == "tiny"
     device = torch.device("cpu") if tiny else torch.device("cuda", 0)
     if cap:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        )
     row = {"how": "tiny" if tiny else "measured", "size": size, "cap_gib": cap, "fits": False}
     try:
-        model, processor = random_policy(tiny_config() if tiny else qwen_config(size), device, torch.float32 if tiny else default_dtype())
+        model, processor = random_policy(
+            tiny_config() if tiny else qwen_config(size), device, torch.float32 if tiny else default_dtype()
+        )
         row |= grpo_step(model, processor, tiny, out) | {"fits": True}
         row["peak_gib"] = None if tiny else torch.cuda.max_memory_reserved() / 2**30
         if not cap:
@@ -163,10 +234,23 @@ def photographs(count: int, tiny: bool) -> pd.DataFrame:
 def configuration(tiny: bool, steps: int) -> dict:
     """Return kadid-7b-qlora with one generation per step, for this GPU, or in small for a CPU."""
     config = load_config("kadid-7b-qlora")
-    config["grpo"] |= {"max_steps": steps, "gradient_accumulation_steps": config["grpo"]["steps_per_generation"], "save_strategy": "no"}
+    config["grpo"] |= {
+        "max_steps": steps,
+        "gradient_accumulation_steps": config["grpo"]["steps_per_generation"],
+        "save_strategy": "no",
+    }
     if tiny:
-        small = {"per_device_train_batch_size": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
-        config["grpo"] |= small | {"num_generations": 2, "max_completion_length": 4, "use_cpu": True, "bf16": False}
+        small = {
+            "per_device_train_batch_size": 2,
+            "steps_per_generation": 2,
+            "gradient_accumulation_steps": 2,
+        }
+        config["grpo"] |= small | {
+            "num_generations": 2,
+            "max_completion_length": 4,
+            "use_cpu": True,
+            "bf16": False,
+        }
     elif default_dtype() == torch.float16:
         config["grpo"] |= {"bf16": False, "fp16": True}
     return config
@@ -185,9 +269,12 @@ def grpo_step(model, processor, tiny: bool, out: Path) -> dict:
     tokens = args.per_device_train_batch_size * args.steps_per_generation * args.max_completion_length
     assert all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)
     return {
-        "step_s": last["step"], "rollout_s": last["rollout"], "reward_s": last["reward"],
-        "update_s": clock.seconds["step"], "tokens_per_s": tokens / last["rollout"],
-    }  # fmt: skip
+        "step_s": last["step"],
+        "rollout_s": last["rollout"],
+        "reward_s": last["reward"],
+        "update_s": clock.seconds["step"],
+        "tokens_per_s": tokens / last["rollout"],
+    }
 
 
 def images_per_second(model, processor, thinking: bool, tiny: bool) -> float:
@@ -221,7 +308,16 @@ def of_configuration(name: str) -> dict[str, float]:
     grpo, size = config["grpo"], "3B" if "-3B-" in config["policy"] else "7B"
     batch, k = grpo["per_device_train_batch_size"], grpo["num_generations"]
     images, dtype = batch * grpo["steps_per_generation"] // k, getattr(torch, config["dtype"] or "bfloat16")
-    return memory_by_part(qwen_config(size), config["quantize"], config["lora"]["r"], images, k, grpo["max_completion_length"], batch, dtype=dtype)
+    return memory_by_part(
+        qwen_config(size),
+        config["quantize"],
+        config["lora"]["r"],
+        images,
+        k,
+        grpo["max_completion_length"],
+        batch,
+        dtype=dtype,
+    )
 
 
 def computed() -> tuple[list[dict], pd.DataFrame]:
@@ -230,9 +326,16 @@ def computed() -> tuple[list[dict], pd.DataFrame]:
     for name in ("t4-3b", "l4-7b", "a100-7b", "kadid-7b-qlora"):
         parts[name] = of_configuration(name)
     rows = [
-        {"how": "computed", "size": size, "cap_gib": cap, "fits": parts[size]["peak"] < (cap or float("inf")), "peak_gib": parts[size]["peak"]}
-        for size in parts for cap in (CAPS if size in ("3B", "7B") else (None,))
-    ]  # fmt: skip
+        {
+            "how": "computed",
+            "size": size,
+            "cap_gib": cap,
+            "fits": parts[size]["peak"] < (cap or float("inf")),
+            "peak_gib": parts[size]["peak"],
+        }
+        for size in parts
+        for cap in (CAPS if size in ("3B", "7B") else (None,))
+    ]
     return rows, parts
 
 
@@ -252,10 +355,14 @@ def main() -> int:
         rows = measured(["3B", "7B"], CAPS)
     else:
         rows, parts = computed()
-        print("No GPU here: nothing below was measured. Memory in GiB, COMPUTED from the architectures (vqr1.policy.memory_by_part):\n")
+        print(
+            "No GPU here: nothing below was measured. Memory in GiB, COMPUTED from the architectures (vqr1.policy.memory_by_part):\n"
+        )
         print(parts.round(2).to_string(), "\n")
     table, machine = pd.DataFrame(rows, columns=COLUMNS), machine_line(0)
-    print(f"{machine}, bitsandbytes {bnb.__version__}\n8 images of 512x384 x 6 completions x 256 tokens, 4-bit NF4, LoRA rank 16")
+    print(
+        f"{machine}, bitsandbytes {bnb.__version__}\n8 images of 512x384 x 6 completions x 256 tokens, 4-bit NF4, LoRA rank 16"
+    )
     print(table.dropna(axis=1, how="all").round(2).to_string(index=False))
     if args.csv:
         with args.csv.open("w", encoding="utf-8", newline="") as file:

@@ -3,8 +3,9 @@
     python tests/benchmarks/reward.py
 
 Peers: the same formula with Python floats and ``math.erf``; and with torch scalars and a new
-``torch.distributions.Normal`` per pair, as the official code has it (``grpo_jsonl.py`` lines 128-208). Both run in
-full. Required: at least 20 times the first, 1,000 times the second. Exit status 1 if a ratio is missed.
+``torch.distributions.Normal`` per pair, as the official code has it (``grpo_jsonl.py`` lines 128-208). Both
+run in full. Required: at least 20 times the first, 1,000 times the second. Exit status 1 if a ratio is
+missed.
 """
 
 import math

@@ -1,13 +1,15 @@
-"""Time and memory of the Scorer beside the official way, where its time goes, and what a picture costs when there are many.
+"""Time and memory of the Scorer beside the official way, where its time goes, and what a picture costs when
+there are many.
 
     python tests/benchmarks/scoring.py                                # a few minutes on two cores
     python tests/benchmarks/scoring.py --pictures 16 --repeats 1 --counts 20 40
     python tests/benchmarks/scoring.py --full --csv data/runs         # 10,000 pictures, too; writes scoring-bench.csv there
 
-The official way is that of the official README: pictures are opened one by one, the whole prompt is repeated for each, one answer is
-sampled (top_k 50), and a regular expression takes the number out. Same model, files, batch size and token limit; both
-take turns, and the fastest of the repeats counts (the others were disturbed). Memory is what the process grows by at its peak (Linux),
-on a GPU what torch allocates at its peak. Aims: 3 times as fast as the official way, at most 1.5 plain forward passes.
+The official way is that of the official README: pictures are opened one by one, the whole prompt is
+repeated for each, one answer is sampled (top_k 50), and a regular expression takes the number out. Same
+model, files, batch size and token limit; both take turns, and the fastest of the repeats counts (the others
+were disturbed). Memory is what the process grows by at its peak (Linux), on a GPU what torch allocates at
+its peak. Aims: 3 times as fast as the official way, at most 1.5 plain forward passes.
 """
 
 import argparse
@@ -65,11 +67,18 @@ def official(policy: tuple, files: list[Path], thinking: bool) -> list[float]:
     scores = []
     for start in range(0, len(files), BATCH):
         pictures = [Image.open(file).convert("RGB") for file in files[start : start + BATCH]]
-        text = [processor.apply_chat_template(messages(thinking), tokenize=False, add_generation_prompt=True) for _ in pictures]
+        text = [
+            processor.apply_chat_template(messages(thinking), tokenize=False, add_generation_prompt=True)
+            for _ in pictures
+        ]
         inputs = processor(text=text, images=pictures, padding=True, return_tensors="pt").to(model.device)
         with torch.no_grad():
-            ids = model.generate(**inputs, use_cache=True, max_new_tokens=TOKENS, do_sample=True, top_k=50, top_p=1.0)
-        texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            ids = model.generate(
+                **inputs, use_cache=True, max_new_tokens=TOKENS, do_sample=True, top_k=50, top_p=1.0
+            )
+        texts = processor.tokenizer.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for answer in texts:
             tagged = re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL)
             number = re.search(r"\d+(\.\d+)?", tagged[-1] if tagged else answer)
@@ -79,7 +88,9 @@ def official(policy: tuple, files: list[Path], thinking: bool) -> list[float]:
 
 @contextmanager
 def peak():
-    """Yield a list that afterwards holds by how many MB the process, or what torch has on the GPU, grew at its peak; NaN elsewhere."""
+    """Yield a list that afterwards holds by how many MB the process, or what torch has on the GPU, grew at
+    its peak; NaN elsewhere.
+    """
     grown = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -87,7 +98,9 @@ def peak():
         yield grown
         grown.append((torch.cuda.max_memory_allocated() - before) / 1e6)
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that the next to run pays for its own
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what was freed is given back, so that the next to run pays for its own
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status("VmRSS")
         yield grown
@@ -98,7 +111,9 @@ def peak():
 
 
 def _status(key: str) -> int:
-    return int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE).group(1))
+    return int(
+        re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE).group(1)
+    )
 
 
 def timed(function, repeats: int = 1) -> tuple[float, float, list]:
@@ -115,11 +130,26 @@ def timed(function, repeats: int = 1) -> tuple[float, float, list]:
     return *min(runs), result
 
 
-def row(part: str, mode: str, count: int, seconds: float, memory: float = math.nan, relative: float = math.nan, meaning: str = "") -> dict:
+def row(
+    part: str,
+    mode: str,
+    count: int,
+    seconds: float,
+    memory: float = math.nan,
+    relative: float = math.nan,
+    meaning: str = "",
+) -> dict:
     return {
-        "part": part, "mode": mode, "pictures": count, "seconds": seconds, "images_per_s": count / seconds if seconds else math.nan,
-        "ms_per_picture": 1e3 * seconds / count, "peak_mb": memory, "relative": relative, "relative_to": meaning,
-    }  # fmt: skip
+        "part": part,
+        "mode": mode,
+        "pictures": count,
+        "seconds": seconds,
+        "images_per_s": count / seconds if seconds else math.nan,
+        "ms_per_picture": 1e3 * seconds / count,
+        "peak_mb": memory,
+        "relative": relative,
+        "relative_to": meaning,
+    }
 
 
 def speed(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
@@ -128,7 +158,10 @@ def speed(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
     for mode, thinking in MODES.items():
         ways = {
             "official": lambda: official(policy, files, thinking),
-            "Scorer": lambda: [score.score for score in Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS).score(files)],
+            "Scorer": lambda: [
+                score.score
+                for score in Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS).score(files)
+            ],
         }
         for way in ways.values():
             way() if repeats > 1 else None  # once without a clock
@@ -141,7 +174,16 @@ def speed(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
                     raise RuntimeError(f"{name}, {mode}: not one score")
         theirs, ours = best["official"], best["Scorer"]
         rows.append(row("official way", mode, len(files), *theirs))
-        rows.append(row("Scorer, expected", mode, len(files), *ours, theirs[0] / ours[0], "times as fast as the official way"))
+        rows.append(
+            row(
+                "Scorer, expected",
+                mode,
+                len(files),
+                *ours,
+                theirs[0] / ours[0],
+                "times as fast as the official way",
+            )
+        )
     return rows
 
 
@@ -168,7 +210,9 @@ class Stages:
 
 
 def profile(policy: tuple, files: list[Path]) -> list[dict]:
-    """Where the Scorer's time goes. Its stages are its own methods; background threads work meanwhile, so their time is no part of the whole."""
+    """Where the Scorer's time goes. Its stages are its own methods; background threads work meanwhile, so
+    their time is no part of the whole.
+    """
     rows = []
     for mode, thinking in MODES.items():
         scorer, stages = Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS), Stages()
@@ -184,22 +228,33 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
             seconds, _, _ = timed(lambda: scorer.score(files))
         finally:
             scoring.read_picture, tower.forward, type(processor).__call__ = kept
-        took = {stage: stages.seconds.get(stage, 0.0) for stage in ("vision tower", "prefill", "generate", "tree")}
+        took = {
+            stage: stages.seconds.get(stage, 0.0) for stage in ("vision tower", "prefill", "generate", "tree")
+        }
         took["prefill"] -= took["vision tower"]
         took["other, and waiting for pictures"] = seconds - sum(took.values())
         took |= {stage: s for stage, s in stages.seconds.items() if stage not in took}
-        rows += [row(f"profile: {stage}", mode, len(files), s, relative=s / seconds, meaning="of the Scorer's time") for stage, s in took.items()]
+        rows += [
+            row(
+                f"profile: {stage}", mode, len(files), s, relative=s / seconds, meaning="of the Scorer's time"
+            )
+            for stage, s in took.items()
+        ]
     return rows
 
 
 def forward(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
-    """One plain forward pass of a batch of prepared pictures, and their expected scores from the same pixels."""
+    """One plain forward pass of a batch of prepared pictures, and their expected scores from the same
+    pixels.
+    """
     model, processor = policy
     scorer = Scorer(policy, batch_size=BATCH)
     batch = [scorer._open(file) for file in files[:BATCH]]
     text = processor.apply_chat_template(messages(False), tokenize=False, add_generation_prompt=True)
     pictures = [scoring.read_picture(file) for file in files[:BATCH]]
-    inputs = processor(text=[text] * len(batch), images=pictures, padding=True, return_tensors="pt").to(model.device)
+    inputs = processor(text=[text] * len(batch), images=pictures, padding=True, return_tensors="pt").to(
+        model.device
+    )
     prefix = scorer._prefix()
 
     def plain():
@@ -214,12 +269,21 @@ def forward(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
     one, ours = (min(times) for times in zip(*pairs))
     return [
         row("one plain forward pass", "non-thinking", len(batch), one),
-        row("expected score", "non-thinking", len(batch), ours, relative=ours / one, meaning="plain forward passes"),
+        row(
+            "expected score",
+            "non-thinking",
+            len(batch),
+            ours,
+            relative=ours / one,
+            meaning="plain forward passes",
+        ),
     ]
 
 
 def growth(policy: tuple, counts: list[int]) -> list[dict]:
-    """The Scorer's cost of so many small files; what a picture costs should not depend on how many there are."""
+    """The Scorer's cost of so many small files; what a picture costs should not depend on how many there
+    are.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         distinct = min(max(counts), 500)
@@ -228,19 +292,40 @@ def growth(policy: tuple, counts: list[int]) -> list[dict]:
         scorer = Scorer(policy, batch_size=BATCH)
         scorer.score([f"{folder}/{i}.png" for i in range(min(64, distinct))])
         for count in counts:
-            seconds, memory, _ = timed(lambda: [len(window) for window in scorer.batches(f"{folder}/{i % distinct}.png" for i in range(count))])
+            seconds, memory, _ = timed(
+                lambda: [
+                    len(window)
+                    for window in scorer.batches(f"{folder}/{i % distinct}.png" for i in range(count))
+                ]
+            )
             first = rows[0]["ms_per_picture"] if rows else 1e3 * seconds / count
-            rows.append(row(f"{count} small files", "non-thinking", count, seconds, memory, 1e3 * seconds / count / first, f"times a picture's cost among {counts[0]}"))
+            rows.append(
+                row(
+                    f"{count} small files",
+                    "non-thinking",
+                    count,
+                    seconds,
+                    memory,
+                    1e3 * seconds / count / first,
+                    f"times a picture's cost among {counts[0]}",
+                )
+            )
     return rows
 
 
 def arguments(description: str) -> argparse.Namespace:
     """What the benchmarks take; each ignores what is another's, for `make bench` hands the same to all."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", default="tiny-policy", help="as for vqr1 score (%(default)s)")
     parser.add_argument("--pictures", type=int, default=81, help="pictures to score (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts (%(default)s)")
-    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000], help="numbers of small files (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs, of which the fastest counts (%(default)s)"
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[100, 1000], help="numbers of small files (%(default)s)"
+    )
     parser.add_argument("--full", action="store_true", help="10,000 small files, too")
     parser.add_argument("--small", action="store_true", help="step.py in a minute, to see that it runs")
     parser.add_argument("--csv", type=Path, help="write the table into this folder")
@@ -260,8 +345,15 @@ def main() -> None:
     random.seed(0)
     policy, files = load_policy(args.policy), photographs(args.pictures)
     counts = args.counts + [10_000] * args.full
-    rows = speed(policy, files, args.repeats) + profile(policy, files) + forward(policy, files, args.repeats) + growth(policy, counts)
-    title = f"{args.policy}, {policy[0].dtype}, batches of {BATCH}, photographs of 512x384".replace("torch.", "")
+    rows = (
+        speed(policy, files, args.repeats)
+        + profile(policy, files)
+        + forward(policy, files, args.repeats)
+        + growth(policy, counts)
+    )
+    title = f"{args.policy}, {policy[0].dtype}, batches of {BATCH}, photographs of 512x384".replace(
+        "torch.", ""
+    )
     publish(rows, title, args.csv and args.csv / "scoring-bench.csv")
 
 

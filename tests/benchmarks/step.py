@@ -1,20 +1,27 @@
-"""Where the time of one GRPO step goes, stock and with what K answers share computed once; how time and memory of a step grow.
+"""Where the time of one GRPO step goes, stock and with what K answers share computed once; how time and
+memory of a step grow.
 
     python tests/benchmarks/step.py                     # some 6 minutes on two idle cores
     python tests/benchmarks/step.py --csv data/runs     # writes step.csv, growth.csv and growth.png there
     python tests/benchmarks/step.py --small             # the same code in a minute: its numbers mean nothing
 
-*Step*: the embedded policy by configs/cpu.yaml with a KL term (beta = 0.04), 16 images at 112 px and 4 at 448 px, K = 6; on a GPU also a randomly
-initialised 3B as in gpu.py. One trainer takes its steps by turns in the stock way (``share: false``, and each repeat of a picture through the image
-processor, as TRL does with Qwen's own) and in the sharing one. The two steps of a pair have the same pictures and seed, and as the learning rate is 0, the same
-answers; each pair has new pictures, so that nothing is remembered. Medians after a pair to warm up. A part's seconds are without those of the parts inside it.
-*Floor*, right after each step: its own calls of the model again, in the same way, and nothing else: `generate` with the prepared inputs, then for each
-micro-batch one forward for the log-probabilities of its answers, and the backward of their sum. No image processing, reference, reward, optimizer,
-metrics, logs. The reference model is no overhead of the trainer, but the price of beta > 0, which cpu.yaml does not pay: it is left out of the overhead.
+*Step*: the embedded policy by configs/cpu.yaml with a KL term (beta = 0.04), 16 images at 112 px and 4 at
+448 px, K = 6; on a GPU also a randomly initialised 3B as in gpu.py. One trainer takes its steps by turns in
+the stock way (``share: false``, and each repeat of a picture through the image processor, as TRL does with
+Qwen's own) and in the sharing one. The two steps of a pair have the same pictures and seed, and as the
+learning rate is 0, the same answers; each pair has new pictures, so that nothing is remembered. Medians
+after a pair to warm up. A part's seconds are without those of the parts inside it. *Floor*, right after
+each step: its own calls of the model again, in the same way, and nothing else: `generate` with the prepared
+inputs, then for each micro-batch one forward for the log-probabilities of its answers, and the backward of
+their sum. No image processing, reference, reward, optimizer, metrics, logs. The reference model is no
+overhead of the trainer, but the price of beta > 0, which cpu.yaml does not pay: it is left out of the
+overhead.
 
-*Growth*, in the sharing way: from 8 images of 112 px, K = 6, 32 new tokens (no answer ends earlier), one quantity is changed; the second of two steps is timed.
-Ranks: processes with gloo and one thread each, 8 images on each and comparisons over all, so equal time is linear. Memory: by how much the process
-grows at its peak. Exponent: slope of a straight line through the logarithms; 1 is linear, less means that what is fixed still weighs.
+*Growth*, in the sharing way: from 8 images of 112 px, K = 6, 32 new tokens (no answer ends earlier), one
+quantity is changed; the second of two steps is timed. Ranks: processes with gloo and one thread each, 8
+images on each and comparisons over all, so equal time is linear. Memory: by how much the process grows at
+its peak. Exponent: slope of a straight line through the logarithms; 1 is linear, less means that what is
+fixed still weighs.
 """
 
 import functools
@@ -30,24 +37,39 @@ import pandas as pd
 import torch
 from gpu import Clock, configuration, photographs, qwen_config, random_policy
 from matplotlib.figure import Figure
-from scoring import ROOT, arguments, peak, publish, timed
+from scoring import arguments, peak, publish, timed
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
 
+from vqr1.config import load_config
 from vqr1.policy import base_of, default_dtype
 from vqr1.sharing import process_once, share
 from vqr1.thurstone import ranking_reward
-from vqr1.training import build_trainer, images_per_step, load_config
+from vqr1.training import build_trainer, images_per_step
 
 PARTS = (
-    "image processing", "vision tower, rollouts", "prefill", "decoding", "reward", "vision tower, log-probabilities",
-    "reference log-probabilities", "policy log-probabilities", "backward",
-)  # fmt: skip
-GROWTH = {"images": (4, 8, 16, 32), "K": (3, 6, 12, 24), "new tokens": (16, 32, 64, 128), "pixels": (112**2, 224**2, 336**2, 448**2)}
+    "image processing",
+    "vision tower, rollouts",
+    "prefill",
+    "decoding",
+    "reward",
+    "vision tower, log-probabilities",
+    "reference log-probabilities",
+    "policy log-probabilities",
+    "backward",
+)
+GROWTH = {
+    "images": (4, 8, 16, 32),
+    "K": (3, 6, 12, 24),
+    "new tokens": (16, 32, 64, 128),
+    "pixels": (112**2, 224**2, 336**2, 448**2),
+}
 START = {"images": 8, "K": 6, "new tokens": 32, "pixels": 112**2}
 
 
 def squares(count: int, side: int) -> pd.DataFrame:
-    """Rows of so many photographs, cut to squares of that many pixels; above 384 px the processor enlarges them."""
+    """Rows of so many photographs, cut to squares of that many pixels; above 384 px the processor enlarges
+    them.
+    """
     side = min(side, 384)
     return photographs(count, tiny=True).assign(crop=f"0,0,{side},{side}")
 
@@ -56,7 +78,9 @@ def embedded(images: int, k: int, side: int, steps: int, **grpo) -> dict:
     """cpu.yaml for one step's images, which all have side x side px."""
     config = load_config("cpu") | {"pixels": [side**2, side**2]}
     sizes = {"per_device_train_batch_size": images * k, "num_generations": k, "max_steps": steps}
-    config["grpo"] |= sizes | {"save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": True} | grpo
+    config["grpo"] |= (
+        sizes | {"save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": True} | grpo
+    )
     return config
 
 
@@ -64,17 +88,28 @@ def embedded(images: int, k: int, side: int, steps: int, **grpo) -> dict:
 
 
 class Turns(TrainerCallback):
-    """Take a trainer's steps by turns in the stock and in the sharing way, and note the seconds of each by part, and its floor."""
+    """Take a trainer's steps by turns in the stock and in the sharing way, and note the seconds of each by
+    part, and its floor.
+    """
 
     def __init__(self, trainer):
         self.trainer, self.model, self.clock, self.steps = trainer, trainer.model, Clock(), []
         self.base, self.processor = base_of(trainer.model), trainer.processing_class
         plain = functools.partial(ProcessorMixin._process_images, self.processor)
-        owners = ((self.model, "generate"), (self.base, "forward"), (self.base.model, "forward"), (self.base.model.visual, "forward"))
-        self.stock = [(owner, name, getattr(owner, name)) for owner, name in owners] + [(self.processor, "_process_images", plain)]
+        owners = (
+            (self.model, "generate"),
+            (self.base, "forward"),
+            (self.base.model, "forward"),
+            (self.base.model.visual, "forward"),
+        )
+        self.stock = [(owner, name, getattr(owner, name)) for owner, name in owners] + [
+            (self.processor, "_process_images", plain)
+        ]
         clock, accelerator = self.clock.around, trainer.accelerator
         trainer.reward_funcs = [clock("reward", function) for function in trainer.reward_funcs]
-        trainer._get_per_token_logps_and_entropies = clock(self._whose, trainer._get_per_token_logps_and_entropies)
+        trainer._get_per_token_logps_and_entropies = clock(
+            self._whose, trainer._get_per_token_logps_and_entropies
+        )
         accelerator.backward = clock("backward", accelerator.backward)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)
@@ -106,7 +141,11 @@ class Turns(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         whole = Clock.now() - self.start
         parts = {part: self.clock.seconds[part] for part in PARTS}
-        sums = {"everything else": whole - sum(parts.values()), "rollouts": self.clock.total["decoding"], "whole step": whole}
+        sums = {
+            "everything else": whole - sum(parts.values()),
+            "rollouts": self.clock.total["decoding"],
+            "whole step": whole,
+        }
         self.steps.append({"shared": self.shared} | parts | sums | {"floor": self.floor()})
         self.start = Clock.now()
 
@@ -125,12 +164,16 @@ class Turns(TrainerCallback):
         return took
 
     def _watch(self, owner, name: str, part, calls: list | None = None) -> None:
-        """Put a clock around a method, and keep what it is called with: of the model's forward only what is learned from."""
+        """Put a clock around a method, and keep what it is called with: of the model's forward only what is
+        learned from.
+        """
         function = self.clock.around(part, getattr(owner, name))
 
         @functools.wraps(function)  # `generate` reads signatures
         def watched(*args, **inputs):
-            if calls is not None and (name == "generate" or inputs.get("fused_lm_head") and torch.is_grad_enabled()):
+            if calls is not None and (
+                name == "generate" or inputs.get("fused_lm_head") and torch.is_grad_enabled()
+            ):
                 calls.append(inputs)
             return function(*args, **inputs)
 
@@ -147,7 +190,9 @@ class Turns(TrainerCallback):
 
     def _prefill(self, *args, **inputs) -> str | None:
         """The calls within `generate` that have more than one token a row: the others decode."""
-        given = next(value for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if value is not None)
+        given = next(
+            value for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if value is not None
+        )
         return "prefill" if self._inside("decoding") and given.shape[1] > 1 else None
 
 
@@ -167,23 +212,38 @@ def step_rows(name: str, config: dict, frame: pd.DataFrame, repeats: int, policy
     parts = [*PARTS, *(part for part in table if part not in PARTS)]
     units = {part: "ratio" if part.startswith("overhead") else "s" for part in parts}
     return [
-        {"setting": name, "part": part, "unit": units[part], "stock": stock, "shared": shared, "stock_over_shared": stock / shared if shared else np.nan}
+        {
+            "setting": name,
+            "part": part,
+            "unit": units[part],
+            "stock": stock,
+            "shared": shared,
+            "stock_over_shared": stock / shared if shared else np.nan,
+        }
         for part, (stock, shared) in table[parts].items()
-    ]  # fmt: skip
+    ]
 
 
 def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
     rows, steps = [], 2 * (repeats + 1)
     for side, images in ((64, 2), (96, 2)) if small else ((112, 16), (448, 4)):
         config = embedded(images, 6, side, steps, beta=0.04, learning_rate=0.0)
-        rows += step_rows(f"embedded, {images} images of {side} px", config, squares(images * (repeats + 1), side), repeats)
+        rows += step_rows(
+            f"embedded, {images} images of {side} px", config, squares(images * (repeats + 1), side), repeats
+        )
     if not torch.cuda.is_available():
         print("No GPU here: no row of a randomly initialised 3B.\n")
         return rows
     config = configuration(False, steps)
     config["grpo"] |= {"learning_rate": 0.0, "logging_steps": 1, "disable_tqdm": True}
     policy = random_policy(qwen_config("3B"), torch.device("cuda", 0), default_dtype())
-    return rows + step_rows("random 3B in 4 bits, 8 images of 512x384 px", config, photographs(8 * (repeats + 1), False), repeats, policy)
+    return rows + step_rows(
+        "random 3B in 4 bits, 8 images of 512x384 px",
+        config,
+        photographs(8 * (repeats + 1), False),
+        repeats,
+        policy,
+    )
 
 
 # Growth
@@ -207,13 +267,22 @@ def point(settings: dict, scope: str = "local") -> dict:
 
 def of_reward(images: int) -> dict:
     """The pairwise reward alone, K = 6."""
-    seconds, memory, _ = timed(lambda: ranking_reward(1 + 4 * torch.rand(images, 6), torch.rand(images)), repeats=9)
+    seconds, memory, _ = timed(
+        lambda: ranking_reward(1 + 4 * torch.rand(images, 6), torch.rand(images)), repeats=9
+    )
     return {"seconds": seconds, "peak_mb": memory}
 
 
 def of_ranks(count: int, small: bool) -> dict:
     """The slowest and the largest of `count` processes, each with the images of START."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        __file__,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command + ["--small"] * small, env=environment, capture_output=True, text=True)
     lines = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("RANK ")]
@@ -238,28 +307,43 @@ def growth(small: bool) -> list[dict]:
     base = point(start)
     for axis, values in GROWTH.items():
         values = (start[axis], 2 * start[axis]) if small else values
-        rows += [{"axis": axis, "value": value} | (base if value == start[axis] else point(start | {axis: value})) for value in values]
+        rows += [
+            {"axis": axis, "value": value} | (base if value == start[axis] else point(start | {axis: value}))
+            for value in values
+        ]
     rows += [{"axis": "ranks", "value": count} | of_ranks(count, small) for count in (1, 2)]
-    rows += [{"axis": "images, reward alone", "value": count} | of_reward(count) for count in (64, 128, 256, 512)]
+    rows += [
+        {"axis": "images, reward alone", "value": count} | of_reward(count) for count in (64, 128, 256, 512)
+    ]
     table = pd.DataFrame(rows)
     for column, name in (("seconds", "time_exponent"), ("peak_mb", "memory_exponent")):
-        found = {axis: np.polyfit(np.log(part["value"]), np.log(part[column].clip(lower=1e-3)), 1)[0] for axis, part in table.groupby("axis")}
+        found = {
+            axis: np.polyfit(np.log(part["value"]), np.log(part[column].clip(lower=1e-3)), 1)[0]
+            for axis, part in table.groupby("axis")
+        }
         table[name] = table["axis"].map(found)
     return table.to_dict("records")
 
 
 def growth_figure(table: pd.DataFrame) -> Figure:
-    """Time above and memory below against each quantity, both axes logarithmic; dashed: linear through the first point."""
+    """Time above and memory below against each quantity, both axes logarithmic; dashed: linear through the
+    first point.
+    """
     axes = list(table["axis"].unique())
     figure = Figure(figsize=(2.4 * len(axes), 4.8), layout="constrained", dpi=100)
     for column, axis in enumerate(axes):
         part = table[table["axis"] == axis]
-        for row, (name, exponent, label) in enumerate((("seconds", "time_exponent", "s per step"), ("peak_mb", "memory_exponent", "MB at the peak"))):
+        for row, (name, exponent, label) in enumerate(
+            (("seconds", "time_exponent", "s per step"), ("peak_mb", "memory_exponent", "MB at the peak"))
+        ):
             ax = figure.add_subplot(2, len(axes), row * len(axes) + column + 1)
             ideal = part[name].iloc[0] * (1 if axis == "ranks" else part["value"] / part["value"].iloc[0])
             ax.loglog(part["value"], part[name], "o-", markersize=4)
             ax.loglog(part["value"], ideal + 0 * part["value"], "--", color="0.6", linewidth=1)
-            ax.set_xticks(part["value"], [f"{value**0.5:.0f}²" if axis == "pixels" else value for value in part["value"]])
+            ax.set_xticks(
+                part["value"],
+                [f"{value**0.5:.0f}²" if axis == "pixels" else value for value in part["value"]],
+            )
             shown = sorted({part[name].min(), part[name].max()})
             ax.set_yticks(shown, [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in shown])
             ax.minorticks_off()

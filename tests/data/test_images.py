@@ -50,7 +50,9 @@ def test_every_depth_gives_the_same_greys(name, image, tmp_path):
     assert (grey(open_picture(tmp_path / name)) == GREY).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F", "PA", "RGBa"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F", "PA", "RGBa"]
+)
 def test_every_mode_of_pillow_becomes_rgb(mode):
     image = Image.new(mode, (5, 3))
     before = image.tobytes()
@@ -70,7 +72,9 @@ def test_transparency_is_put_on_white_and_said(name, tmp_path):
     if name == "palette.png":
         image = image.quantize(4)
     if name == "key.png":  # one colour counts as transparent
-        Image.fromarray(np.repeat([[255] * 4 + [0] * 4], 8, 0).astype(np.uint8)).save(tmp_path / name, transparency=255)
+        Image.fromarray(np.repeat([[255] * 4 + [0] * 4], 8, 0).astype(np.uint8)).save(
+            tmp_path / name, transparency=255
+        )
     else:
         image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
     picture = open_picture(tmp_path / name)
@@ -87,7 +91,9 @@ def test_an_opaque_alpha_channel_changes_nothing(photo):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(kind, orientation, tmp_path):
     """White is what the viewer sees at the top left: EXIF says where that corner is stored."""
-    rows, columns = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
+    rows, columns = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[
+        orientation
+    ]
     pixels = np.zeros((32, 64), np.uint8)
     pixels[16 * rows : 16 * rows + 16, 32 * columns : 32 * columns + 32] = 255
     exif = Image.Exif()
@@ -96,7 +102,10 @@ def test_pictures_are_turned_upright(kind, orientation, tmp_path):
     Image.fromarray(pixels).convert("RGB").save(path, exif=exif)
     picture = open_picture(path)
     assert picture.size == upright_size(path) == ((32, 64) if orientation > 4 else (64, 32))
-    corners = [picture.convert("L").getpixel(at) > 128 for at in ((3, 3), (-4 % picture.width, 3), (3, -4 % picture.height))]
+    corners = [
+        picture.convert("L").getpixel(at) > 128
+        for at in ((3, 3), (-4 % picture.width, 3), (3, -4 % picture.height))
+    ]
     assert corners == [True, False, False]
 
 
@@ -115,7 +124,9 @@ def test_of_an_animation_the_first_frame_is_taken_and_said(kind, tmp_path):
 
 
 def test_a_frame_chosen_by_the_caller_is_kept(tmp_path):
-    Image.new("L", (16, 16), 255).save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (16, 16), 0)])
+    Image.new("L", (16, 16), 255).save(
+        tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (16, 16), 0)]
+    )
     with Image.open(tmp_path / "a.gif") as image:
         image.seek(1)
         assert grey(as_rgb(image)).max() == 0 and as_rgb(image).info["note"] == "frame 2 of several"
@@ -135,16 +146,19 @@ def with_last(*values: float) -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize(("pixels", "white", "note"), [
-    (BRIGHT, 1, ""),
-    (BRIGHT / 4, 1, ""),  # dark, and it stays dark
-    (with_last(1.02), 1, "0.01% of the values outside 0..1 clipped"),
-    (with_last(5000.0, 1.02, -0.01), 1, "0.04% of the values outside 0..1 clipped"),
-    (BRIGHT * 255, 255, "floats: white is 255"),
-    (with_last(1.02) * 255, 255, "floats: white is 255; 0.01% of the values outside 0..255 clipped"),
-    (BRIGHT * 4095, 4095, "floats: white is 4095"),
-    (BRIGHT * 65535, 65535, "floats: white is 65535"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pixels", "white", "note"),
+    [
+        (BRIGHT, 1, ""),
+        (BRIGHT / 4, 1, ""),  # dark, and it stays dark
+        (with_last(1.02), 1, "0.01% of the values outside 0..1 clipped"),
+        (with_last(5000.0, 1.02, -0.01), 1, "0.04% of the values outside 0..1 clipped"),
+        (BRIGHT * 255, 255, "floats: white is 255"),
+        (with_last(1.02) * 255, 255, "floats: white is 255; 0.01% of the values outside 0..255 clipped"),
+        (BRIGHT * 4095, 4095, "floats: white is 4095"),
+        (BRIGHT * 65535, 65535, "floats: white is 65535"),
+    ],
+)
 def test_floats_keep_their_tones_and_what_is_clipped_is_said(pixels, white, note, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "float.tif")
     picture = open_picture(tmp_path / "float.tif")
@@ -152,15 +166,21 @@ def test_floats_keep_their_tones_and_what_is_clipped_is_said(pixels, white, note
     assert picture.info.get("note", "") == note
 
 
-@pytest.mark.parametrize(("pixels", "message"), [
-    (BRIGHT * 8, "floats from 0 to 8: which is black, and which is white"),  # light of a scene
-    (BRIGHT * 2 - 1, "floats from -1 to 1: .*Scale them to 0..1"),
-    (BRIGHT * 255000 - 5000, "floats from -5000 to 250000"),
-    (np.where(BRIGHT > 0.5, np.nan, BRIGHT).astype(np.float32), "values that are no numbers or infinite"),
-    (GREY.astype(np.int32) * 300, "integers from 0 to 76500: which is black, and which is white\\? Scale it to 8 or 16 bits"),
-    (GREY.astype(np.int32) * 2**23, "integers from 0 to 2139095040"),
-    (GREY.astype(np.int32) - 100, "integers from -100 to 155"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (BRIGHT * 8, "floats from 0 to 8: which is black, and which is white"),  # light of a scene
+        (BRIGHT * 2 - 1, "floats from -1 to 1: .*Scale them to 0..1"),
+        (BRIGHT * 255000 - 5000, "floats from -5000 to 250000"),
+        (np.where(BRIGHT > 0.5, np.nan, BRIGHT).astype(np.float32), "values that are no numbers or infinite"),
+        (
+            GREY.astype(np.int32) * 300,
+            "integers from 0 to 76500: which is black, and which is white\\? Scale it to 8 or 16 bits",
+        ),
+        (GREY.astype(np.int32) * 2**23, "integers from 0 to 2139095040"),
+        (GREY.astype(np.int32) - 100, "integers from -100 to 155"),
+    ],
+)
 def test_a_scale_that_cannot_be_told_is_refused_with_a_remedy(pixels, message, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match=f"deep.tif cannot be read as a picture .*{message}"):
@@ -178,7 +198,12 @@ def deep_png(path: Path, white: int) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", GREY.shape[1], GREY.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_deep_colours_are_read_or_refused_where_most_of_their_tones_would_be_lost(tmp_path):
@@ -186,7 +211,9 @@ def test_deep_colours_are_read_or_refused_where_most_of_their_tones_would_be_los
     assert (grey(open_picture(tmp_path / "16.png")) == GREY).all()
     for white in (1023, 4095, 16383):
         deep_png(tmp_path / "12.png", white)
-        with pytest.raises(ValueError, match="12.png cannot be read .*all in the darkest quarter.*save it with 8 bits"):
+        with pytest.raises(
+            ValueError, match="12.png cannot be read .*all in the darkest quarter.*save it with 8 bits"
+        ):
             open_picture(tmp_path / "12.png")
 
 
@@ -201,7 +228,9 @@ def test_heic_without_its_reader_says_what_to_install(header, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes the import fail, installed or not
     (tmp_path / "phone.jpg").write_bytes(header + bytes(100))  # whatever it is called
     for file in (tmp_path / "phone.jpg", header + bytes(100)):
-        with pytest.raises(ValueError, match=r"it is HEIC, which Pillow reads with pillow-heif: pip install 'vqr1\[heic\]'"):
+        with pytest.raises(
+            ValueError, match=r"it is HEIC, which Pillow reads with pillow-heif: pip install 'vqr1\[heic\]'"
+        ):
             open_picture(file)
     with pytest.raises(ValueError, match="phone.jpg .*pip install"):
         upright_size(tmp_path / "phone.jpg")
@@ -213,7 +242,9 @@ def test_heic_is_read_upright(tmp_path):
     pixels[:16, :32] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned to the right: the white corner at the top right
-    pillow_heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "a.heic", quality=100, exif=exif.tobytes())
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(
+        tmp_path / "a.heic", quality=100, exif=exif.tobytes()
+    )
     pillow_heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "b.heic", quality=100)
     plain, turned = open_picture(tmp_path / "b.heic"), open_picture(tmp_path / "a.heic")
     assert np.abs(np.int16(plain) - pixels).max() <= 8 and plain.info == {}
@@ -239,14 +270,20 @@ def test_small_and_thin_pictures_are_read(size):
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (201, 1)])
 def test_a_picture_that_no_processor_takes_is_refused(size, tmp_path):
     Image.new("L", size).save(tmp_path / "thin.png")
-    with pytest.raises(ValueError, match=rf"thin.png .*{size[0]}x{size[1]} pixels are thinner than 1:200; crop or pad"):
+    with pytest.raises(
+        ValueError, match=rf"thin.png .*{size[0]}x{size[1]} pixels are thinner than 1:200; crop or pad"
+    ):
         open_picture(tmp_path / "thin.png")
 
 
 @pytest.mark.parametrize(("kind", "megabytes"), [("jpeg", 250), ("png", 500)])
 def test_a_large_picture_needs_bounded_memory(kind, megabytes, tmp_path):
-    """A JPEG is decoded at half size; a PNG of 108 million pixels takes 324 MB, and no second copy of that size."""
-    Image.new("RGB", (12000, 9000), (10, 20, 30)).save(tmp_path / "large", kind, **({"compress_level": 1} if kind == "png" else {}))
+    """A JPEG is decoded at half size; a PNG of 108 million pixels takes 324 MB, and no second copy of that
+    size.
+    """
+    Image.new("RGB", (12000, 9000), (10, 20, 30)).save(
+        tmp_path / "large", kind, **({"compress_level": 1} if kind == "png" else {})
+    )
     code = (
         "import resource, sys\n"
         "from vqr1.data.images import open_picture\n"
@@ -267,19 +304,25 @@ def test_shrinking_keeps_what_a_palette_and_a_corner_show(monkeypatch):
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16, :16] = (200, 0, 0)
     small = as_rgb(Image.fromarray(pixels).quantize(2))
-    assert small.size == (8, 8) and small.getpixel((0, 0)) == (200, 0, 0) and small.getpixel((7, 7)) == (0, 0, 0)
+    assert (
+        small.size == (8, 8) and small.getpixel((0, 0)) == (200, 0, 0) and small.getpixel((7, 7)) == (0, 0, 0)
+    )
 
 
 def test_rows_of_manifests_keep_their_native_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr("vqr1.data.images.LARGE", 64)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
-    assert open_picture(tmp_path / "a.jpg", shrink=False).size == (32, 32) and open_picture(tmp_path / "a.jpg").size == (8, 8)
+    assert open_picture(tmp_path / "a.jpg", shrink=False).size == (32, 32) and open_picture(
+        tmp_path / "a.jpg"
+    ).size == (8, 8)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
-    with pytest.raises(ValueError, match="bomb.png cannot be read as a picture .*decompression bomb.*replace the file"):
+    with pytest.raises(
+        ValueError, match="bomb.png cannot be read as a picture .*decompression bomb.*replace the file"
+    ):
         open_picture(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)  # Pillow warns from there to twice the limit
     with warnings.catch_warnings():
@@ -320,13 +363,21 @@ def test_what_is_no_picture_is_named_with_a_remedy(name, why, tmp_path, photo):
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:5000])
     with pytest.raises(ValueError) as refused:
         open_picture(tmp_path / name)
-    assert str(tmp_path / name) in str(refused.value) and why in str(refused.value) and ";" in str(refused.value)
+    assert (
+        str(tmp_path / name) in str(refused.value) and why in str(refused.value) and ";" in str(refused.value)
+    )
 
 
-@pytest.mark.parametrize("address", ["https://example.org/a.jpg", "http://example.org/a.jpg?size=1", "s3://bucket/a.jpg", "file:///a.jpg"])
+@pytest.mark.parametrize(
+    "address",
+    ["https://example.org/a.jpg", "http://example.org/a.jpg?size=1", "s3://bucket/a.jpg", "file:///a.jpg"],
+)
 def test_an_address_must_be_downloaded_first(address):
     for path in (address, Path(address)):
-        with pytest.raises(ValueError, match=r"a\.jpg(\?size=1)? is an address; download the picture first, and give its file"):
+        with pytest.raises(
+            ValueError,
+            match=r"a\.jpg(\?size=1)? is an address; download the picture first, and give its file",
+        ):
             open_picture(path)
 
 
@@ -335,12 +386,17 @@ def test_a_file_is_read_from_its_start_whoever_has_read_in_it(tmp_path, photo):
     with open(tmp_path / "a.png", "rb") as file:
         file.read(1000)
         assert open_picture(file).tobytes() == open_picture(file).tobytes() == photo.tobytes()
-    with open(tmp_path / "a.png", encoding="latin-1") as file, pytest.raises(ValueError, match="a.png cannot be read .*open it with mode 'rb'"):
+    with (
+        open(tmp_path / "a.png", encoding="latin-1") as file,
+        pytest.raises(ValueError, match="a.png cannot be read .*open it with mode 'rb'"),
+    ):
         open_picture(file)
 
 
 def test_a_file_without_permission_is_named():
-    """Root may read everything, so it becomes nobody for a moment; pytest's own folders are closed to nobody."""
+    """Root may read everything, so it becomes nobody for a moment; pytest's own folders are closed to
+    nobody.
+    """
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -358,7 +414,9 @@ def test_a_file_without_permission_is_named():
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")  # it says much about damaged tags
-@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "avif", "tiff", "bmp", "ppm", "jpeg2000", "ico", "tga", "pcx"])
+@pytest.mark.parametrize(
+    "kind", ["jpeg", "png", "gif", "webp", "avif", "tiff", "bmp", "ppm", "jpeg2000", "ico", "tga", "pcx"]
+)
 def test_damage_gives_a_picture_or_a_value_error(kind, tmp_path, photo):
     """Files cut short, and files with bytes replaced; 60 of each kind, the same in every run."""
     whole, path, random_ = tmp_path / "whole", tmp_path / "damaged", random.Random(kind)

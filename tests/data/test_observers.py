@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from vqr1.data.observers import (
-    expected_rating, human_cells, internal_value, latent_quality, oracle_scores, oracle_srcc, pairwise_votes, rate,
+    expected_rating,
+    human_cells,
+    internal_value,
+    latent_quality,
+    oracle_scores,
+    oracle_srcc,
+    pairwise_votes,
+    rate,
     votes,
 )
 from vqr1.thurstone import thurstone_scale

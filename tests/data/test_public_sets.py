@@ -16,10 +16,10 @@ from scipy.io import loadmat, savemat
 
 from vqr1.cli import main
 from vqr1.data.manifests import COLUMNS, load_comparisons, load_ratings
-from vqr1.distortions import DISTORTIONS
 from vqr1.data.observers import human_cells
 from vqr1.data.people_sets import TWINS, near_twins, screened_scores
 from vqr1.data.public_sets import PCUID_PAIRS, PER_CONTENT, SETS, read_public, seeded_split
+from vqr1.distortions import DISTORTIONS
 
 NAN = float("nan")
 
@@ -49,17 +49,31 @@ def sheet(path: Path, rows: list[list], title: str = "Sheet1") -> None:
 def kadid(root: Path) -> dict:
     rows = {}
     for number in range(1, 6):
-        for level, (dmos, var) in enumerate([("4.57", "0.496"), ("4.10", "0.81"), ("2.63", "1.0"), ("1.50", "0.25"), ("1.00", "0.0")], 1):
+        for level, (dmos, var) in enumerate(
+            [("4.57", "0.496"), ("4.10", "0.81"), ("2.63", "1.0"), ("1.50", "0.25"), ("1.00", "0.0")], 1
+        ):
             rows[f"I{number:02d}_03_0{level}.png"] = (f"I{number:02d}.png", dmos, var)
-    text(root / "dmos.csv", ["dist_img,ref_img,dmos,var", *(",".join([name, *row]) for name, row in rows.items())])
-    for name in (*rows, *(row[0] for row in rows.values())):  # the references lie beside them, and are not rated
+    text(
+        root / "dmos.csv",
+        ["dist_img,ref_img,dmos,var", *(",".join([name, *row]) for name, row in rows.items())],
+    )
+    for name in (
+        *rows,
+        *(row[0] for row in rows.values()),
+    ):  # the references lie beside them, and are not rated
         picture(root / "images" / name)
     return {f"images/{name}": (float(dmos), float(var) ** 0.5) for name, (_, dmos, var) in rows.items()}
 
 
 def tid(root: Path) -> dict:
-    names = [f"I0{ref}_01_{level}.bmp" for ref in (1, 2) for level in (1, 5)] + ["i25_24_1.bmp", "I25_24_5.bmp"]
-    mos, std = ["5.51429", "3.1", "6.0", "0.24242", "5.2", "2.0"], ["0.13013", "0.2", "0.1", "0.15", "0.11", "0.12"]
+    names = [f"I0{ref}_01_{level}.bmp" for ref in (1, 2) for level in (1, 5)] + [
+        "i25_24_1.bmp",
+        "I25_24_5.bmp",
+    ]
+    mos, std = (
+        ["5.51429", "3.1", "6.0", "0.24242", "5.2", "2.0"],
+        ["0.13013", "0.2", "0.1", "0.15", "0.11", "0.12"],
+    )
     text(root / "mos_with_names.txt", [f"{m} {name}" for m, name in zip(mos, names)], end="\r\n")
     text(root / "mos_std.txt", std, end="\r\n")
     on_disk = [*names[:3], "i02_01_5.BMP", *names[4:]]  # names differ in case between file and disk
@@ -74,9 +88,18 @@ KONIQ = "image_name,c1,c2,c3,c4,c5,c_total,MOS,SD"
 
 def koniq(root: Path) -> dict:
     rows = [
-        ("10004473376.jpg,0.0,0.0,0.238095238095,0.695238095238,0.0666666666667,105,77.3836206897,0.527277894494", "training"),
-        ("10007357496.jpg,0.0,0.03125,0.46875,0.489583333333,0.0104166666667,96,68.7285714286,0.580003024795", "test"),
-        ("10043785683.jpg,0.0,0.0,0.433962264151,0.566037735849,0.0,106,71.2043269231,0.497974333332", "validation"),
+        (
+            "10004473376.jpg,0.0,0.0,0.238095238095,0.695238095238,0.0666666666667,105,77.3836206897,0.527277894494",
+            "training",
+        ),
+        (
+            "10007357496.jpg,0.0,0.03125,0.46875,0.489583333333,0.0104166666667,96,68.7285714286,0.580003024795",
+            "test",
+        ),
+        (
+            "10043785683.jpg,0.0,0.0,0.433962264151,0.566037735849,0.0,106,71.2043269231,0.497974333332",
+            "validation",
+        ),
         ("10058760545.jpg,0.45,0.48,0.07,0.0,0.0,100,15.2293577982,0.615949624072", "training"),
     ]
     text(root / "koniq10k_distributions_sets.csv", [f"{KONIQ},set", *(",".join(row) for row in rows)])
@@ -89,7 +112,11 @@ def koniq(root: Path) -> dict:
 
 def spaq(root: Path) -> dict:
     header = ["Image name", "MOS", "Brightness", "Colorfulness", "Contrast", "Noisiness", "Sharpness"]
-    rows = [["00001.jpg", 58.5, 60.0, 57.2, 61.0, 55.3, 49.8], ["00002.jpg", 36, 40, 30, 35, 20, 31], ["00914.jpg", 74.0, 70, 70, 70, 70, 70]]
+    rows = [
+        ["00001.jpg", 58.5, 60.0, 57.2, 61.0, 55.3, 49.8],
+        ["00002.jpg", 36, 40, 30, 35, 20, 31],
+        ["00914.jpg", 74.0, 70, 70, 70, 70, 70],
+    ]
     sheet(root / "Annotations" / "MOS and Image attribute scores.xlsx", [header, *rows])
     for name, *_ in rows:
         picture(root / "TestImage" / name)
@@ -119,25 +146,44 @@ def clive(root: Path) -> dict:
 
 def bid(root: Path) -> dict:
     rows = [[1, 3.25, 0.9, 3, 3.5], [2, 0.164, 0.2, 0.1, 0.2], [586, 4.92, 0.1, 5, 4.8]]
-    sheet(root / "DatabaseGrades.xlsx", [["Image Number", "Average Subjective Grade", "std", "User 1", "User 2"], *rows])
+    sheet(
+        root / "DatabaseGrades.xlsx",
+        [["Image Number", "Average Subjective Grade", "std", "User 1", "User 2"], *rows],
+    )
     for number, *_ in rows:
-        picture(root / "ImageDatabase" / f"DatabaseImage{number:04d}.JPG".replace("JPG", "jpg" if number == 2 else "JPG"))
+        picture(
+            root
+            / "ImageDatabase"
+            / f"DatabaseImage{number:04d}.JPG".replace("JPG", "jpg" if number == 2 else "JPG")
+        )
     names = ["DatabaseImage0001.JPG", "DatabaseImage0002.jpg", "DatabaseImage0586.JPG"]
     return {f"ImageDatabase/{name}": (row[1], row[2]) for name, row in zip(names, rows)}
 
 
 def pipal(root: Path) -> dict:
-    rows = {"A0001_00_00.bmp": "1520.0648", "A0001_00_01.bmp": "1397.2", "A0002_00_00.bmp": "1466.4372", "A0002_06_26.bmp": "916.7"}
+    rows = {
+        "A0001_00_00.bmp": "1520.0648",
+        "A0001_00_01.bmp": "1397.2",
+        "A0002_00_00.bmp": "1466.4372",
+        "A0002_06_26.bmp": "916.7",
+    }
     for reference in ("A0001", "A0002"):
-        text(root / "Train_Label" / f"{reference}.txt", [f"{name},{elo}" for name, elo in rows.items() if name.startswith(reference)])
+        text(
+            root / "Train_Label" / f"{reference}.txt",
+            [f"{name},{elo}" for name, elo in rows.items() if name.startswith(reference)],
+        )
         picture(root / "Train_Ref" / f"{reference}.bmp")
     for place, name in enumerate(rows):
         picture(root / f"Distortion_{place % 2 + 1}" / name)
-    return {f"Distortion_{place % 2 + 1}/{name}": (float(elo), NAN) for place, (name, elo) in enumerate(rows.items())}
+    return {
+        f"Distortion_{place % 2 + 1}/{name}": (float(elo), NAN)
+        for place, (name, elo) in enumerate(rows.items())
+    }
 
 
 CSIQ = [  # image, dst_idx, dst_type, dst_lev, dmos_std, dmos, file
-    (1600, 1, "noise", 1, 0.03, 0.062, "awgn/1600.AWGN.1.png"), (1600, 1, "noise", 5, 0.1, 0.7, "awgn/1600.AWGN.5.png"),
+    (1600, 1, "noise", 1, 0.03, 0.062, "awgn/1600.AWGN.1.png"),
+    (1600, 1, "noise", 5, 0.1, 0.7, "awgn/1600.AWGN.5.png"),
     ("sunset_sparrow", 3, "jpeg 2000", 4, 0.12, 0.512, "jpeg2000/sunset_sparrow.jpeg2000.4.png"),
     ("sunset_sparrow", 2, "jpeg", 1, 0.02, 0.011, "jpeg/sunset_sparrow.JPEG.1.png"),
     ("aerial_city", 6, "blur", 5, 0.05, 0.93, "blur/aerial_city.BLUR.5.png"),
@@ -147,8 +193,17 @@ CSIQ = [  # image, dst_idx, dst_type, dst_lev, dmos_std, dmos, file
 
 
 def csiq(root: Path) -> dict:
-    head = [[], ["CSIQ image quality database"], [], [None] * 3 + ["image", "dst_idx", "dst_type", "dst_lev", "dmos_std", "dmos"]]
-    sheet(root / "csiq.DMOS.xlsx", [*head, *([None] * 3 + list(row[:6]) for row in CSIQ), [None] * 9], "all_by_image")
+    head = [
+        [],
+        ["CSIQ image quality database"],
+        [],
+        [None] * 3 + ["image", "dst_idx", "dst_type", "dst_lev", "dmos_std", "dmos"],
+    ]
+    sheet(
+        root / "csiq.DMOS.xlsx",
+        [*head, *([None] * 3 + list(row[:6]) for row in CSIQ), [None] * 9],
+        "all_by_image",
+    )
     for *_, name in CSIQ:
         picture(root / "dst_imgs" / name)
     picture(root / "src_imgs" / "1600.png")
@@ -158,16 +213,25 @@ def csiq(root: Path) -> dict:
 def listed(file: str, names: list[str]):
     def build(root: Path) -> dict:
         mos = [1.0, 3.25, 5.0, 2.5]
-        text(root / file, [f"{name.split('_')[0]}.png {name} {value}" for name, value in zip(names, mos, strict=True)])
+        text(
+            root / file,
+            [f"{name.split('_')[0]}.png {name} {value}" for name, value in zip(names, mos, strict=True)],
+        )
         for place, name in enumerate(names):
             picture(root / f"part{place % 2}" / name)
-        return {f"part{place % 2}/{name}": (value, NAN) for place, (name, value) in enumerate(zip(names, mos))}
+        return {
+            f"part{place % 2}/{name}": (value, NAN) for place, (name, value) in enumerate(zip(names, mos))
+        }
 
     return build
 
 
 METHODS = ("Original", "SwinIR", "SeeSR")
-SRIQA = {"online50": (66.2, 0.0, 100.00000000000001), "realworld23": (100.0, 34.5, 0.0), "srtest9": (80.0, 0.0, 100.0)}
+SRIQA = {
+    "online50": (66.2, 0.0, 100.00000000000001),
+    "realworld23": (100.0, 34.5, 0.0),
+    "srtest9": (80.0, 0.0, 100.0),
+}
 
 
 def sriqa(root: Path) -> dict:
@@ -175,7 +239,10 @@ def sriqa(root: Path) -> dict:
     rated = {}
     for content, scores in SRIQA.items():
         names = [f"{content}_{method}{'' if method == 'Original' else 'x4'}.png" for method in METHODS]
-        text(root / "MOS" / f"{content}.txt", [f"{name},{score}" for score, name in sorted(zip(scores, names), reverse=True)])
+        text(
+            root / "MOS" / f"{content}.txt",
+            [f"{name},{score}" for score, name in sorted(zip(scores, names), reverse=True)],
+        )
         picture(root / "LRImages" / f"{content}_Original.png")
         for method, name, score in zip(METHODS, names, scores):
             picture(root / "images" / method / name)
@@ -186,20 +253,32 @@ def sriqa(root: Path) -> dict:
 def agiqa(root: Path) -> dict:
     rows = {
         "AttnGAN_normal_000.jpg": ("statue of a man,,,", 0.965602553, 0.223270101),
-        "AttnGAN_normal_060.jpg": ('"artwork with only triangles, anime style",,,anime style', 0.919776796, 0.719282241),
+        "AttnGAN_normal_060.jpg": (
+            '"artwork with only triangles, anime style",,,anime style',
+            0.919776796,
+            0.719282241,
+        ),
         "sd1.5_000.jpg": ("statue of a man,,,", 3.1, 0.5),
         "xl_000.jpg": ("a cat,,,", 4.489, 0.1),
     }
-    lines = [f"{name},{prompt},{mos},{std},0.40889324,0.615607722" for name, (prompt, mos, std) in rows.items()]
-    text(root / "data.csv", ["name,prompt,adj1,adj2,style,mos_quality,std_quality,mos_align,std_align", *lines])
+    lines = [
+        f"{name},{prompt},{mos},{std},0.40889324,0.615607722" for name, (prompt, mos, std) in rows.items()
+    ]
+    text(
+        root / "data.csv", ["name,prompt,adj1,adj2,style,mos_quality,std_quality,mos_align,std_align", *lines]
+    )
     for name in rows:
         picture(root / name)
     return {name: row[1:] for name, row in rows.items()}
 
 
 BIQ = {  # no picture here has a near twin in the set
-    "Train": {"ss01 (5).jpg": 0.29, "ss02 (1014).jpg": 0.3562, "ss03 (3753).jpg": 0.85,
-              "ss03 (961).jpg": 0.65},
+    "Train": {
+        "ss01 (5).jpg": 0.29,
+        "ss02 (1014).jpg": 0.3562,
+        "ss03 (3753).jpg": 0.85,
+        "ss03 (961).jpg": 0.65,
+    },
     "Test": {"ss01 (10).jpg": 0.0, "ss03 (10).jpg": 1.0},
 }
 
@@ -268,16 +347,29 @@ def pcuid(root: Path) -> dict:
 
 
 BUILD = {
-    "kadid-10k": kadid, "tid2013": tid, "koniq-10k": koniq, "spaq": spaq, "clive": clive, "bid": bid, "pipal": pipal, "csiq": csiq,
+    "kadid-10k": kadid,
+    "tid2013": tid,
+    "koniq-10k": koniq,
+    "spaq": spaq,
+    "clive": clive,
+    "bid": bid,
+    "pipal": pipal,
+    "csiq": csiq,
     "liu13": listed("Deblur_test_all.txt", ["a_1.png", "a_2.png", "b_1.png", "b_2.png"]),
     "min19": listed("dehaze_test_all.txt", ["01_1.bmp", "01_2.bmp", "02_1.bmp", "02_2.bmp"]),
-    "sriqa-bench": sriqa, "agiqa-3k": agiqa, "biq2021": biq2021, "srij": srij, "pcuid": pcuid,
-}  # fmt: skip
+    "sriqa-bench": sriqa,
+    "agiqa-3k": agiqa,
+    "biq2021": biq2021,
+    "srij": srij,
+    "pcuid": pcuid,
+}
 
 
 @pytest.fixture
 def made(tmp_path):
-    """A function that writes a set's files into a folder of its name; returns (that folder, what must be read)."""
+    """A function that writes a set's files into a folder of its name; returns (that folder, what must be
+    read).
+    """
     return lambda name: (tmp_path / name, BUILD[name](tmp_path / name))
 
 
@@ -300,8 +392,16 @@ def test_a_set_in_the_official_layout_is_read(name, made):
     for image, numbers in expected.items():
         assert read[image] == pytest.approx(tuple(numbers), nan_ok=True, rel=1e-12), image
         assert (folder / image).is_file()
-    assert frame["mos"].dtype == frame["std"].dtype == float and frame["seed"].isna().all() and frame["seed"].dtype == "Int64"
-    assert frame["crop"].eq("").all() and frame["split"].isin(["train", "val", "test"]).all() and frame["reference"].ne("").all()
+    assert (
+        frame["mos"].dtype == frame["std"].dtype == float
+        and frame["seed"].isna().all()
+        and frame["seed"].dtype == "Int64"
+    )
+    assert (
+        frame["crop"].eq("").all()
+        and frame["split"].isin(["train", "val", "test"]).all()
+        and frame["reference"].ne("").all()
+    )
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -320,13 +420,20 @@ def test_a_set_as_read_is_a_manifest(name, made):
     frame = load_ratings(name, folder)
     frame.to_csv(folder / "set.csv", index=False)
     again = load_ratings(folder / "set.csv")
-    pd.testing.assert_frame_equal(again.astype({"level": str}), frame.astype({"level": str}), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        again.astype({"level": str}), frame.astype({"level": str}), check_dtype=False
+    )
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_missing_annotation_says_what_is_expected_and_where_it_can_be_had(name, tmp_path):
     entry = SETS[name]
-    refused(name, tmp_path, f"{name} is neither in .*{re.escape(entry.files[0])}.*It can be had from: {re.escape(entry.source)}", FileNotFoundError)
+    refused(
+        name,
+        tmp_path,
+        f"{name} is neither in .*{re.escape(entry.files[0])}.*It can be had from: {re.escape(entry.source)}",
+        FileNotFoundError,
+    )
     refused(name, tmp_path / "nowhere", f"{name} is neither in", FileNotFoundError)
     assert "**" not in entry.layout and "in /" not in entry.layout
 
@@ -338,7 +445,9 @@ def test_missing_pictures_are_counted_and_named(name, made):
     for image in gone:
         (folder / image).unlink()
         (folder / image.replace("1024x768", "512x384")).unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError, match=rf"2 of {len(expected)} pictures of {name} are missing, first .*; expected ") as said:
+    with pytest.raises(
+        FileNotFoundError, match=rf"2 of {len(expected)} pictures of {name} are missing, first .*; expected "
+    ) as said:
         load_ratings(name, folder)
     assert all(re.search(re.escape(Path(image).name), str(said.value), re.IGNORECASE) for image in gone)
     frame = read_public(name, folder, strict=False)
@@ -349,8 +458,14 @@ def test_every_entry_says_where_what_and_how():
     for name, entry in SETS.items():
         assert entry.rows >= 300 and entry.source and entry.size and entry.licence and entry.note, name
         assert entry.split in ("seeded", "official", "test") and entry.scale[0] < entry.scale[1]
-    assert {name for name, entry in SETS.items() if entry.flip is not None} == {"csiq"} and PER_CONTENT == ("sriqa-bench",)
-    assert {name for name, entry in SETS.items() if "unknown" in entry.source} == {"bid", "liu13", "min19"}  # not guessed
+    assert {name for name, entry in SETS.items() if entry.flip is not None} == {"csiq"} and PER_CONTENT == (
+        "sriqa-bench",
+    )
+    assert {name for name, entry in SETS.items() if "unknown" in entry.source} == {
+        "bid",
+        "liu13",
+        "min19",
+    }  # not guessed
 
 
 def test_a_name_may_be_spelt_in_any_way(made):
@@ -397,7 +512,9 @@ def reverse_csiq(folder):
     book.save(folder / "csiq.DMOS.xlsx")
 
 
-@pytest.mark.parametrize(("name", "reverse"), [("kadid-10k", reverse_kadid), ("tid2013", reverse_tid), ("csiq", reverse_csiq)])
+@pytest.mark.parametrize(
+    ("name", "reverse"), [("kadid-10k", reverse_kadid), ("tid2013", reverse_tid), ("csiq", reverse_csiq)]
+)
 def test_numbers_that_run_the_wrong_way_are_refused(name, reverse, made):
     """Where the file names the strength of a distortion, the strongest must be the worst."""
     folder, _ = made(name)
@@ -419,14 +536,23 @@ def test_kadids_types_and_levels_are_named(made):
 
 
 def test_tids_references_do_not_depend_on_case(made):
-    assert load_ratings("tid2013", made("tid2013")[0])["reference"].tolist() == ["I01", "I01", "I02", "I02", "I25", "I25"]
+    assert load_ratings("tid2013", made("tid2013")[0])["reference"].tolist() == [
+        "I01",
+        "I01",
+        "I02",
+        "I02",
+        "I25",
+        "I25",
+    ]
 
 
 def test_koniq_keeps_its_official_split(made):
     folder, _ = made("koniq-10k")
     assert load_ratings("koniq-10k", folder)["split"].tolist() == ["train", "test", "val", "train"]
     (folder / "metadata").mkdir()
-    (folder / "koniq10k_distributions_sets.csv").rename(folder / "metadata" / "koniq10k_distributions_sets.csv")
+    (folder / "koniq10k_distributions_sets.csv").rename(
+        folder / "metadata" / "koniq10k_distributions_sets.csv"
+    )
     assert load_ratings("koniq-10k", folder)["split"].tolist() == ["train", "test", "val", "train"]
 
 
@@ -461,7 +587,9 @@ def test_sriqas_low_resolution_inputs_are_never_taken_for_the_original(made):
 def test_two_pictures_of_one_name_are_not_chosen_between(made):
     folder, _ = made("min19")
     picture(folder / "aerial" / "01_1.bmp")
-    refused("min19", folder, r"which is the picture 01_1\.bmp: aerial/01_1\.bmp or part0/01_1\.bmp\? Keep one")
+    refused(
+        "min19", folder, r"which is the picture 01_1\.bmp: aerial/01_1\.bmp or part0/01_1\.bmp\? Keep one"
+    )
 
 
 def test_a_list_may_name_pictures_by_their_path(made):
@@ -497,9 +625,13 @@ def test_biq2021s_near_twins_are_never_in_two_parts(tmp_path):
     test = {"SS03 (6873).jpg": 0.78, "ss01 (1373).jpg": 0.5, "ss01 (10).jpg": 0.4}
     frame = twins(tmp_path, test, {"ss03 (5557).jpg": 0.75, "ss01 (1372).jpg": 0.5, "ss01 (5).jpg": 0.3})
     assert frame["split"].to_dict() == {
-        "Images/ss03 (5557).jpg": "train", "Images/ss01 (1372).jpg": "", "Images/ss01 (5).jpg": "train",
-        "Images/SS03 (6873).jpg": "", "Images/ss01 (1373).jpg": "test", "Images/ss01 (10).jpg": "test",
-    }  # fmt: skip
+        "Images/ss03 (5557).jpg": "train",
+        "Images/ss01 (1372).jpg": "",
+        "Images/ss01 (5).jpg": "train",
+        "Images/SS03 (6873).jpg": "",
+        "Images/ss01 (1373).jpg": "test",
+        "Images/ss01 (10).jpg": "test",
+    }
     reference = frame["reference"]
     assert reference["Images/SS03 (6873).jpg"] == reference["Images/ss03 (5557).jpg"]
     assert reference["Images/ss01 (1373).jpg"] == reference["Images/ss01 (1372).jpg"]
@@ -592,7 +724,9 @@ def test_a_comma_at_the_end_of_each_line_shifts_nothing(end, made):
             refused("kadid-10k", folder, "dmos.csv, line")
             continue
         frame = load_ratings("kadid-10k", folder)
-        assert {row.image: row.mos for row in frame.itertuples()} == {image: mos for image, (mos, _) in expected.items()}
+        assert {row.image: row.mos for row in frame.itertuples()} == {
+            image: mos for image, (mos, _) in expected.items()
+        }
 
 
 def test_another_separator_is_named(made):
@@ -603,7 +737,9 @@ def test_another_separator_is_named(made):
         refused("kadid-10k", folder, f"dmos.csv, line 1: fields are separated by {called}")
 
 
-@pytest.mark.parametrize(("name", "new"), [("agiqa-3k", "AGIQA-3K"), ("agiqa-3k", "Images"), ("pipal", "Dist_Imgs")])
+@pytest.mark.parametrize(
+    ("name", "new"), [("agiqa-3k", "AGIQA-3K"), ("agiqa-3k", "Images"), ("pipal", "Dist_Imgs")]
+)
 def test_pictures_are_found_in_the_folders_of_the_archives(name, new, made):
     folder, expected = made(name)
     (folder / new).mkdir()
@@ -613,7 +749,14 @@ def test_pictures_are_found_in_the_folders_of_the_archives(name, new, made):
     assert found.to_dict() == {f"{new}/{Path(image).name}": mos for image, (mos, _) in expected.items()}
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [("min19", "dehaze_test_all.txt", "Dehazing.TXT"), ("kadid-10k", "dmos.csv", "DMOS.csv"), ("sriqa-bench", "MOS", "mos")])
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("min19", "dehaze_test_all.txt", "Dehazing.TXT"),
+        ("kadid-10k", "dmos.csv", "DMOS.csv"),
+        ("sriqa-bench", "MOS", "mos"),
+    ],
+)
 def test_upper_and_lower_case_of_annotations_do_not_matter(name, old, new, made):
     folder, expected = made(name)
     (folder / old).rename(folder / new)
@@ -631,7 +774,13 @@ def test_a_mos_beyond_its_scale_by_more_than_rounding_is_refused(made):
 
 @pytest.mark.parametrize(
     ("references", "each", "counts"),
-    [(81, 125, (6125, 2000, 2000)), (25, 120, (1800, 600, 600)), (30, 29, (522, 174, 174)), (200, 116, (13920, 4640, 4640)), (586, 1, (352, 117, 117))],
+    [
+        (81, 125, (6125, 2000, 2000)),
+        (25, 120, (1800, 600, 600)),
+        (30, 29, (522, 174, 174)),
+        (200, 116, (13920, 4640, 4640)),
+        (586, 1, (352, 117, 117)),
+    ],
     ids=["kadid-10k: the paper's counts", "tid2013", "csiq", "pipal", "bid"],
 )
 def test_the_seeded_split_is_by_reference(references, each, counts):
@@ -639,7 +788,9 @@ def test_the_seeded_split_is_by_reference(references, each, counts):
     split = seeded_split(rows)
     assert tuple(split.value_counts()[["train", "val", "test"]]) == counts
     assert split.groupby(rows).nunique().max() == 1
-    assert (split == seeded_split(rows.sample(frac=1, random_state=1)).sort_index()).all()  # whatever the order of the rows
+    assert (
+        split == seeded_split(rows.sample(frac=1, random_state=1)).sort_index()
+    ).all()  # whatever the order of the rows
     assert (split != seeded_split(rows, seed=1)).any()
 
 
@@ -666,18 +817,38 @@ def kadid_lines(*references):
 
 def test_lists_of_an_official_split_go_before_the_seeded_one(made):
     folder, _ = made("kadid-10k")
-    splits(folder, train=kadid_lines(2, 4), val=kadid_lines(5), test=[f"I01.png {line}" for line in kadid_lines(1)])
+    splits(
+        folder,
+        train=kadid_lines(2, 4),
+        val=kadid_lines(5),
+        test=[f"I01.png {line}" for line in kadid_lines(1)],
+    )
     frame = load_ratings("kadid-10k", folder)
     found = frame.drop_duplicates("reference").set_index("reference")["split"].to_dict()
-    assert found == {"I01.png": "test", "I02.png": "train", "I03.png": "", "I04.png": "train", "I05.png": "val"}
+    assert found == {
+        "I01.png": "test",
+        "I02.png": "train",
+        "I03.png": "",
+        "I04.png": "train",
+        "I05.png": "val",
+    }
 
 
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"train": kadid_lines(1), "test": kadid_lines(1)}, r"test\.txt, line 1: .* that no earlier line has"),
-        ({"train": kadid_lines(1)[:3], "test": kadid_lines(1)[3:]}, r"reference 'I01\.png' is in more than one"),
-        ({"val": ["I09_03_01.png"]}, r"val\.txt, line 1: 'I09_03_01\.png' does not name one picture of the set"),
+        (
+            {"train": kadid_lines(1), "test": kadid_lines(1)},
+            r"test\.txt, line 1: .* that no earlier line has",
+        ),
+        (
+            {"train": kadid_lines(1)[:3], "test": kadid_lines(1)[3:]},
+            r"reference 'I01\.png' is in more than one",
+        ),
+        (
+            {"val": ["I09_03_01.png"]},
+            r"val\.txt, line 1: 'I09_03_01\.png' does not name one picture of the set",
+        ),
         ({"val": ["I01_03_01.png I01_03_02.png"]}, r"val\.txt, line 1: .*does not name one picture"),
     ],
 )
@@ -754,86 +925,283 @@ def a_pair_again(folder):
 
 SPAQ_FILE = "Annotations/MOS and Image attribute scores.xlsx"
 FAULTS = {
-    "kadid: the header of a std that is a variance": ("kadid-10k", change("dmos.csv", "dmos,var", "dmos,std"), r"dmos\.csv, line 1: column 'var' is missing from the header dist_img, ref_img, dmos, std"),
-    "kadid: no header": ("kadid-10k", change("dmos.csv", "dist_img,ref_img,dmos,var\n", ""), r"line 1: column 'dist_img' is missing"),
-    "kadid: a word for a number": ("kadid-10k", change("dmos.csv", "4.10", "good"), r"dmos\.csv, line 3: mos 'good' is not a number from 1 to 5"),
+    "kadid: the header of a std that is a variance": (
+        "kadid-10k",
+        change("dmos.csv", "dmos,var", "dmos,std"),
+        r"dmos\.csv, line 1: column 'var' is missing from the header dist_img, ref_img, dmos, std",
+    ),
+    "kadid: no header": (
+        "kadid-10k",
+        change("dmos.csv", "dist_img,ref_img,dmos,var\n", ""),
+        r"line 1: column 'dist_img' is missing",
+    ),
+    "kadid: a word for a number": (
+        "kadid-10k",
+        change("dmos.csv", "4.10", "good"),
+        r"dmos\.csv, line 3: mos 'good' is not a number from 1 to 5",
+    ),
     "kadid: no number": ("kadid-10k", change("dmos.csv", "4.10", ""), r"line 3: mos '' is not a number"),
-    "kadid: another scale": ("kadid-10k", change("dmos.csv", "4.10", "82"), r"line 3: mos '82' is not a number from 1 to 5, the published scale"),
-    "kadid: a negative variance": ("kadid-10k", change("dmos.csv", "0.496", "-0.5"), r"line 2: std '-0\.5' is not a number >= 0"),
-    "kadid: a type that there is not": ("kadid-10k", change("dmos.csv", "I01_03_01.png", "I01_26_01.png"), r"line 2: name 'I01_26_01\.png' is not like I01_01_01\.png"),
-    "kadid: a picture twice": ("kadid-10k", change("dmos.csv", "I01_03_02.png", "I01_03_01.png"), r"line 3: name 'I01_03_01\.png' is there twice"),
+    "kadid: another scale": (
+        "kadid-10k",
+        change("dmos.csv", "4.10", "82"),
+        r"line 3: mos '82' is not a number from 1 to 5, the published scale",
+    ),
+    "kadid: a negative variance": (
+        "kadid-10k",
+        change("dmos.csv", "0.496", "-0.5"),
+        r"line 2: std '-0\.5' is not a number >= 0",
+    ),
+    "kadid: a type that there is not": (
+        "kadid-10k",
+        change("dmos.csv", "I01_03_01.png", "I01_26_01.png"),
+        r"line 2: name 'I01_26_01\.png' is not like I01_01_01\.png",
+    ),
+    "kadid: a picture twice": (
+        "kadid-10k",
+        change("dmos.csv", "I01_03_02.png", "I01_03_01.png"),
+        r"line 3: name 'I01_03_01\.png' is there twice",
+    ),
     "kadid: empty": ("kadid-10k", bytes_of("dmos.csv", b""), r"dmos\.csv: not a CSV in UTF-8 with a header"),
-    "kadid: a header alone": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n"), r"dmos\.csv: no rows; expected dmos\.csv, and the pictures in images/"),
-    "kadid: not text": ("kadid-10k", bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n\xff\xfe,,,\n"), r"dmos\.csv: not a CSV in UTF-8"),
-    "tid: name first": ("tid2013", change("mos_with_names.txt", "5.51429 I01_01_1.bmp", "I01_01_1.bmp 5.51429"), r"mos_with_names\.txt, line 1: name '5\.51429' is not like"),
-    "tid: mos.txt without names": ("tid2013", change("mos_with_names.txt", " I01_01_1.bmp", ""), r"line 1: 1 fields; expected 2: mos name, no header"),
-    "tid: deviations are missing": ("tid2013", without("mos_std.txt"), r"mos_std\.txt is missing; it belongs to the annotation"),
-    "tid: one deviation too few": ("tid2013", change("mos_std.txt", "0.13013\r\n", ""), r"mos_with_names\.txt has 6 rows, mos_std\.txt 5"),
-    "tid: not text": ("tid2013", bytes_of("mos_std.txt", b"\xff\xfe"), r"mos_std\.txt: not a text file in UTF-8"),
-    "koniq: a set of another name": ("koniq-10k", change("koniq10k_distributions_sets.csv", ",test", ",dev"), r"sets\.csv, line 3: split 'dev' is not training, validation or test"),
-    "koniq: no sets in the sets file": ("koniq-10k", change("koniq10k_distributions_sets.csv", "SD,set", "SD,part"), r"line 1: column 'set' is missing"),
-    "spaq: another header": ("spaq", cell(SPAQ_FILE, 1, 2, "Score"), r"line 1: column 'MOS' is missing from the header Image name, Score, Brightness"),
-    "spaq: a word for a number": ("spaq", cell(SPAQ_FILE, 3, 2, "n/a?"), r"scores\.xlsx, line 3: mos 'n/a\?' is not a number from 0 to 100"),
-    "spaq: no workbook": ("spaq", bytes_of(SPAQ_FILE, b"Image name,MOS\n"), r"scores\.xlsx: not an \.xlsx workbook with sheet 0 .*save"),
+    "kadid: a header alone": (
+        "kadid-10k",
+        bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n"),
+        r"dmos\.csv: no rows; expected dmos\.csv, and the pictures in images/",
+    ),
+    "kadid: not text": (
+        "kadid-10k",
+        bytes_of("dmos.csv", b"dist_img,ref_img,dmos,var\n\xff\xfe,,,\n"),
+        r"dmos\.csv: not a CSV in UTF-8",
+    ),
+    "tid: name first": (
+        "tid2013",
+        change("mos_with_names.txt", "5.51429 I01_01_1.bmp", "I01_01_1.bmp 5.51429"),
+        r"mos_with_names\.txt, line 1: name '5\.51429' is not like",
+    ),
+    "tid: mos.txt without names": (
+        "tid2013",
+        change("mos_with_names.txt", " I01_01_1.bmp", ""),
+        r"line 1: 1 fields; expected 2: mos name, no header",
+    ),
+    "tid: deviations are missing": (
+        "tid2013",
+        without("mos_std.txt"),
+        r"mos_std\.txt is missing; it belongs to the annotation",
+    ),
+    "tid: one deviation too few": (
+        "tid2013",
+        change("mos_std.txt", "0.13013\r\n", ""),
+        r"mos_with_names\.txt has 6 rows, mos_std\.txt 5",
+    ),
+    "tid: not text": (
+        "tid2013",
+        bytes_of("mos_std.txt", b"\xff\xfe"),
+        r"mos_std\.txt: not a text file in UTF-8",
+    ),
+    "koniq: a set of another name": (
+        "koniq-10k",
+        change("koniq10k_distributions_sets.csv", ",test", ",dev"),
+        r"sets\.csv, line 3: split 'dev' is not training, validation or test",
+    ),
+    "koniq: no sets in the sets file": (
+        "koniq-10k",
+        change("koniq10k_distributions_sets.csv", "SD,set", "SD,part"),
+        r"line 1: column 'set' is missing",
+    ),
+    "spaq: another header": (
+        "spaq",
+        cell(SPAQ_FILE, 1, 2, "Score"),
+        r"line 1: column 'MOS' is missing from the header Image name, Score, Brightness",
+    ),
+    "spaq: a word for a number": (
+        "spaq",
+        cell(SPAQ_FILE, 3, 2, "n/a?"),
+        r"scores\.xlsx, line 3: mos 'n/a\?' is not a number from 0 to 100",
+    ),
+    "spaq: no workbook": (
+        "spaq",
+        bytes_of(SPAQ_FILE, b"Image name,MOS\n"),
+        r"scores\.xlsx: not an \.xlsx workbook with sheet 0 .*save",
+    ),
     "clive: lengths differ": ("clive", mat(mos=[3.0]), r"Data: 2 names, 1 MOS and 2 deviations"),
-    "clive: not a number": ("clive", mat(mos=[3.0, NAN]), r"Data, entry 2: mos nan is not a number from 0 to 100"),
-    "clive: another file": ("clive", bytes_of("Data/AllMOS_release.mat", b"no MATLAB file at all, but long enough to have a header " * 4), r"AllMOS_release\.mat: not a MATLAB file"),
-    "clive: an empty file": ("clive", bytes_of("Data/AllMOS_release.mat", b""), r"AllMOS_release\.mat: not a MATLAB file"),
-    "clive: another variable": ("clive", lambda folder: savemat(folder / "Data/AllMOS_release.mat", {"mos": np.ones((1, 10))}), r"AllMOS_release\.mat: holds no variable AllMOS_release"),
-    "clive: deviations are missing": ("clive", without("Data/AllStdDev_release.mat"), r"AllStdDev_release\.mat is missing"),
-    "bid: a name for a number": ("bid", cell("DatabaseGrades.xlsx", 2, 1, "one"), r"DatabaseGrades\.xlsx, line 2: name 'one' is not an image number"),
-    "bid: another header": ("bid", cell("DatabaseGrades.xlsx", 1, 2, "Grade"), r"column 'Average Subjective Grade' is missing"),
-    "pipal: spaces for commas": ("pipal", change("Train_Label/A0002.txt", ",", " "), r"A0002\.txt, line 1: 1 fields; expected 2: name,mos, no header"),
-    "pipal: an infinite rating": ("pipal", change("Train_Label/A0001.txt", "1397.2", "inf"), r"A0001\.txt, line 2: mos 'inf' is not a number from 0 to 3000"),
-    "csiq: another type": ("csiq", cell("csiq.DMOS.xlsx", 5, 6, "rain"), r"csiq\.DMOS\.xlsx, line 5: type 'rain' is not one of noise, blur"),
-    "csiq: DMOS of 0..100": ("csiq", cell("csiq.DMOS.xlsx", 6, 9, 70), r"csiq\.DMOS\.xlsx, line 6: mos '70' is not a number from 0 to 1"),
-    "csiq: the header moved": ("csiq", lambda folder: sheet(folder / "csiq.DMOS.xlsx", [["image", "dst_type"], [1], [2], [3], [4]], "all_by_image"), r"csiq\.DMOS\.xlsx, line 4: column 'image' is missing"),
-    "csiq: another sheet": ("csiq", lambda folder: sheet(folder / "csiq.DMOS.xlsx", [[1]], "all_by_distortion"), r"not an \.xlsx workbook with sheet 'all_by_image'"),
-    "liu13: name and mos alone": ("liu13", change("Deblur_test_all.txt", "a.png a_1.png", "a_1.png"), r"Deblur_test_all\.txt, line 1: 2 fields; expected 3: reference name mos"),
-    "sriqa: a header": ("sriqa-bench", change("MOS/online50.txt", "online50", "name,score\nonline50"), r"online50\.txt, line 1: mos 'score' is not a number from 0 to 100"),
-    "biq: the training part is missing": ("biq2021", without("Train (Images and MOS).csv"),
-      r"Train \(Images and MOS\)\.csv is missing; it belongs to the annotation"),
-    "biq: another header": ("biq2021", change("Test (Images and MOS).csv", "Image Name", "Name"),
-      r"Test .*\.csv, line 1: column 'Image Name' is missing"),
-    "biq: a MOS of 0..100": ("biq2021", change("Train (Images and MOS).csv", "0.3562", "35.62"),
-      r"Train .*\.csv, line 3: mos '35\.62' is not a number from 0 to 1"),
+    "clive: not a number": (
+        "clive",
+        mat(mos=[3.0, NAN]),
+        r"Data, entry 2: mos nan is not a number from 0 to 100",
+    ),
+    "clive: another file": (
+        "clive",
+        bytes_of("Data/AllMOS_release.mat", b"no MATLAB file at all, but long enough to have a header " * 4),
+        r"AllMOS_release\.mat: not a MATLAB file",
+    ),
+    "clive: an empty file": (
+        "clive",
+        bytes_of("Data/AllMOS_release.mat", b""),
+        r"AllMOS_release\.mat: not a MATLAB file",
+    ),
+    "clive: another variable": (
+        "clive",
+        lambda folder: savemat(folder / "Data/AllMOS_release.mat", {"mos": np.ones((1, 10))}),
+        r"AllMOS_release\.mat: holds no variable AllMOS_release",
+    ),
+    "clive: deviations are missing": (
+        "clive",
+        without("Data/AllStdDev_release.mat"),
+        r"AllStdDev_release\.mat is missing",
+    ),
+    "bid: a name for a number": (
+        "bid",
+        cell("DatabaseGrades.xlsx", 2, 1, "one"),
+        r"DatabaseGrades\.xlsx, line 2: name 'one' is not an image number",
+    ),
+    "bid: another header": (
+        "bid",
+        cell("DatabaseGrades.xlsx", 1, 2, "Grade"),
+        r"column 'Average Subjective Grade' is missing",
+    ),
+    "pipal: spaces for commas": (
+        "pipal",
+        change("Train_Label/A0002.txt", ",", " "),
+        r"A0002\.txt, line 1: 1 fields; expected 2: name,mos, no header",
+    ),
+    "pipal: an infinite rating": (
+        "pipal",
+        change("Train_Label/A0001.txt", "1397.2", "inf"),
+        r"A0001\.txt, line 2: mos 'inf' is not a number from 0 to 3000",
+    ),
+    "csiq: another type": (
+        "csiq",
+        cell("csiq.DMOS.xlsx", 5, 6, "rain"),
+        r"csiq\.DMOS\.xlsx, line 5: type 'rain' is not one of noise, blur",
+    ),
+    "csiq: DMOS of 0..100": (
+        "csiq",
+        cell("csiq.DMOS.xlsx", 6, 9, 70),
+        r"csiq\.DMOS\.xlsx, line 6: mos '70' is not a number from 0 to 1",
+    ),
+    "csiq: the header moved": (
+        "csiq",
+        lambda folder: sheet(
+            folder / "csiq.DMOS.xlsx", [["image", "dst_type"], [1], [2], [3], [4]], "all_by_image"
+        ),
+        r"csiq\.DMOS\.xlsx, line 4: column 'image' is missing",
+    ),
+    "csiq: another sheet": (
+        "csiq",
+        lambda folder: sheet(folder / "csiq.DMOS.xlsx", [[1]], "all_by_distortion"),
+        r"not an \.xlsx workbook with sheet 'all_by_image'",
+    ),
+    "liu13: name and mos alone": (
+        "liu13",
+        change("Deblur_test_all.txt", "a.png a_1.png", "a_1.png"),
+        r"Deblur_test_all\.txt, line 1: 2 fields; expected 3: reference name mos",
+    ),
+    "sriqa: a header": (
+        "sriqa-bench",
+        change("MOS/online50.txt", "online50", "name,score\nonline50"),
+        r"online50\.txt, line 1: mos 'score' is not a number from 0 to 100",
+    ),
+    "biq: the training part is missing": (
+        "biq2021",
+        without("Train (Images and MOS).csv"),
+        r"Train \(Images and MOS\)\.csv is missing; it belongs to the annotation",
+    ),
+    "biq: another header": (
+        "biq2021",
+        change("Test (Images and MOS).csv", "Image Name", "Name"),
+        r"Test .*\.csv, line 1: column 'Image Name' is missing",
+    ),
+    "biq: a MOS of 0..100": (
+        "biq2021",
+        change("Train (Images and MOS).csv", "0.3562", "35.62"),
+        r"Train .*\.csv, line 3: mos '35\.62' is not a number from 0 to 1",
+    ),
     "biq: a name of the workbook": (
-        "biq2021", change("Train (Images and MOS).csv", "ss01 (5).jpg", "Images (5).jpg"),
-      r"Train .*\.csv, line 2: name 'Images \(5\)\.jpg' is not like ss01 \(1\)\.jpg"),
+        "biq2021",
+        change("Train (Images and MOS).csv", "ss01 (5).jpg", "Images (5).jpg"),
+        r"Train .*\.csv, line 2: name 'Images \(5\)\.jpg' is not like ss01 \(1\)\.jpg",
+    ),
     "biq: a picture in both parts": (
-        "biq2021", change("Test (Images and MOS).csv", "ss03 (10).jpg", "ss03 (961).jpg"),
-      r"Test .*\.csv, line 3: name 'ss03 \(961\)\.jpg' is there twice"),
-    "srij: scores of other pictures": ("srij", rolled_scores,
-      r"addressesSRIJ\.mat, entry 1: mos .* is not what the votes in HumanStudy/HumanScores give"),
-    "srij: scores of the originals too": ("srij", scores_of_all,
-      r"hScoresSRIJ\.mat: 21 scores for 14 pictures"),
-    "srij: names are missing": ("srij", without("Datasets/SRIJ/addressesSRIJ.mat"),
-      r"addressesSRIJ\.mat is missing"),
-    "srij: one vote too few": ("srij", votes([range(1, 21), range(20)]),
-      r"10\.mat: column 1 of quality is not 1 to 21, once each"),
-    "srij: a picture is voted on twice": ("srij", votes([[1, *range(1, 21)], range(21)]),
-      r"10\.mat: column 1 of quality is not 1 to 21"),
-    "srij: a vote that is no number": ("srij", votes([range(1, 22), [NAN, *range(20)]]),
-      r"10\.mat: a vote is not a number from 0 to 100"),
-    "srij: an observer who does not care": ("srij", votes([range(1, 22), [50] * 21]),
-      r"10\.mat: all votes are 50\.0"),
+        "biq2021",
+        change("Test (Images and MOS).csv", "ss03 (10).jpg", "ss03 (961).jpg"),
+        r"Test .*\.csv, line 3: name 'ss03 \(961\)\.jpg' is there twice",
+    ),
+    "srij: scores of other pictures": (
+        "srij",
+        rolled_scores,
+        r"addressesSRIJ\.mat, entry 1: mos .* is not what the votes in HumanStudy/HumanScores give",
+    ),
+    "srij: scores of the originals too": (
+        "srij",
+        scores_of_all,
+        r"hScoresSRIJ\.mat: 21 scores for 14 pictures",
+    ),
+    "srij: names are missing": (
+        "srij",
+        without("Datasets/SRIJ/addressesSRIJ.mat"),
+        r"addressesSRIJ\.mat is missing",
+    ),
+    "srij: one vote too few": (
+        "srij",
+        votes([range(1, 21), range(20)]),
+        r"10\.mat: column 1 of quality is not 1 to 21, once each",
+    ),
+    "srij: a picture is voted on twice": (
+        "srij",
+        votes([[1, *range(1, 21)], range(21)]),
+        r"10\.mat: column 1 of quality is not 1 to 21",
+    ),
+    "srij: a vote that is no number": (
+        "srij",
+        votes([range(1, 22), [NAN, *range(20)]]),
+        r"10\.mat: a vote is not a number from 0 to 100",
+    ),
+    "srij: an observer who does not care": (
+        "srij",
+        votes([range(1, 22), [50] * 21]),
+        r"10\.mat: all votes are 50\.0",
+    ),
     "pcuid: comparisons are missing": ("pcuid", without("pair_label.xlsx"), r"pair_label\.xlsx is missing"),
-    "pcuid: another header": ("pcuid", cell("pair_label.xlsx", 1, 3, "label"),
-      r"pair_label\.xlsx, line 1: column '标签.* is missing"),
-    "pcuid: a label that there is not": ("pcuid", cell("pair_label.xlsx", 3, 3, 2),
-      r"pair_label\.xlsx, line 3: label '2' is not -1, 0 or 1"),
-    "pcuid: a picture with itself": ("pcuid", cell("pair_label.xlsx", 2, 2, 1),
-      r"pair_label\.xlsx, line 2: second '1' is compared with itself"),
-    "pcuid: a pair twice": ("pcuid", a_pair_again,
-      r"pair_label\.xlsx, line 3: second '1' was compared with the first on an earlier line"),
-    "pcuid: a name for a number": ("pcuid", cell("pair_label.xlsx", 4, 1, "two"),
-      r"pair_label\.xlsx, line 4: first 'two' is not a picture's number"),
-    "pcuid: a pair is missing": ("pcuid", cell("pair_label.xlsx", 11, 2, 6),
-      r"MOS\.xlsx, line 5: name '图片4\.jpg' is not compared once with every other picture"),
-    "pcuid: a MOS that the labels do not give": ("pcuid", cell("MOS.xlsx", 3, 2, 78.5),
-      r"MOS\.xlsx, line 3: mos '78\.5' is not the share of wins"),
-    "agiqa: the alignment alone": ("agiqa-3k", change("data.csv", "mos_quality", "mos"), r"data\.csv, line 1: column 'mos_quality' is missing"),
-}  # fmt: skip
+    "pcuid: another header": (
+        "pcuid",
+        cell("pair_label.xlsx", 1, 3, "label"),
+        r"pair_label\.xlsx, line 1: column '标签.* is missing",
+    ),
+    "pcuid: a label that there is not": (
+        "pcuid",
+        cell("pair_label.xlsx", 3, 3, 2),
+        r"pair_label\.xlsx, line 3: label '2' is not -1, 0 or 1",
+    ),
+    "pcuid: a picture with itself": (
+        "pcuid",
+        cell("pair_label.xlsx", 2, 2, 1),
+        r"pair_label\.xlsx, line 2: second '1' is compared with itself",
+    ),
+    "pcuid: a pair twice": (
+        "pcuid",
+        a_pair_again,
+        r"pair_label\.xlsx, line 3: second '1' was compared with the first on an earlier line",
+    ),
+    "pcuid: a name for a number": (
+        "pcuid",
+        cell("pair_label.xlsx", 4, 1, "two"),
+        r"pair_label\.xlsx, line 4: first 'two' is not a picture's number",
+    ),
+    "pcuid: a pair is missing": (
+        "pcuid",
+        cell("pair_label.xlsx", 11, 2, 6),
+        r"MOS\.xlsx, line 5: name '图片4\.jpg' is not compared once with every other picture",
+    ),
+    "pcuid: a MOS that the labels do not give": (
+        "pcuid",
+        cell("MOS.xlsx", 3, 2, 78.5),
+        r"MOS\.xlsx, line 3: mos '78\.5' is not the share of wins",
+    ),
+    "agiqa: the alignment alone": (
+        "agiqa-3k",
+        change("data.csv", "mos_quality", "mos"),
+        r"data\.csv, line 1: column 'mos_quality' is missing",
+    ),
+}
 
 
 @pytest.mark.parametrize(("name", "fault", "message"), FAULTS.values(), ids=FAULTS)
@@ -862,7 +1230,11 @@ def test_vqr1_data_lists_every_public_set(capsys):
     said = capsys.readouterr().out
     for name, entry in SETS.items():
         assert f"{name}: {entry.title}; {entry.rows} pictures" in said
-        assert f"where: {entry.source}" in said and f"size: {entry.size}; licence: {entry.licence}" in said and entry.note in said
+        assert (
+            f"where: {entry.source}" in said
+            and f"size: {entry.size}; licence: {entry.licence}" in said
+            and entry.note in said
+        )
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -870,7 +1242,11 @@ def test_vqr1_data_describes_a_set(name, made, capsys, monkeypatch):
     folder, expected = made(name)
     assert main(["data", name, "--root", str(folder.parent)]) == 0
     said = capsys.readouterr().out
-    assert f"{name}, in {folder}" in said and f"pictures    {len(expected)}; published: {SETS[name].rows}" in said and SETS[name].note in said
+    assert (
+        f"{name}, in {folder}" in said
+        and f"pictures    {len(expected)}; published: {SETS[name].rows}" in said
+        and SETS[name].note in said
+    )
     mos = [numbers[0] for numbers in expected.values()]
     assert f"mos         {min(mos):.4g} to {max(mos):.4g}, higher is better" in said
     counts = dict(re.findall(r"(train|val|test) (\d+)", said.partition("splits ")[2].splitlines()[0]))
@@ -902,6 +1278,10 @@ def test_vqr1_data_describes_a_manifest_and_an_embedded_set(tmp_path, capsys):
     picture(tmp_path / "a.png")
     text(tmp_path / "mine.csv", [",".join(COLUMNS), "a.png,mine,3.5,,a,,,,,"])
     assert main(["data", str(tmp_path / "mine.csv")]) == 0
-    assert "pictures    1\nmos         3.5 to 3.5" in (said := capsys.readouterr().out) and "std         none" in said and "splits      none 1" in said
+    assert (
+        "pictures    1\nmos         3.5 to 3.5" in (said := capsys.readouterr().out)
+        and "std         none" in said
+        and "splits      none 1" in said
+    )
     assert main(["data", "sim-unseen"]) == 0
     assert "splits      test 720" in capsys.readouterr().out

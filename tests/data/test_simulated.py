@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vqr1.data.manifests import EMBEDDED, HELD_OUT, TRAINED, dominance_pairs, load_ratings, open_picture, read_manifest, render_rows
+from vqr1.data.manifests import (
+    EMBEDDED,
+    HELD_OUT,
+    TRAINED,
+    dominance_pairs,
+    load_ratings,
+    open_picture,
+    read_manifest,
+    render_rows,
+)
 from vqr1.data.observers import human_cells, oracle_srcc
 from vqr1.data.simulated import MIX_STAGES, MIXTURE, build_sim_sets
 
@@ -61,7 +70,12 @@ def test_seeds_say_nothing_of_type_or_level(sets):
     rows = sets["sim-kadid"]
     assert rows.seed.nunique() > 0.999 * len(rows)
     assert abs(np.corrcoef(rows.seed.astype(float), rows.level)[0, 1]) < 0.05
-    assert rows.groupby("distortion").seed.apply(lambda s: s.astype(float).mean() / 2**31).between(0.35, 0.65).all()
+    assert (
+        rows.groupby("distortion")
+        .seed.apply(lambda s: s.astype(float).mean() / 2**31)
+        .between(0.35, 0.65)
+        .all()
+    )
 
 
 def test_crops_are_192_px_at_multiples_of_16(sets):
@@ -110,7 +124,9 @@ def test_no_photograph_is_in_two_sets_of_the_mixture(sets):
     rows = pd.concat([sets[name] for name in MIXTURE])
     assert rows.groupby("image").dataset.nunique().max() == 1 and rows.image.nunique() == 81
     counts = rows.groupby(["dataset", "split"]).agg(rows=("mos", "size"), photographs=("image", "nunique"))
-    assert (counts.loc[(slice(None), "test"), "photographs"] == 8).all() and (counts.loc[(slice(None), "test"), "rows"] >= 240).all()
+    assert (counts.loc[(slice(None), "test"), "photographs"] == 8).all() and (
+        counts.loc[(slice(None), "test"), "rows"] >= 240
+    ).all()
     assert counts.loc[(slice(None), "train"), "rows"].between(300, 600).all()
 
 
@@ -120,7 +136,9 @@ def test_the_sets_differ_in_types_and_levels_and_share_some(sets):
     assert [sorted(set(sets[name].level)) for name in MIXTURE] == [[1, 2, 3, 4, 5], [1, 2, 3], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("name, low, high", [("sim-five", 1, 5), ("sim-hundred", 0, 100), ("sim-elo", 800, 1850)])
+@pytest.mark.parametrize(
+    "name, low, high", [("sim-five", 1, 5), ("sim-hundred", 0, 100), ("sim-elo", 800, 1850)]
+)
 def test_each_set_has_a_scale_of_its_own_with_the_order_of_sim_kadid(name, low, high, sets):
     rows = sets[name].merge(sets["sim-kadid"], on=ROW, suffixes=("", "_five"), validate="1:1")
     assert len(rows) == len(sets[name]) and (rows.split == rows.split_five).all()
@@ -133,7 +151,12 @@ def test_the_mild_set_uses_its_whole_scale_and_the_strong_one_is_curved(sets):
     five = {name: sets[name].merge(sets["sim-kadid"], on=ROW, suffixes=("", "_five")) for name in MIXTURE}
     mild, strong = five["sim-hundred"], five["sim-elo"]
     assert (mild.mos.min(), mild.mos.max()) == (0, 100) and mild.mos_five.min() > 2
-    assert np.corrcoef(mild.mos, mild.mos_five)[0, 1] > 0.9999 > 0.99 > np.corrcoef(strong.mos, strong.mos_five)[0, 1]
+    assert (
+        np.corrcoef(mild.mos, mild.mos_five)[0, 1]
+        > 0.9999
+        > 0.99
+        > np.corrcoef(strong.mos, strong.mos_five)[0, 1]
+    )
     odds = 10 ** ((strong.mos - 1500) / 400)
     np.testing.assert_allclose((0.9 + 5.1 * odds) / (1 + odds), strong.mos_five, atol=1e-3)
     assert strong.mos_five.median() < 2 < 3.9 < mild.mos_five.median()

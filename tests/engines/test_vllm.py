@@ -1,4 +1,6 @@
-"""vLLM's side of the Scorer, without vLLM: a stand-in answers its requests with real numbers of the embedded policy, from transformers."""
+"""vLLM's side of the Scorer, without vLLM: a stand-in answers its requests with real numbers of the embedded
+policy, from transformers.
+"""
 
 import copy
 import itertools
@@ -37,10 +39,17 @@ class SamplingParams:
 
 
 class LLM:
-    """Answers vLLM's requests with the embedded policy, one plain forward or `generate` of transformers for each length."""
+    """Answers vLLM's requests with the embedded policy, one plain forward or `generate` of transformers for
+    each length.
+    """
 
     def __init__(self, policy, **options):
-        (self.model, self.processor), self.options, self.calls, self.ids = policy, options, [], []  # ids: of all completions
+        (self.model, self.processor), self.options, self.calls, self.ids = (
+            policy,
+            options,
+            [],
+            [],
+        )  # ids: of all completions
 
     def generate(self, requests, params, *, use_tqdm=True, lora_request=None):
         for one in requests:  # vLLM, too, looks at all requests before it computes anything
@@ -51,7 +60,10 @@ class LLM:
             return [SimpleNamespace(outputs=self.completions(one, params)) for one in requests]
         assert params.max_tokens == 1 and params.logprobs == len(params.logprob_token_ids)
         outputs = {}
-        for _, same in itertools.groupby(range(len(requests)), lambda i: (len(requests[i]["prompt_token_ids"]), id(self.picture(requests[i])))):
+        for _, same in itertools.groupby(
+            range(len(requests)),
+            lambda i: (len(requests[i]["prompt_token_ids"]), id(self.picture(requests[i]))),
+        ):
             outputs |= self.log_probabilities([(i, requests[i]) for i in same], params.logprob_token_ids)
         return [outputs[i] for i in range(len(requests))]
 
@@ -60,9 +72,13 @@ class LLM:
         return one["multi_modal_data"]["image"]
 
     def inputs(self, *requests):
-        """The processor's inputs for the requests' texts, after asking that their tokens are what it makes of the text."""
+        """The processor's inputs for the requests' texts, after asking that their tokens are what it makes
+        of the text.
+        """
         texts = [self.processor.tokenizer.decode(one["prompt_token_ids"]) for one in requests]
-        inputs = self.processor(text=texts, images=[self.picture(one) for one in requests], return_tensors="pt")
+        inputs = self.processor(
+            text=texts, images=[self.picture(one) for one in requests], return_tensors="pt"
+        )
         image = self.processor.image_token_id
         for whole, one in zip(inputs["input_ids"].tolist(), requests):
             at = whole.index(image)
@@ -71,9 +87,19 @@ class LLM:
 
     @torch.no_grad()
     def log_probabilities(self, numbered, token_ids):
-        logprobs = self.model(**self.inputs(*(one for _, one in numbered)), logits_to_keep=1).logits[:, -1].log_softmax(-1)[:, token_ids]
+        logprobs = (
+            self.model(**self.inputs(*(one for _, one in numbered)), logits_to_keep=1)
+            .logits[:, -1]
+            .log_softmax(-1)[:, token_ids]
+        )
         return {
-            i: SimpleNamespace(outputs=[SimpleNamespace(logprobs=[{t: SimpleNamespace(logprob=p) for t, p in zip(token_ids, row)}])])
+            i: SimpleNamespace(
+                outputs=[
+                    SimpleNamespace(
+                        logprobs=[{t: SimpleNamespace(logprob=p) for t, p in zip(token_ids, row)}]
+                    )
+                ]
+            )
             for (i, _), row in zip(numbered, logprobs.tolist())
         }
 
@@ -81,13 +107,24 @@ class LLM:
         inputs, tokenizer = self.inputs(one), self.processor.tokenizer
         torch.manual_seed(params.seed or 0)
         out = self.model.generate(
-            **inputs, max_new_tokens=params.max_tokens, tokenizer=tokenizer, stop_strings=params.stop or None,
-            do_sample=params.temperature > 0, num_return_sequences=params.n,
+            **inputs,
+            max_new_tokens=params.max_tokens,
+            tokenizer=tokenizer,
+            stop_strings=params.stop or None,
+            do_sample=params.temperature > 0,
+            num_return_sequences=params.n,
             bad_words_ids=[tokenizer(word).input_ids for word in params.bad_words] or None,
-        )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+        )[:, inputs["input_ids"].shape[1] :]
         self.ids += out.tolist()
         reason = "length" if out.shape[1] == params.max_tokens else "stop"
-        return [SimpleNamespace(text=tokenizer.decode(row, skip_special_tokens=True), token_ids=row.tolist(), finish_reason=reason) for row in out]
+        return [
+            SimpleNamespace(
+                text=tokenizer.decode(row, skip_special_tokens=True),
+                token_ids=row.tolist(),
+                finish_reason=reason,
+            )
+            for row in out
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +176,21 @@ def tree_of(share):
         under = {answer: p for answer, p in share.items() if answer.startswith(text) and answer != text}
         if under:
             total = sum(under.values())
-            tree[text] = {c: sum(p for answer, p in under.items() if answer[len(text)] == c) / total for c in COLUMNS}
+            tree[text] = {
+                c: sum(p for answer, p in under.items() if answer[len(text)] == c) / total for c in COLUMNS
+            }
     return tree
 
 
 def test_the_chain_rule_gives_back_the_distribution():
     share = {"3.25": 0.3, "3.2<": 0.1, "3<": 0.2, "4.99": 0.1, " 0.80": 0.1, "\n10<": 0.15, ".5<": 0.05}
     p = distribution(tree_of(share))
-    found = {opening + answer: p[i, j] for i, opening in enumerate(OPENINGS) for j, answer in enumerate(ANSWERS) if p[i, j]}
+    found = {
+        opening + answer: p[i, j]
+        for i, opening in enumerate(OPENINGS)
+        for j, answer in enumerate(ANSWERS)
+        if p[i, j]
+    }
     assert found == pytest.approx(share)
     assert {answer: chance(tree_of(share), answer) for answer in share} == pytest.approx(share)
 
@@ -168,7 +212,9 @@ def test_the_distribution_is_that_of_the_transformers_engine(policy, vllm, token
         ours = Watched(policy, thinking, batch_size=1)
         score = ours.score([picture])[0]
         stop = {"stop": OPEN, "tag": ours.tag, "max_tokens": 64} if thinking else {}
-        texts, p, written = vllm.distributions(prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop)
+        texts, p, written = vllm.distributions(
+            prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop
+        )
         assert p.shape == (1, 3, 1231) and (p[0] - ours.read[0]).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
         assert written[0].endswith("</answer>")
         assert (texts[0] or OPEN) == score.answers[0]
@@ -200,7 +246,9 @@ def test_a_reasoning_without_an_answer_has_no_distribution(policy, vllm, tokens,
 def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
     ids = prompt(policy[1], False)
     greedy = vllm.texts(ids, pictures, 1, 12, 0)
-    assert greedy == [score.answers[0] for score in Scorer(policy, estimate="greedy", max_new_tokens=12).score(pictures)]
+    assert greedy == [
+        score.answers[0] for score in Scorer(policy, estimate="greedy", max_new_tokens=12).score(pictures)
+    ]
     sampled = vllm.texts(ids, pictures, 3, 12, 7)
     assert len(sampled) == 6 and len(set(sampled)) > 2 and all("<answer>" in text for text in sampled)
     (_, one), (_, two) = vllm.llm.calls
@@ -212,21 +260,34 @@ def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
 
 def test_a_request_holds_one_image_token_and_what_was_said_since(photo):
     assert request([1, 9, 2], photo, "a", [5, 6]) == {
-        "prompt_token_ids": [1, 9, 2, 5, 6], "multi_modal_data": {"image": photo}, "multi_modal_uuids": {"image": ["a"]},
-    }  # fmt: skip
+        "prompt_token_ids": [1, 9, 2, 5, 6],
+        "multi_modal_data": {"image": photo},
+        "multi_modal_uuids": {"image": ["a"]},
+    }
 
 
 @pytest.mark.parametrize(("rank", "largest"), [(4, 8), (16, 16), (33, 64)])
 def test_an_adapter_is_served_on_its_base(tmp_path, rank, largest):
     lora_config(rank).save_pretrained(tmp_path)
-    text = (tmp_path / "adapter_config.json").read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "Qwen/Q"')
+    text = (
+        (tmp_path / "adapter_config.json")
+        .read_text()
+        .replace('"base_model_name_or_path": null', '"base_model_name_or_path": "Qwen/Q"')
+    )
     (tmp_path / "adapter_config.json").write_text(text)
     options, adapter = llm_options(tmp_path)
-    assert (options["model"], options["max_lora_rank"], options["enable_lora"], adapter) == ("Qwen/Q", largest, True, str(tmp_path))
+    assert (options["model"], options["max_lora_rank"], options["enable_lora"], adapter) == (
+        "Qwen/Q",
+        largest,
+        True,
+        str(tmp_path),
+    )
 
 
 def test_an_adapter_of_too_high_a_rank_is_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "Qwen/Q", "r": {RANKS[-1] + 1}}}')
+    (tmp_path / "adapter_config.json").write_text(
+        f'{{"base_model_name_or_path": "Qwen/Q", "r": {RANKS[-1] + 1}}}'
+    )
     with pytest.raises(ValueError, match="up to rank 256"):
         llm_options(tmp_path)
 
@@ -241,7 +302,10 @@ def test_without_vllm_the_message_says_what_to_install(monkeypatch):
 def stand_in(monkeypatch):
     """`vllm` and `vllm.lora.request` as far as they are imported."""
     whole, lora, of_request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
-    whole.LLM, whole.SamplingParams = lambda model, **options: LLM(load_policy(model), **options), SamplingParams
+    whole.LLM, whole.SamplingParams = (
+        lambda model, **options: LLM(load_policy(model), **options),
+        SamplingParams,
+    )
     of_request.LoRARequest = lambda name, number, path: (name, number, path)
     for module in (whole, lora, of_request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -250,7 +314,11 @@ def stand_in(monkeypatch):
 def test_a_policy_is_loaded_with_its_own_processor(stand_in, policy):
     vllm, processor = load_vllm("tiny-policy")
     assert type(processor) is type(policy[1]) and vllm.lora is None
-    assert vllm.llm.options == {"max_model_len": engines.MAX_TOKENS, "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": True}
+    assert vllm.llm.options == {
+        "max_model_len": engines.MAX_TOKENS,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "enable_prefix_caching": True,
+    }
     own = LLM(policy)
     assert load_vllm((own, processor))[0].llm is own
 
@@ -267,15 +335,26 @@ def test_an_adapter_on_a_base_in_4_bits_is_not_served_on_the_one_in_bf16(tmp_pat
 # The Scorer
 
 
-@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy"}, {"estimate": "sample", "k": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"thinking": True}, {"estimate": "greedy"}, {"estimate": "sample", "k": 3}], ids=str
+)
 def test_a_picture_that_vllm_refuses_costs_its_own_score_alone(stand_in, policy, pictures, options):
     large = Image.new("RGB", (2001, 20))
     scorer = Scorer("tiny-policy", engine="vllm", **options)
     found = scorer.score([pictures[0], large, pictures[1], pictures[0]])
     alone = [scorer.score([picture])[0] for picture in (*pictures, pictures[0])]
-    assert found[1].error == "vLLM does not take this picture: The decoder prompt is longer than the maximum model length"
-    assert [score.answers for score in found[::2] + found[3:]] == [alone[0].answers, alone[1].answers, alone[2].answers]
-    assert all(math.isfinite(score.score) for score in (found[0], found[2], found[3])) and math.isnan(found[1].score)
+    assert (
+        found[1].error
+        == "vLLM does not take this picture: The decoder prompt is longer than the maximum model length"
+    )
+    assert [score.answers for score in found[::2] + found[3:]] == [
+        alone[0].answers,
+        alone[1].answers,
+        alone[2].answers,
+    ]
+    assert all(math.isfinite(score.score) for score in (found[0], found[2], found[3])) and math.isnan(
+        found[1].score
+    )
 
 
 def test_an_answer_from_vllm_never_holds_a_picture(stand_in, policy, pictures):
@@ -296,13 +375,20 @@ def test_an_answer_from_vllm_never_holds_a_picture(stand_in, policy, pictures):
     assert set(own.never) == set(load_vllm("tiny-policy")[0].never) == set(VISION)
 
 
-@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"estimate": "greedy", "thinking": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"thinking": True}, {"estimate": "greedy", "thinking": True}], ids=str
+)
 def test_the_scorer_gives_what_it_gives_with_transformers(stand_in, policy, pictures, tmp_path, options):
     images = [*pictures, tmp_path / "missing.png"]
-    ours, theirs = (scorer.score(images) for scorer in (Scorer("tiny-policy", engine="vllm", **options), Scorer(policy, **options)))
+    ours, theirs = (
+        scorer.score(images)
+        for scorer in (Scorer("tiny-policy", engine="vllm", **options), Scorer(policy, **options))
+    )
     for one, two in zip(ours, theirs):
         assert (one.answers, one.reasoning, one.error) == (two.answers, two.reasoning, two.error)
-        assert [one.score, one.std, one.mass] == pytest.approx([two.score, two.std, two.mass], abs=1e-5, nan_ok=True)
+        assert [one.score, one.std, one.mass] == pytest.approx(
+            [two.score, two.std, two.mass], abs=1e-5, nan_ok=True
+        )
     assert "missing" in ours[-1].error
 
 

@@ -1,4 +1,6 @@
-"""Baselines order plain cases, learn from ratings what they are meant to learn, and leave alone what they should."""
+"""Baselines order plain cases, learn from ratings what they are meant to learn, and leave alone what they
+should.
+"""
 
 import numpy as np
 import pandas as pd
@@ -8,12 +10,27 @@ from peft import LoraConfig
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from vqr1.data.manifests import EMBEDDED
 from vqr1.experiments import baselines
 from vqr1.experiments.baselines import (
-    Opinions, SmallCNN, brisque, dct_filters, fit, load_cnn, piqe, pixels, pretrain_cnn, ranking_loss, rating_losses, score_cnn,
-    score_head, supervised, tower_features, train_cnn, train_head,
-)  # fmt: skip
-from vqr1.data.manifests import EMBEDDED
+    Opinions,
+    SmallCNN,
+    brisque,
+    dct_filters,
+    fit,
+    load_cnn,
+    piqe,
+    pixels,
+    pretrain_cnn,
+    ranking_loss,
+    rating_losses,
+    score_cnn,
+    score_head,
+    supervised,
+    tower_features,
+    train_cnn,
+    train_head,
+)
 from vqr1.metrics import srcc
 from vqr1.policy import load_policy, lora_config
 from vqr1.scoring import Scorer
@@ -67,7 +84,9 @@ def test_the_ranking_loss_has_gradients_that_sort():
     scores = torch.zeros(3, requires_grad=True)
     ranking_loss(scores, torch.tensor([1.0, 3.0, 5.0])).backward()
     low, middle, high = scores.grad.tolist()
-    assert low > 0 > high and middle == pytest.approx(0, abs=1e-6)  # descent lowers the worst and lifts the best
+    assert low > 0 > high and middle == pytest.approx(
+        0, abs=1e-6
+    )  # descent lowers the worst and lifts the best
 
 
 def test_batches_hold_one_data_set_and_as_many_as_asked_for():
@@ -132,7 +151,12 @@ def test_pretraining_writes_half_precision_weights_and_a_log(tmp_path, monkeypat
     def stream(seed, **options):
         while True:
             strength = int(rng.integers(6))
-            yield {"name": "jpeg", "strength": strength, "pixel_values": torch.randn(1, 3, 32, 32), "image_grid_thw": torch.ones(1, 3)}
+            yield {
+                "name": "jpeg",
+                "strength": strength,
+                "pixel_values": torch.randn(1, 3, 32, 32),
+                "image_grid_thw": torch.ones(1, 3),
+            }
 
     monkeypatch.setattr(baselines, "perception_pictures", stream)
     monkeypatch.setattr(baselines, "CNN", tmp_path / "cnn" / "model.safetensors")
@@ -162,11 +186,17 @@ def test_the_head_learns_on_frozen_eyes(policy):
 
 def test_loss_is_on_the_opinion_alone(policy):
     processor = policy[1]
-    row = dict(processor.image_processor(images=[blurred(1)], return_tensors="pt"), reasoning="<think>slight lens blur</think><answer>", mos=3.5)
+    row = dict(
+        processor.image_processor(images=[blurred(1)], return_tensors="pt"),
+        reasoning="<think>slight lens blur</think><answer>",
+        mos=3.5,
+    )
     batch = Opinions(processor, seed=0)([row])
     learned = batch["labels"][0][batch["labels"][0] != -100]
     assert processor.tokenizer.decode(learned) == "3.50</answer><|im_end|>"
-    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("<think>slight lens blur</think><answer>3.50</answer><|im_end|>")
+    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith(
+        "<think>slight lens blur</think><answer>3.50</answer><|im_end|>"
+    )
 
 
 @pytest.mark.parametrize("adapter", [None, lora_config()], ids=["weights", "adapter"])
@@ -185,4 +215,6 @@ def test_supervised_fine_tuning_moves_scores_and_not_the_eyes(adapter: LoraConfi
         return
     after = Scorer(tuned, thinking=True).score(images)
     assert not any(score.error for score in after)
-    assert np.mean([abs(score.score - 1.25) for score in after]) < 0.5 * np.mean(np.abs(np.array(before) - 1.25))
+    assert np.mean([abs(score.score - 1.25) for score in after]) < 0.5 * np.mean(
+        np.abs(np.array(before) - 1.25)
+    )

@@ -14,13 +14,32 @@ from PIL import Image
 from transformers.modeling_utils import load_state_dict
 
 from vqr1.data import observers
-from vqr1.experiments import pretraining
 from vqr1.data.manifests import EMBEDDED, HELD_OUT, TRAINED
+from vqr1.experiments import pretraining
 from vqr1.experiments.pretraining import (
-    REGIONS, SCORES, STRENGTH, Answers, Pictures, answer, corpus, dead_leaves, perception_batch, pink_textures,
-    reasoning, where, pretrain,
-)  # fmt: skip
-from vqr1.prompts import CLEAN, PHRASES, SEVERITY, named_distortions, named_severity, parse_reasoning, parse_score
+    REGIONS,
+    SCORES,
+    STRENGTH,
+    Answers,
+    Pictures,
+    answer,
+    corpus,
+    dead_leaves,
+    perception_batch,
+    pink_textures,
+    pretrain,
+    reasoning,
+    where,
+)
+from vqr1.prompts import (
+    CLEAN,
+    PHRASES,
+    SEVERITY,
+    named_distortions,
+    named_severity,
+    parse_reasoning,
+    parse_score,
+)
 
 NO_PIXELS = SimpleNamespace(image_processor=lambda images, return_tensors: {"pixel_values": images})
 
@@ -82,8 +101,12 @@ def test_the_same_seed_gives_the_same_stream(untrained):
 
     one, two, other = stream(3), stream(3), stream(4)
     for a, b in zip(one, two):
-        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["image_grid_thw"], b["image_grid_thw"])
-        assert [a[key] for key in ("name", "level", "strength", "place")] == [b[key] for key in ("name", "level", "strength", "place")]
+        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(
+            a["image_grid_thw"], b["image_grid_thw"]
+        )
+        assert [a[key] for key in ("name", "level", "strength", "place")] == [
+            b[key] for key in ("name", "level", "strength", "place")
+        ]
     assert not any(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(one, other))
 
 
@@ -97,7 +120,10 @@ def test_workers_see_different_pictures(quick, monkeypatch):
 def test_strength_follows_the_level_but_for_signed_changes_and_what_nobody_sees(quick, monkeypatch):
     rows = draw(Pictures(NO_PIXELS, 1, procedural=1.0), 200)
     strengths = {(row["name"], row["level"]): row["strength"] for row in rows}
-    assert all(strength == STRENGTH.get(name, range(1, 6))[level - 1] for (name, level), strength in strengths.items())
+    assert all(
+        strength == STRENGTH.get(name, range(1, 6))[level - 1]
+        for (name, level), strength in strengths.items()
+    )
     assert {name for name, _ in strengths} >= {"mean_shift", "contrast_change", "jpeg"}
     assert {row["place"] for row in rows if row["strength"]} == {"all over the picture"}
     monkeypatch.setattr(pretraining, "distort", lambda image, *_: Image.eval(image, lambda value: value + 1))
@@ -120,7 +146,7 @@ def test_dead_leaves_are_pictures_and_the_same_for_a_seed():
     assert textures.shape == (2, 64, 64) and textures.std((1, 2)) == pytest.approx(np.ones(2), abs=1e-3)
     pictures = [dead_leaves(np.random.default_rng(seed), textures, 48) for seed in range(12)]
     for picture in pictures:
-        assert picture.shape == (48, 48, 3) and 0 <= picture.min() and picture.max() <= 1
+        assert picture.shape == (48, 48, 3) and picture.min() >= 0 and picture.max() <= 1
         assert picture.std() > 0.02
     np.testing.assert_array_equal(dead_leaves(np.random.default_rng(3), textures, 48), pictures[3])
     assert not np.array_equal(pictures[3], pictures[4])
@@ -130,7 +156,9 @@ def test_dead_leaves_are_pictures_and_the_same_for_a_seed():
 
 
 def thirds(flat, textures, edges):
-    """Return (clean, distorted): left flat, in the middle a texture, right edges, each with an error of its own."""
+    """Return (clean, distorted): left flat, in the middle a texture, right edges, each with an error of its
+    own.
+    """
     clean = np.full((96, 96, 3), 0.5, np.float32)
     clean[:, 32:64] += np.random.default_rng(0).normal(0, 0.05, (96, 32, 1)).astype(np.float32)
     clean[:, 64::8] = clean[:, 65::8] = 0
@@ -164,7 +192,9 @@ def test_reasoning_can_be_read_back():
 
 def test_the_tokenizer_learns_every_word_that_is_said():
     words = set(re.findall(r"\w+", " ".join(corpus())))
-    said = " ".join([*PHRASES.values(), *SEVERITY, CLEAN, *REGIONS, *pretraining.PLACES, "all over the picture intact"])
+    said = " ".join(
+        [*PHRASES.values(), *SEVERITY, CLEAN, *REGIONS, *pretraining.PLACES, "all over the picture intact"]
+    )
     assert set(re.findall(r"\w+", said)) <= words
 
 
@@ -173,7 +203,13 @@ def test_the_tokenizer_learns_every_word_that_is_said():
 
 def row(name, strength=3, side=4, place="in the textures"):
     grid = torch.tensor([[1, side, side]])
-    return {"name": name, "strength": strength, "place": place, "image_grid_thw": grid, "pixel_values": torch.zeros(side**2, 3)}
+    return {
+        "name": name,
+        "strength": strength,
+        "place": place,
+        "image_grid_thw": grid,
+        "pixel_values": torch.zeros(side**2, 3),
+    }
 
 
 def test_a_score_follows_from_the_strength_alone():
@@ -181,7 +217,10 @@ def test_a_score_follows_from_the_strength_alone():
     for strength in range(6):
         texts = {answer(strength, np.random.default_rng(9)) for _ in range(2)}
         assert len(texts) == 1
-    means = [np.mean([parse_score(answer(strength, np.random.default_rng(seed))) for seed in range(300)]) for strength in range(6)]
+    means = [
+        np.mean([parse_score(answer(strength, np.random.default_rng(seed))) for seed in range(300)])
+        for strength in range(6)
+    ]
     assert means == pytest.approx(SCORES, abs=0.1) and sorted(means, reverse=True) == means
 
 
@@ -193,7 +232,9 @@ def test_every_distortion_of_a_strength_has_the_same_targets(untrained, strength
 
     expected = targets("jpeg", "in the textures")
     assert len(set(expected)) > 20 and all(1 <= score <= 5 for score in expected)
-    for name, place in zip(TRAINED, itertools.cycle(["in the flat areas", "along the edges", "all over the picture"])):
+    for name, place in zip(
+        TRAINED, itertools.cycle(["in the flat areas", "along the edges", "all over the picture"])
+    ):
         assert targets(name, place) == expected
 
 
@@ -201,29 +242,54 @@ def test_three_in_four_answers_think_first(untrained):
     collate = Answers(untrained[1], seed=0)
     pairs = [collate.text(row("jpeg")) for _ in range(200)]
     thoughts = [parse_reasoning(text) for _, text in pairs]
-    assert set(thoughts) == {"", "moderate jpeg blocking in the textures"} and 130 < sum(map(bool, thoughts)) < 170
-    assert all(("<think> </think>" in prompt) == bool(thought) for (prompt, _), thought in zip(pairs, thoughts))
+    assert (
+        set(thoughts) == {"", "moderate jpeg blocking in the textures"}
+        and 130 < sum(map(bool, thoughts)) < 170
+    )
+    assert all(
+        ("<think> </think>" in prompt) == bool(thought) for (prompt, _), thought in zip(pairs, thoughts)
+    )
 
 
 def test_only_the_answer_carries_loss(untrained):
     tokenizer = untrained[1].tokenizer
-    rows = [row("jpeg"), row("lens_blur", 0, side=8, place=""), row("white_noise", 5), row("jitter", 2, side=6)]
+    rows = [
+        row("jpeg"),
+        row("lens_blur", 0, side=8, place=""),
+        row("white_noise", 5),
+        row("jitter", 2, side=6),
+    ]
     batch = Answers(untrained[1], seed=1)(rows)
     assert not batch["attention_mask"][0].all()  # padded
-    for picture, ids, labels, mask, kinds in zip(rows, *(batch[key] for key in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"))):
+    for picture, ids, labels, mask, kinds in zip(
+        rows, *(batch[key] for key in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"))
+    ):
         taught = labels != -100
         assert torch.equal(labels[taught], ids[taught])
         target, prompt = tokenizer.decode(ids[taught]), tokenizer.decode(ids[mask.bool() & ~taught])
-        assert re.fullmatch(r"(<think>[a-z ,]+</think>)?<answer>\d\.\d\d</answer><\|im_end\|>", target)  # the end, too, is taught
-        assert prompt.startswith("<|im_start|>system") and prompt.endswith("<|im_start|>assistant\n") and "<answer> </answer>" in prompt
+        assert re.fullmatch(
+            r"(<think>[a-z ,]+</think>)?<answer>\d\.\d\d</answer><\|im_end\|>", target
+        )  # the end, too, is taught
+        assert (
+            prompt.startswith("<|im_start|>system")
+            and prompt.endswith("<|im_start|>assistant\n")
+            and "<answer> </answer>" in prompt
+        )
         assert not mask[: len(mask) - int(mask.sum())].any()  # padding is on the left
-        assert kinds.sum() == picture["image_grid_thw"].prod() // 4 and (ids[kinds.bool()] == untrained[1].image_token_id).all()
-    assert batch["pixel_values"].shape == (16 + 64 + 16 + 36, 3) and batch["image_grid_thw"].tolist() == [[1, n, n] for n in (4, 8, 4, 6)]
+        assert (
+            kinds.sum() == picture["image_grid_thw"].prod() // 4
+            and (ids[kinds.bool()] == untrained[1].image_token_id).all()
+        )
+    assert batch["pixel_values"].shape == (16 + 64 + 16 + 36, 3) and batch["image_grid_thw"].tolist() == [
+        [1, n, n] for n in (4, 8, 4, 6)
+    ]
 
 
 def test_the_batch_is_what_the_policy_takes(untrained):
     model, processor = untrained
-    pixels = processor.image_processor(images=[Image.new("RGB", (64, 64))] * 2, return_tensors="pt")["pixel_values"].split(16)
+    pixels = processor.image_processor(images=[Image.new("RGB", (64, 64))] * 2, return_tensors="pt")[
+        "pixel_values"
+    ].split(16)
     rows = [row("jpeg") | {"pixel_values": pixels[0]}, row("jitter", 0) | {"pixel_values": pixels[1]}]
     with torch.no_grad():
         assert model(**Answers(processor, seed=0)(rows)).loss.isfinite()
@@ -240,7 +306,9 @@ def test_pretraining_again_finds_the_weights_of_every_stage(tmp_path):
 
     def weights(*steps):
         file = pretrain(tmp_path, steps, batch=2) / "model.safetensors"
-        return {name: tensor.clone() for name, tensor in load_state_dict(file).items()}  # the file is written again
+        return {
+            name: tensor.clone() for name, tensor in load_state_dict(file).items()
+        }  # the file is written again
 
     first, again = weights(1, 2), weights(1, 2)
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)

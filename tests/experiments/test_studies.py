@@ -1,4 +1,6 @@
-"""The grids are what they say, their runs are made once, kept, and compared over the same photographs and seeds."""
+"""The grids are what they say, their runs are made once, kept, and compared over the same photographs and
+seeds.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,14 +10,31 @@ import pandas as pd
 import pytest
 import torch
 
-from vqr1.experiments import studies
 from vqr1.config import KEYS, check_config, load_config
 from vqr1.data.manifests import EMBEDDED
+from vqr1.experiments import studies
+from vqr1.experiments.studies import (
+    COLUMNS,
+    POOL,
+    ROW,
+    STUDIES,
+    Study,
+    Variant,
+    changed,
+    compared,
+    read_study,
+    study,
+    training_frame,
+)
 from vqr1.metrics import frame_srcc, paired_difference, seed_difference, srcc
-from vqr1.experiments.studies import COLUMNS, POOL, ROW, STUDIES, Study, Variant, changed, compared, read_study, study, training_frame
 from vqr1.training import grpo_config, images_per_step, rewards
 
-GRID = [(name, variant) for name, plan in STUDIES.items() for variant, line in plan.variants.items() if line.method == "rl"]
+GRID = [
+    (name, variant)
+    for name, plan in STUDIES.items()
+    for variant, line in plan.variants.items()
+    if line.method == "rl"
+]
 
 
 def config_of(name, variant, seed=3):
@@ -42,19 +61,42 @@ def test_trl_takes_every_variant(name, variant, tmp_path):
     assert len(rewards(config)) == (1 if config["reward"] == "format" else 2)
 
 
-@pytest.mark.parametrize("variant", [
-    "threshold", "binary", "average", "variance one", "B = 4, 4 a step", "B = 8, 2 a step", "KL 0.04", "not scaled",
-    "B = 32, half the steps", "B = 32, K = 3", "B = 8, K = 12", "learning rate x 2",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "threshold",
+        "binary",
+        "average",
+        "variance one",
+        "B = 4, 4 a step",
+        "B = 8, 2 a step",
+        "KL 0.04",
+        "not scaled",
+        "B = 32, half the steps",
+        "B = 32, K = 3",
+        "B = 8, K = 12",
+        "learning rate x 2",
+    ],
+)
 def test_what_is_compared_at_equal_cost_samples_equally_many_answers(variant, tmp_path):
-    assert rollouts(config_of("comparison", variant), tmp_path) == rollouts(config_of("comparison", "ranking"), tmp_path) == 20 * 96
+    assert (
+        rollouts(config_of("comparison", variant), tmp_path)
+        == rollouts(config_of("comparison", "ranking"), tmp_path)
+        == 20 * 96
+    )
 
 
 def test_a_change_leaves_the_rest_alone():
     before = load_config("cpu-study")
-    after = changed(before, {"reward": "threshold", "rows": "realigned", "grpo": {"beta": 0.1}, "variant": {"binary": True}}, seed=7)
+    after = changed(
+        before,
+        {"reward": "threshold", "rows": "realigned", "grpo": {"beta": 0.1}, "variant": {"binary": True}},
+        seed=7,
+    )
     assert after["grpo"] == before["grpo"] | {"beta": 0.1, "seed": 7}
-    assert after["variant"] == {"bounded": True, "binary": True}, "else it would differ from its control in two things"
+    assert after["variant"] == {"bounded": True, "binary": True}, (
+        "else it would differ from its control in two things"
+    )
     assert {key for key in after if after[key] != before[key]} == {"reward", "grpo", "variant"}
 
 
@@ -69,7 +111,10 @@ def test_the_short_run_is_the_demos_made_short():
 
 
 def test_all_variants_and_seeds_are_trained_on_the_same_rows():
-    one, two = (training_frame(config_of("comparison", variant, seed)) for variant, seed in (("ranking", 0), ("threshold", 4)))
+    one, two = (
+        training_frame(config_of("comparison", variant, seed))
+        for variant, seed in (("ranking", 0), ("threshold", 4))
+    )
     pd.testing.assert_frame_equal(one, two)
     assert len(one) == POOL and set(one["split"]) == {"train"}
 
@@ -83,13 +128,18 @@ def test_permuted_mos_stay_within_their_photograph():
 
 
 def test_a_mistyped_control_is_named():
-    with pytest.raises(ValueError, match="rows 'permutted' are unknown; use one of None, permuted, realigned, across"):
+    with pytest.raises(
+        ValueError, match="rows 'permutted' are unknown; use one of None, permuted, realigned, across"
+    ):
         training_frame(config_of("controls", "permuted"), "permutted")
 
 
 @pytest.mark.parametrize("method", ["tower rankr", "cn ranker", "RL"])
 def test_a_mistyped_method_is_named(method, tmp_path):
-    with pytest.raises(ValueError, match=f"method '{method}' is unknown; use one of rl, before, supervised, brisque, piqe, cnn"):
+    with pytest.raises(
+        ValueError,
+        match=f"method '{method}' is unknown; use one of rl, before, supervised, brisque, piqe, cnn",
+    ):
         studies.run(replace(SMALL, variants={"x": Variant(1, method=method)}), "x", 0, tmp_path)
 
 
@@ -99,16 +149,31 @@ def test_a_mistyped_change_is_named(tmp_path):
 
 
 def test_across_compares_raw_mos_of_all_sets_and_realigned_stretches_each():
-    raw, across, stretched = (training_frame(config_of("mixture", "mixture"), kind) for kind in (None, "across", "realigned"))
-    assert raw["dataset"].nunique() == 3 and set(across["dataset"]) == {"all"} and list(across["mos"]) == list(raw["mos"])
-    assert stretched.groupby("dataset")["mos"].agg(["min", "max"]).to_numpy() == pytest.approx(np.array([[1, 5]] * 3))
+    raw, across, stretched = (
+        training_frame(config_of("mixture", "mixture"), kind) for kind in (None, "across", "realigned")
+    )
+    assert (
+        raw["dataset"].nunique() == 3
+        and set(across["dataset"]) == {"all"}
+        and list(across["mos"]) == list(raw["mos"])
+    )
+    assert stretched.groupby("dataset")["mos"].agg(["min", "max"]).to_numpy() == pytest.approx(
+        np.array([[1, 5]] * 3)
+    )
 
 
 # --- runs ---------------------------------------------------------------------------------------
 
-SMALL = Study("cpu-study", {"sim-kadid": 24}, "PIQE", {
-    "PIQE": Variant(1, method="piqe"), "tower ranker": Variant(2, method="tower ranker"), "format": Variant(1, {"reward": "format"}),
-})  # fmt: skip
+SMALL = Study(
+    "cpu-study",
+    {"sim-kadid": 24},
+    "PIQE",
+    {
+        "PIQE": Variant(1, method="piqe"),
+        "tower ranker": Variant(2, method="tower ranker"),
+        "format": Variant(1, {"reward": "format"}),
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +188,19 @@ def made(tmp_path_factory):
 def test_a_study_keeps_a_row_for_every_run_and_set(made):
     rows = read_study(made / "small.csv")
     assert list(rows) == COLUMNS and set(rows["study"]) == {"small"}
-    assert sorted(zip(rows["variant"], rows["seed"])) == [("PIQE", 0), ("format", 0), ("tower ranker", 0), ("tower ranker", 1)]
+    assert sorted(zip(rows["variant"], rows["seed"])) == [
+        ("PIQE", 0),
+        ("format", 0),
+        ("tower ranker", 0),
+        ("tower ranker", 1),
+    ]
     assert (rows["rows"] == 24).all() and rows["srcc"].between(-1, 1).all()
     trained = rows.set_index("variant")
-    assert trained.loc["format", "family"] > 0 and np.isnan(trained.loc["PIQE", "family"]) and np.isnan(trained.loc["PIQE", "seconds"])
+    assert (
+        trained.loc["format", "family"] > 0
+        and np.isnan(trained.loc["PIQE", "family"])
+        and np.isnan(trained.loc["PIQE", "seconds"])
+    )
     assert (made / "small.csv").read_text().startswith("# ")
 
 
@@ -134,7 +208,9 @@ def test_the_scores_are_those_that_the_rows_are_made_of(made):
     rows, scores = read_study(made / "small.csv"), pd.read_csv(made / "small-scores.csv.gz", comment="#")
     assert list(scores)[: len(ROW)] == ROW and len(scores) == 24
     for row in rows.itertuples():
-        assert srcc(scores[f"{row.variant}/{row.seed}"], scores["mos"]) == pytest.approx(row.srcc, abs=0.02), row.variant
+        assert srcc(scores[f"{row.variant}/{row.seed}"], scores["mos"]) == pytest.approx(
+            row.srcc, abs=0.02
+        ), row.variant
     assert not np.allclose(scores["tower ranker/0"], scores["tower ranker/1"])
     log = pd.read_csv(made / "small-log.csv", comment="#")
     assert set(log["variant"]) == {"format"} and log["rollouts"].max() == 96
@@ -180,11 +256,16 @@ def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path,
 
 
 def test_differences_are_paired_with_the_one_run_of_a_variant_without_seeds(made):
-    table = pd.read_csv(made / "small-differences.csv", comment="#").set_index(["set", "variant", "statistic"])
+    table = pd.read_csv(made / "small-differences.csv", comment="#").set_index(
+        ["set", "variant", "statistic"]
+    )
     assert (table.xs("tower ranker", level="variant")["seeds"] == 2).all() and set(table["than"]) == {"PIQE"}
     row = table.loc["sim-kadid", "tower ranker", "srcc"]
     assert table.loc["mean", "tower ranker", "srcc"]["difference"] == row["difference"]  # there is one set
-    assert row["difference"] == pytest.approx(row["mean"] - row["mean_than"], abs=2e-4) and row["lo"] <= row["difference"] <= row["hi"]
+    assert (
+        row["difference"] == pytest.approx(row["mean"] - row["mean_than"], abs=2e-4)
+        and row["lo"] <= row["difference"] <= row["hi"]
+    )
 
 
 def test_an_unknown_study_or_variant_is_named():
@@ -194,7 +275,9 @@ def test_an_unknown_study_or_variant_is_named():
         study("demo", variants=["rank"])
     with pytest.raises(ValueError, match="study demo has no seed 3; it has 0, 1, 2"):
         study("demo", seeds=[3])
-    with pytest.raises(ValueError, match="runs of 5 steps are no rows of study demo; give them a table of their own"):
+    with pytest.raises(
+        ValueError, match="runs of 5 steps are no rows of study demo; give them a table of their own"
+    ):
         study("demo", steps=5)
 
 
@@ -208,7 +291,9 @@ def test_scores_that_are_not_there_are_asked_for(made):
 
 def scored(seeds=3, noise=1.0, gain=0.0, photographs=8, each=12):
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"reference": np.repeat(np.arange(photographs), each), "mos": rng.normal(size=photographs * each)})
+    frame = pd.DataFrame(
+        {"reference": np.repeat(np.arange(photographs), each), "mos": rng.normal(size=photographs * each)}
+    )
     for seed in range(seeds):
         frame[f"a/{seed}"] = frame["mos"] * (1 + gain) + rng.normal(size=len(frame)) * noise
         frame[f"b/{seed}"] = frame["mos"] + rng.normal(size=len(frame)) * noise
@@ -219,11 +304,15 @@ def test_with_one_seed_it_is_the_paired_difference():
     frame = scored(seeds=1)
     found = seed_difference(frame, ["a/0"], ["b/0"], frame_srcc, n=200)
     a, b = (frame.assign(score=frame[name]) for name in ("a/0", "b/0"))
-    assert (found["difference"], found["lo"], found["hi"]) == pytest.approx(paired_difference(a, b, frame_srcc, n=200))
+    assert (found["difference"], found["lo"], found["hi"]) == pytest.approx(
+        paired_difference(a, b, frame_srcc, n=200)
+    )
 
 
 def test_a_difference_that_is_there_is_found_and_none_is_not():
-    better = seed_difference(scored(gain=3.0), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], frame_srcc, n=200)
+    better = seed_difference(
+        scored(gain=3.0), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], frame_srcc, n=200
+    )
     same = seed_difference(scored(), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], frame_srcc, n=200)
     assert better["lo"] > 0.1 and same["lo"] < 0 < same["hi"]
 
@@ -244,8 +333,12 @@ def test_a_run_without_scores_leaves_no_interval():
 
 
 def test_the_interval_is_made_of_both_parts():
-    """Three gaps of 1, 2 and 3, photographs that do not matter: 2 -+ t sd / sqrt(3) = 2 -+ 4.3027 * 1 / sqrt(3)."""
-    frame = pd.DataFrame({"reference": list("abcd"), "mos": 1.0, "a/0": 1.0, "a/1": 2.0, "a/2": 3.0, "b/0": 0.0})
+    """Three gaps of 1, 2 and 3, photographs that do not matter: 2 -+ t sd / sqrt(3) = 2 -+ 4.3027 * 1 /
+    sqrt(3).
+    """
+    frame = pd.DataFrame(
+        {"reference": list("abcd"), "mos": 1.0, "a/0": 1.0, "a/1": 2.0, "a/2": 3.0, "b/0": 0.0}
+    )
     found = seed_difference(frame, ["a/0", "a/1", "a/2"], ["b/0"] * 3, mean_score, n=20)
     assert (found["mean"], found["mean_than"], found["difference"]) == (2.0, 0.0, 2.0)
     assert (found["lo"], found["hi"]) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
@@ -258,15 +351,20 @@ def mean_score(columns):
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize(("of_seeds", "of_photographs", "why"), [(1.0, 0.3, "seeds dominate"), (1.0, 1.0, "alike"), (0.3, 1.0, "photographs dominate")])
+@pytest.mark.parametrize(
+    ("of_seeds", "of_photographs", "why"),
+    [(1.0, 0.3, "seeds dominate"), (1.0, 1.0, "alike"), (0.3, 1.0, "photographs dominate")],
+)
 def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, why):
-    """Runs whose mean is 0, over seeds and 24 photographs; the numbers are the standard errors of both. Of 200 intervals 10 should miss, with a
-    standard deviation of 3.
+    """Runs whose mean is 0, over seeds and 24 photographs; the numbers are the standard errors of both. Of
+    200 intervals 10 should miss, with a standard deviation of 3.
     """
     rng, hits = np.random.default_rng(0), 0
     runs = [f"a/{seed}" for seed in range(seeds)]
     for _ in range(200):
-        gaps = rng.normal(0, of_seeds * seeds**0.5, (1, seeds)) + rng.normal(0, of_photographs * 24**0.5, (24, 1))
+        gaps = rng.normal(0, of_seeds * seeds**0.5, (1, seeds)) + rng.normal(
+            0, of_photographs * 24**0.5, (24, 1)
+        )
         frame = pd.DataFrame(gaps, columns=runs).assign(reference=range(24), mos=0.0, zero=0.0)
         found = seed_difference(frame, runs, ["zero"] * seeds, mean_score, n=200)
         hits += found["lo"] <= 0 <= found["hi"]
@@ -275,7 +373,11 @@ def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, wh
 
 def test_stored_differences_are_those_of_the_stored_scores():
     runs = EMBEDDED / "runs"
-    stored = pd.read_csv(runs / "controls-differences.csv", comment="#").query("set == 'sim-kadid' and statistic == 'srcc'").reset_index(drop=True)
+    stored = (
+        pd.read_csv(runs / "controls-differences.csv", comment="#")
+        .query("set == 'sim-kadid' and statistic == 'srcc'")
+        .reset_index(drop=True)
+    )
     made = compared(runs / "controls.csv", list(zip(stored["variant"], stored["than"])), "sim-kadid")
     pd.testing.assert_frame_equal(made, stored[list(made)], atol=1e-4, rtol=0)
 
@@ -285,9 +387,13 @@ def test_stored_differences_are_those_of_the_stored_scores():
 
 @pytest.mark.parametrize("variant", ["permuted", "format"])
 def test_what_must_not_learn_quality_did_not(variant):
-    """Rows of `vqr1 study controls`: MOS dealt anew, or the format reward alone, do not raise within-level SRCC; the demo's reward does."""
+    """Rows of `vqr1 study controls`: MOS dealt anew, or the format reward alone, do not raise within-level
+    SRCC; the demo's reward does.
+    """
     runs = EMBEDDED / "runs"
-    rows = pd.read_csv(runs / "controls-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
+    rows = pd.read_csv(runs / "controls-differences.csv", comment="#").set_index(
+        ["variant", "set", "statistic"]
+    )
     assert rows.loc[variant, "sim-kadid", "srcc_within_level"]["lo"] <= 0
     demo = pd.read_csv(runs / "demo-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
     assert demo.loc["ranking", "sim-kadid", "srcc_within_level"]["lo"] > 0

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from test_readers import BUILD, METHODS, sheet, text
 
-from vqr1.experiments import table2
 from vqr1.cli import main
 from vqr1.distortions import distort
-from vqr1.metrics import per_content_srcc, plcc, srcc
+from vqr1.experiments import table2
 from vqr1.experiments.table2 import NAMES, cost, found_sets, published, side_by_side
+from vqr1.metrics import per_content_srcc, plcc, srcc
 
 NAN = math.nan
 
@@ -22,7 +22,10 @@ NAN = math.nan
 def test_the_papers_rows_are_whole_and_their_mean_is_unweighted():
     """Each printed mean is that of the eight printed numbers, but for rounding."""
     rows = published(2)
-    assert rows.groupby("metric").size().to_dict() == {"plcc": 13, "srcc": 13} and tuple(rows.columns[2:-1]) == NAMES
+    assert (
+        rows.groupby("metric").size().to_dict() == {"plcc": 13, "srcc": 13}
+        and tuple(rows.columns[2:-1]) == NAMES
+    )
     assert (rows[list(NAMES)].mean(axis=1) - rows["mean"]).abs().max() < 0.0011
     assert rows[[*NAMES, "mean"]].stack().between(0.2, 0.95).all()
 
@@ -48,15 +51,35 @@ def test_the_papers_cost_is_as_printed():
 def test_both_tables_say_where_they_come_from():
     for number in (2, 5):
         head = (table2.DATA / f"table{number}.csv").read_text(encoding="utf-8").splitlines()[0]
-        assert f"Table {number} of VisualQuality-R1 (arXiv 2505.14460 v2)" in head and "not measured here" in head
+        assert (
+            f"Table {number} of VisualQuality-R1 (arXiv 2505.14460 v2)" in head
+            and "not measured here" in head
+        )
 
 
 # Side by side
 
 
 def rows(sets, value=0.5, thinking=True):
-    numbers = {f"{metric}{end}": value + d for metric in ("srcc", "plcc") for end, d in (("", 0), ("_lo", -0.1), ("_hi", 0.1))}
-    return pd.DataFrame([{"set": name, "thinking": thinking, "estimate": "expected", "rows": 10, "seconds": 0.2, "memory": 1.5} | numbers for name in sets])
+    numbers = {
+        f"{metric}{end}": value + d
+        for metric in ("srcc", "plcc")
+        for end, d in (("", 0), ("_lo", -0.1), ("_hi", 0.1))
+    }
+    return pd.DataFrame(
+        [
+            {
+                "set": name,
+                "thinking": thinking,
+                "estimate": "expected",
+                "rows": 10,
+                "seconds": 0.2,
+                "memory": 1.5,
+            }
+            | numbers
+            for name in sets
+        ]
+    )
 
 
 def test_means_are_over_the_same_sets_for_the_paper_and_for_us():
@@ -98,17 +121,24 @@ def test_seconds_per_picture_weigh_sets_by_their_rows():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, photo):
-    """bid: five pictures, worse and worse; sriqa-bench: three contents; min19: a word for a number; the other five are not there."""
+    """bid: five pictures, worse and worse; sriqa-bench: three contents; min19: a word for a number; the
+    other five are not there.
+    """
     folder = tmp_path_factory.mktemp("sets")
     small = photo.crop((0, 0, 96, 96))
     graded = {1: small} | {level: distort(small, "jpeg", level, 0) for level in range(2, 6)}
-    sheet(folder / "BID" / "DatabaseGrades.xlsx", [["Image Number", "Average Subjective Grade", "std"], *([n, 5 - n * 0.9, 0.5] for n in graded)])
+    sheet(
+        folder / "BID" / "DatabaseGrades.xlsx",
+        [["Image Number", "Average Subjective Grade", "std"], *([n, 5 - n * 0.9, 0.5] for n in graded)],
+    )
     (folder / "BID" / "ImageDatabase").mkdir()
     for number, image in graded.items():
         image.save(folder / "BID" / "ImageDatabase" / f"DatabaseImage{number:04d}.JPG")
     for path in BUILD["sriqa-bench"](folder / "SRIQA-Bench"):
         level = 1 + 2 * METHODS.index(path.split("/")[1])
-        distort(small, "white_noise" if "online" in path else "gaussian_blur", level, 0).save(folder / "SRIQA-Bench" / path)
+        distort(small, "white_noise" if "online" in path else "gaussian_blur", level, 0).save(
+            folder / "SRIQA-Bench" / path
+        )
     BUILD["min19"](folder / "min19")
     text(folder / "min19" / "Dehaze_test_all.txt", ["01.png 01_1.bmp good"])
     return folder
@@ -127,27 +157,51 @@ def test_the_report_has_the_papers_rows_ours_and_what_was_not_run(out):
     for metric in ("SRCC", "PLCC"):
         part = report.partition(f"## {metric}\n")[2].partition("## ")[0]
         assert part.count("| paper: ") == 13 and part.count("| measured: tiny-policy, ") == 2
-        ours = re.findall(r"^\| measured: tiny-policy, (thinking|non-thinking), expected \| -?\d\.\d{3} \[(.+?)\]", part, re.MULTILINE)
+        ours = re.findall(
+            r"^\| measured: tiny-policy, (thinking|non-thinking), expected \| -?\d\.\d{3} \[(.+?)\]",
+            part,
+            re.MULTILINE,
+        )
         assert [mode for mode, _ in ours] == ["thinking", "non-thinking"]
     assert "| paper: VisualQuality-R1 | 8.29B | 2.34 | 17.6 G |" in report and "arXiv 2505.14460 v2" in report
     not_run = report.partition("## Not run\n")[2]
     assert set(re.findall(r"^- ([\w-]+) ", not_run, re.MULTILINE)) == set(NAMES) - {"bid", "sriqa-bench"}
-    assert "Dehaze_test_all.txt, line 1: mos 'good' is not a number from 1 to 5" in not_run and "github.com/h4nwei/SPAQ" in not_run
+    assert (
+        "Dehaze_test_all.txt, line 1: mos 'good' is not a number from 1 to 5" in not_run
+        and "github.com/h4nwei/SPAQ" in not_run
+    )
 
 
 def test_what_is_measured_is_what_the_scores_say(out):
     measured = pd.read_csv(out / "measured.csv").set_index(["set", "thinking"])
-    assert len(measured) == 4 and (measured["rows"] == measured.index.get_level_values("set").map({"bid": 5, "sriqa-bench": 9})).all()
+    assert (
+        len(measured) == 4
+        and (
+            measured["rows"] == measured.index.get_level_values("set").map({"bid": 5, "sriqa-bench": 9})
+        ).all()
+    )
     for thinking, mode in ((True, "thinking"), (False, "plain")):
         bid, sriqa = (pd.read_csv(out / f"{name}.expected.{mode}.csv") for name in ("bid", "sriqa-bench"))
         row = measured.loc["bid", thinking]
-        assert row["srcc"] == pytest.approx(srcc(bid["score"], bid["mos"])) and row["plcc"] == pytest.approx(plcc(bid["score"], bid["mos"]))
+        assert row["srcc"] == pytest.approx(srcc(bid["score"], bid["mos"])) and row["plcc"] == pytest.approx(
+            plcc(bid["score"], bid["mos"])
+        )
         row = measured.loc["sriqa-bench", thinking]
-        assert row["srcc"] == pytest.approx(per_content_srcc(sriqa["score"], sriqa["mos"], sriqa["reference"]))
-        assert row["srcc_pooled"] == pytest.approx(srcc(sriqa["score"], sriqa["mos"])) and math.isnan(row["plcc_fit"])
+        assert row["srcc"] == pytest.approx(
+            per_content_srcc(sriqa["score"], sriqa["mos"], sriqa["reference"])
+        )
+        assert row["srcc_pooled"] == pytest.approx(srcc(sriqa["score"], sriqa["mos"])) and math.isnan(
+            row["plcc_fit"]
+        )
     for metric in ("srcc", "plcc"):
-        assert (measured[f"{metric}_lo"] <= measured[metric]).all() and (measured[metric] <= measured[f"{metric}_hi"]).all()
-    assert (measured["seconds"] > 0).all() and measured["memory"].between(0.05, 64).all() and (measured["unparseable"] == 0).all()
+        assert (measured[f"{metric}_lo"] <= measured[metric]).all() and (
+            measured[metric] <= measured[f"{metric}_hi"]
+        ).all()
+    assert (
+        (measured["seconds"] > 0).all()
+        and measured["memory"].between(0.05, 64).all()
+        and (measured["unparseable"] == 0).all()
+    )
 
 
 def test_a_picture_that_cannot_be_read_costs_its_row_alone(root, tmp_path):
@@ -159,7 +213,9 @@ def test_a_picture_that_cannot_be_read_costs_its_row_alone(root, tmp_path):
         measured = table2.measure("tiny-policy", {"bid": frames["bid"]}, modes=(False,), out=tmp_path)
     finally:
         broken.write_bytes(whole)
-    assert measured["unparseable"].tolist() == measured["unread"].tolist() == [1] and measured["rows"].tolist() == [5]
+    assert measured["unparseable"].tolist() == measured["unread"].tolist() == [1] and measured[
+        "rows"
+    ].tolist() == [5]
     assert "DatabaseImage0003.JPG" in pd.read_csv(tmp_path / "bid.expected.plain.csv")["error"][2]
 
 

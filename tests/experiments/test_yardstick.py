@@ -1,4 +1,6 @@
-"""The yardstick of progress: networks that come from their seeds, pictures of known order, agreement, and what a reward does."""
+"""The yardstick of progress: networks that come from their seeds, pictures of known order, agreement, and
+what a reward does.
+"""
 
 import numpy as np
 import pandas as pd
@@ -7,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vqr1.experiments import toy_networks as imaging, yardstick as progress
 from vqr1.data.manifests import EMBEDDED
+from vqr1.experiments import toy_networks as imaging
+from vqr1.experiments import yardstick as progress
 from vqr1.experiments.pretraining import dead_leaves, pink_textures
 from vqr1.scoring import Scorer
 
@@ -38,10 +41,14 @@ def test_training_is_repeated_by_its_seed_and_moves_every_weight(name, tmp_path,
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         imaging.train_network(name, folder, (1, 4))
-    one, two = (load_file(folder / f"{name}-4.safetensors") for folder in (tmp_path / "one", tmp_path / "two"))
+    one, two = (
+        load_file(folder / f"{name}-4.safetensors") for folder in (tmp_path / "one", tmp_path / "two")
+    )
     before = imaging.load_network(name, 0).state_dict()
     assert set(one) == set(before) and {value.dtype for value in one.values()} == {torch.float16}
-    assert all(torch.equal(one[key], two[key]) and not torch.equal(one[key], before[key].half()) for key in one)
+    assert all(
+        torch.equal(one[key], two[key]) and not torch.equal(one[key], before[key].half()) for key in one
+    )
 
 
 def test_the_stored_weights_are_there_and_small():
@@ -53,11 +60,16 @@ def test_the_stored_weights_are_there_and_small():
 
 def test_an_upscaler_before_training_adds_nothing(photos):
     small = imaging.shrink(next(iter(photos.values())), 3)
-    assert imaging.enlarge(small, 3, imaging.load_network("upscaler", 0)).tobytes() == imaging.enlarge(small, 3).tobytes()
+    assert (
+        imaging.enlarge(small, 3, imaging.load_network("upscaler", 0)).tobytes()
+        == imaging.enlarge(small, 3).tobytes()
+    )
 
 
 def test_a_step_that_is_not_stored_is_named():
-    with pytest.raises(FileNotFoundError, match="painter-7.safetensors: no such weights; stored steps of painter: 0, "):
+    with pytest.raises(
+        FileNotFoundError, match="painter-7.safetensors: no such weights; stored steps of painter: 0, "
+    ):
         imaging.load_network("painter", 7)
 
 
@@ -79,9 +91,14 @@ def test_training_batches_are_of_the_training_split_alone(monkeypatch):
 
 
 def test_the_painter_paints_any_size_and_the_same_again():
-    network, noise = imaging.load_network("painter", max(imaging.STORED["painter"])), torch.randn(2, 3, 40, 64)
+    network, noise = (
+        imaging.load_network("painter", max(imaging.STORED["painter"])),
+        torch.randn(2, 3, 40, 64),
+    )
     one, two = (imaging.paint(network, noise, 2) for _ in range(2))
-    assert [picture.size for picture in one] == [(64, 40)] * 2 and one[0].tobytes() == two[0].tobytes() != one[1].tobytes()
+    assert [picture.size for picture in one] == [(64, 40)] * 2 and one[0].tobytes() == two[
+        0
+    ].tobytes() != one[1].tobytes()
 
 
 def test_painting_with_a_perfect_guess_gives_the_guess():
@@ -122,7 +139,10 @@ def test_likeness_of_equal_pictures_is_infinite(photos):
 def test_retouch_does_nothing_at_zero_and_each_way_its_own(photos):
     photo = next(iter(photos.values()))
     assert imaging.retouch(photo).tobytes() == photo.tobytes()
-    x = {key: np.asarray(imaging.retouch(photo, **{key: value}), float) for key, value in (("sharpen", 1), ("contrast", 0.3), ("grain", 6))}
+    x = {
+        key: np.asarray(imaging.retouch(photo, **{key: value}), float)
+        for key, value in (("sharpen", 1), ("contrast", 0.3), ("grain", 6))
+    }
     detail = {key: np.abs(np.diff(value, axis=1)).mean() for key, value in x.items()}
     assert all(value > np.abs(np.diff(np.asarray(photo, float), axis=1)).mean() for value in detail.values())
     flat = Image.new("RGB", (64, 64), (100, 100, 100))
@@ -135,22 +155,38 @@ def test_retouch_does_nothing_at_zero_and_each_way_its_own(photos):
 
 
 def sampling_rows(score) -> pd.DataFrame:
-    places = [(f"noise {n}", steps, place) for n in range(6) for place, steps in enumerate((1, 2, 4, 8, 16, 32))]
-    return pd.DataFrame([
-        dict(part="painting", reference=name, method="sampling", amount=steps, scale=1, score=score(place, n), psnr=np.nan)
-        for n, (name, steps, place) in enumerate(places)
-    ])  # fmt: skip
+    places = [
+        (f"noise {n}", steps, place) for n in range(6) for place, steps in enumerate((1, 2, 4, 8, 16, 32))
+    ]
+    return pd.DataFrame(
+        [
+            dict(
+                part="painting",
+                reference=name,
+                method="sampling",
+                amount=steps,
+                scale=1,
+                score=score(place, n),
+                psnr=np.nan,
+            )
+            for n, (name, steps, place) in enumerate(places)
+        ]
+    )
 
 
 def test_agreement_is_one_for_scores_in_order_and_minus_one_for_reversed():
     for sign in (1, -1):
         found = progress.agreement_with(sampling_rows(lambda place, n: sign * place), "sampling steps")
-        assert {found[key] for key in ("srcc", "srcc_lo", "srcc_hi", "means", "means_lo", "means_hi")} == {sign}
+        assert {found[key] for key in ("srcc", "srcc_lo", "srcc_hi", "means", "means_lo", "means_hi")} == {
+            sign
+        }
     assert (found["photographs"], found["rows"], found["unparseable"]) == (6, 36, 0)
 
 
 def test_a_score_that_is_missing_is_counted_and_left_out():
-    found = progress.agreement_with(sampling_rows(lambda place, n: np.nan if n == 3 else place), "sampling steps")
+    found = progress.agreement_with(
+        sampling_rows(lambda place, n: np.nan if n == 3 else place), "sampling steps"
+    )
     assert found["unparseable"] == 1 and found["srcc"] == found["means"] == 1.0
 
 
@@ -161,10 +197,18 @@ def test_equal_scores_have_no_correlation():
 def test_orders_find_their_rows(photos, scorer):
     measured = progress.measured(progress.upscalings(photos), scorer).assign(part="upscaling")
     found = {name: progress.in_order(measured, name) for name in list(progress.ORDERS)[:-2]}
-    assert {name: len(rows) for name, rows in found.items()} == {"scale": 12, "method x2": 15, "method x3": 15, "method x4": 15, "upscaler training": 15}
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "scale": 12,
+        "method x2": 15,
+        "method x3": 15,
+        "method x4": 15,
+        "upscaler training": 15,
+    }
     assert all(rows["mos"].notna().all() for rows in found.values())
     scale = found["scale"].groupby("mos")["scale"].first()
-    assert scale.tolist() == [4, 3, 2, 1] and progress.agreement_with(measured, "scale", "psnr")["srcc"] == 1.0
+    assert (
+        scale.tolist() == [4, 3, 2, 1] and progress.agreement_with(measured, "scale", "psnr")["srcc"] == 1.0
+    )
 
 
 def test_preference_is_one_half_against_itself_and_symmetric():
@@ -183,12 +227,18 @@ def test_climbing_never_goes_down_and_repeats(photos, scorer):
     one, two = (progress.climb(scorer, photos, rounds=3) for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
     kept = one[one["kept"]]
-    assert kept["score"].is_monotonic_increasing and one["kept"].iloc[0] and (one.loc[0, list(progress.STRENGTHS)] == 0).all()
+    assert (
+        kept["score"].is_monotonic_increasing
+        and one["kept"].iloc[0]
+        and (one.loc[0, list(progress.STRENGTHS)] == 0).all()
+    )
     assert (one[list(progress.STRENGTHS)] >= 0).all(axis=None)
 
 
 def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, monkeypatch):
-    """All networks and pictures are there, so that nothing is trained or scored: the stored rows must follow from the stored pictures."""
+    """All networks and pictures are there, so that nothing is trained or scored: the stored rows must follow
+    from the stored pictures.
+    """
     runs = EMBEDDED / "runs"
     monkeypatch.setattr(progress, "measure_part", lambda *a: pytest.fail("scored again"))
     (tmp_path / progress.PICTURES).write_bytes((runs / progress.PICTURES).read_bytes())
@@ -199,11 +249,18 @@ def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, mon
 
 
 def test_measuring_again_replaces_a_part_alone(tmp_path, monkeypatch, photos, scorer):
-    rows = [dict(reference=name, scale=1, method="as it is", amount=0, picture=photo, original=photo) for name, photo in photos.items()]
+    rows = [
+        dict(reference=name, scale=1, method="as it is", amount=0, picture=photo, original=photo)
+        for name, photo in photos.items()
+    ]
     monkeypatch.setattr(progress, "retouchings", lambda *a: rows)
     monkeypatch.setattr(progress, "paintings", lambda *a: rows[:1])
     for part in ("retouching", "painting", "retouching"):
         progress.measure_part(part, "tiny-policy", scorer, tmp_path)
     table = progress.read_table(tmp_path / progress.PICTURES)
     assert table["part"].value_counts().to_dict() == {"retouching": 3, "painting": 1}
-    assert set(table["policy"]) == {"tiny-policy"} and set(table["split"]) == {"val"} and np.isinf(table["psnr"]).all()
+    assert (
+        set(table["policy"]) == {"tiny-policy"}
+        and set(table["split"]) == {"val"}
+        and np.isinf(table["psnr"]).all()
+    )

@@ -18,13 +18,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vqr1.serving.bulk import COLUMNS, RowFile, find_pictures, picture_endings, plain, shard
 from vqr1.cli import main
+from vqr1.serving.bulk import COLUMNS, RowFile, find_pictures, picture_endings, plain, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
 SMALL = ["--batch-size", "1"]
-"""Windows of 4 pictures, none of which depends on its company: rows are those of any other run to the byte."""
+"""Windows of 4 pictures, none of which depends on its company: rows are those of any other run to the byte.
+"""
 
 
 def draw(folder: Path, *names: str) -> list[str]:
@@ -44,7 +45,12 @@ def photos(tmp_path) -> Path:
 
 
 def row(image: str, **change) -> dict:
-    return {"image": image, "score": 3.25, "std": 0.5, "mass": 0.9} | SETTINGS | {"reasoning": "", "note": "", "error": ""} | change
+    return (
+        {"image": image, "score": 3.25, "std": 0.5, "mass": 0.9}
+        | SETTINGS
+        | {"reasoning": "", "note": "", "error": ""}
+        | change
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -62,11 +68,33 @@ def read(path: Path) -> list[dict]:
 
 def test_paths_stand_for_pictures_in_their_order_each_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw(tmp_path, "b.png", "a b.JPG", "deep/er/ü.webp", "deep/z.tif", "deep/.hidden.png", ".cache/c.png", "x[1].png", "x1.png")
+    draw(
+        tmp_path,
+        "b.png",
+        "a b.JPG",
+        "deep/er/ü.webp",
+        "deep/z.tif",
+        "deep/.hidden.png",
+        ".cache/c.png",
+        "x[1].png",
+        "x1.png",
+    )
     for name in ("notes.txt", "deep/clip.mpg", "deep/page.pdf"):
         (tmp_path / name).touch()
-    assert find_pictures(["b.png", "deep", "./b.png", "deep/z.tif", "nowhere.png"]) == ["b.png", "deep/er/ü.webp", "deep/z.tif", "nowhere.png"]
-    assert find_pictures(["."]) == ["./a b.JPG", "./b.png", "./deep/er/ü.webp", "./deep/z.tif", "./x1.png", "./x[1].png"]
+    assert find_pictures(["b.png", "deep", "./b.png", "deep/z.tif", "nowhere.png"]) == [
+        "b.png",
+        "deep/er/ü.webp",
+        "deep/z.tif",
+        "nowhere.png",
+    ]
+    assert find_pictures(["."]) == [
+        "./a b.JPG",
+        "./b.png",
+        "./deep/er/ü.webp",
+        "./deep/z.tif",
+        "./x1.png",
+        "./x[1].png",
+    ]
     assert find_pictures(["*.png"]) == ["b.png", "x1.png", "x[1].png"]
     assert find_pictures(["x[1].png"]) == ["x[1].png"]  # a file of that name comes before a glob
     assert find_pictures(["**/*.t?f", "de*"]) == ["deep/z.tif", "deep/er/ü.webp"]
@@ -79,9 +107,14 @@ def test_what_pillow_cannot_read_without_more_is_a_row_that_says_what_to_do(tmp_
     draw(tmp_path, "one.png")
     (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     assert main(["score", str(tmp_path), "https://example.org/a.jpg?size=1"]) == 1
-    rows = {Path(row["image"]).name: row["error"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    rows = {
+        Path(row["image"]).name: row["error"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))
+    }
     assert list(rows) == ["IMG_0001.HEIC", "one.png", "a.jpg?size=1"] and rows["one.png"] == ""
-    assert "pip install 'vqr1[heic]'" in rows["IMG_0001.HEIC"] and "is an address; download the picture first" in rows["a.jpg?size=1"]
+    assert (
+        "pip install 'vqr1[heic]'" in rows["IMG_0001.HEIC"]
+        and "is an address; download the picture first" in rows["a.jpg?size=1"]
+    )
 
 
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
@@ -91,17 +124,29 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     (tmp_path / "all" / "twice").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "all" / "gone.png").symlink_to(tmp_path / "nowhere")
     found = find_pictures([str(tmp_path / "all")])
-    assert [os.path.relpath(name, tmp_path / "all") for name in found] == ["gone.png", "link/two.png", "one.png"]
+    assert [os.path.relpath(name, tmp_path / "all") for name in found] == [
+        "gone.png",
+        "link/two.png",
+        "one.png",
+    ]
 
 
 def test_standard_input_gives_one_file_per_line(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b.png\n\n*.png\r\ncaf\xe9.png\nlast")))
     names = find_pictures(["first.png", "-"])
-    assert names == ["first.png", "a b.png", "*.png", "caf\udce9.png", "last"] and plain(names[3]) == r"caf\xe9.png"
+    assert (
+        names == ["first.png", "a b.png", "*.png", "caf\udce9.png", "last"]
+        and plain(names[3]) == r"caf\xe9.png"
+    )
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("empty", "holds no picture that Pillow reads (.apng, .avif"), ("*.gif", "*.gif matches no picture"), ("-", "standard input lists no picture")]
+    ("path", "said"),
+    [
+        ("empty", "holds no picture that Pillow reads (.apng, .avif"),
+        ("*.gif", "*.gif matches no picture"),
+        ("-", "standard input lists no picture"),
+    ],
 )
 def test_paths_without_a_picture_are_wrong_usage(path, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
@@ -113,7 +158,21 @@ def test_paths_without_a_picture_are_wrong_usage(path, said, tmp_path, monkeypat
 
 
 def test_endings_are_those_that_pillow_decodes():
-    assert {".heic", ".heif", ".hif", ".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".jp2"} <= picture_endings()
+    assert {
+        ".heic",
+        ".heif",
+        ".hif",
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".gif",
+        ".webp",
+        ".avif",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".jp2",
+    } <= picture_endings()
     assert not {".pdf", ".mpg", ".eps", ".h5", ".txt"} & picture_endings()
 
 
@@ -128,7 +187,9 @@ def test_a_folder_that_may_not_be_read_becomes_a_row_and_a_file_that_may_not_be_
             os.seteuid(65534)
             assert find_pictures([name]) == [f"{name}/one.png", f"{name}/secret"]
             for out in ("scores.csv", "new.jsonl", "new.parquet"):
-                with pytest.raises(ValueError, match=rf"{out} cannot be written \(Permission denied\); give another --out"):
+                with pytest.raises(
+                    ValueError, match=rf"{out} cannot be written \(Permission denied\); give another --out"
+                ):
                     RowFile(folder / out, SETTINGS)
         finally:
             os.seteuid(0)
@@ -160,7 +221,10 @@ def test_merged_shards_are_the_single_run(kind, photos, tmp_path, capsys):
     (photos / "07.png").write_text("a cat on a mat", encoding="utf-8")
     whole, parts = tmp_path / f"whole.{kind}", [tmp_path / f"part{i}.{kind}" for i in (1, 2, 3)]
     assert main(["score", str(photos), "--out", str(whole), *SMALL]) == 1
-    codes = [main(["score", str(photos), "--shard", f"{i}/3", "--out", str(part), *SMALL]) for i, part in enumerate(parts, 1)]
+    codes = [
+        main(["score", str(photos), "--shard", f"{i}/3", "--out", str(part), *SMALL])
+        for i, part in enumerate(parts, 1)
+    ]
     assert codes == [1, 0, 0]
     merge = ["cat"] if kind == "jsonl" else ["awk", "NR == 1 || FNR > 1"]
     assert subprocess.run([*merge, *parts], capture_output=True, check=True).stdout == whole.read_bytes()
@@ -182,7 +246,11 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5, unique_by=lambda pair: pair[0]), st.floats(0, 1), st.sampled_from([".csv", ".jsonl"]))
+@given(
+    st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5, unique_by=lambda pair: pair[0]),
+    st.floats(0, 1),
+    st.sampled_from([".csv", ".jsonl"]),
+)
 @example([('a"b\n', '"'), ("\r", '\n"",\n'), ("\0", ",")], 0.6, ".csv")
 def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(pairs, cut, kind):
     """A kill can end a write anywhere; names and texts hold quotes, line breaks and whatever else there is."""
@@ -208,10 +276,16 @@ def test_a_finished_file_takes_more_rows(kind, tmp_path):
     for number in range(3):
         with RowFile(path, SETTINGS) as file:
             assert list(file.done) == [f"{n}.png" for n in range(number)]
-            file.write([row(f"{number}.png", score=None if number == 1 else number, error="torn" * (number == 1))])
+            file.write(
+                [row(f"{number}.png", score=None if number == 1 else number, error="torn" * (number == 1))]
+            )
             file.finish()
     found = read(path)
-    assert [list(r) for r in found] == [list(COLUMNS)] * 3 and [r["image"] for r in found] == ["0.png", "1.png", "2.png"]
+    assert [list(r) for r in found] == [list(COLUMNS)] * 3 and [r["image"] for r in found] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
     assert [r["error"] for r in found] == ["", "torn", ""] and float(found[2]["score"]) == 2
     assert os.listdir(tmp_path) == [path.name]
 
@@ -236,10 +310,16 @@ def test_no_rows_make_an_empty_table(tmp_path):
     for name in ("a.csv", "a.jsonl", "a.parquet"):
         with RowFile(tmp_path / name, SETTINGS) as file:
             file.finish()
-    assert list(pd.read_parquet(tmp_path / "a.parquet")) == list(COLUMNS) == list(pd.read_csv(tmp_path / "a.csv"))
+    assert (
+        list(pd.read_parquet(tmp_path / "a.parquet"))
+        == list(COLUMNS)
+        == list(pd.read_csv(tmp_path / "a.csv"))
+    )
 
 
-@pytest.mark.parametrize("change", [{"policy": "other"}, {"estimate": "greedy"}, {"k": 6}, {"thinking": True}])
+@pytest.mark.parametrize(
+    "change", [{"policy": "other"}, {"estimate": "greedy"}, {"k": 6}, {"thinking": True}]
+)
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
 def test_rows_of_other_settings_are_not_mixed(kind, change, tmp_path):
     path = tmp_path / f"scores{kind}"
@@ -247,7 +327,10 @@ def test_rows_of_other_settings_are_not_mixed(kind, change, tmp_path):
         file.write([row("a.png")])
         file.finish()
     [(key, value)] = change.items()
-    with pytest.raises(ValueError, match=f"row 1, has {key} {SETTINGS[key]} where this command has {value}; give another --out"):
+    with pytest.raises(
+        ValueError,
+        match=f"row 1, has {key} {SETTINGS[key]} where this command has {value}; give another --out",
+    ):
         RowFile(path, SETTINGS | change).__enter__()
 
 
@@ -320,25 +403,51 @@ def test_any_picture_gets_a_row(tmp_path, photo, capsys):
     assert main(["score", str(folder), str(tmp_path / "missing.png"), "--out", str(out)]) == 1
     rows = {os.path.basename(row["image"]): row for row in read(out)}
     bad = {name for name, row in rows.items() if row["error"]}
-    assert bad == {"thin.png", "truncated.jpg", "zero.png", "text.jpg", "broken.png", "pipe.png", "missing.png"}
-    assert len(rows) == good + len(bad) and all(1 <= row["score"] < 6 for name, row in rows.items() if name not in bad)
-    assert rows["animated.gif"]["note"] == "frame 1 of several" and "shrunk from 5000x4000" in rows["large.jpg"]["note"]
-    assert rows["palette.gif"]["note"] == "" and {r"caf\xe9.png", "two\nlines.png", "naïve café \N{SNOWMAN}.png"} <= set(rows)
+    assert bad == {
+        "thin.png",
+        "truncated.jpg",
+        "zero.png",
+        "text.jpg",
+        "broken.png",
+        "pipe.png",
+        "missing.png",
+    }
+    assert len(rows) == good + len(bad) and all(
+        1 <= row["score"] < 6 for name, row in rows.items() if name not in bad
+    )
+    assert (
+        rows["animated.gif"]["note"] == "frame 1 of several"
+        and "shrunk from 5000x4000" in rows["large.jpg"]["note"]
+    )
+    assert rows["palette.gif"]["note"] == "" and {
+        r"caf\xe9.png",
+        "two\nlines.png",
+        "naïve café \N{SNOWMAN}.png",
+    } <= set(rows)
     assert f"{good + len(bad)} pictures; {len(bad)} without a score" in capsys.readouterr().out
     before = out.read_bytes()
-    assert main(["score", str(folder), str(tmp_path / "missing.png"), "--out", str(out)]) == 1  # nothing left to do, still 1
-    assert f"{len(rows)} of them from before" in capsys.readouterr().out and pd.read_parquet(out).equals(pd.read_parquet(io.BytesIO(before)))
+    assert (
+        main(["score", str(folder), str(tmp_path / "missing.png"), "--out", str(out)]) == 1
+    )  # nothing left to do, still 1
+    assert f"{len(rows)} of them from before" in capsys.readouterr().out and pd.read_parquet(out).equals(
+        pd.read_parquet(io.BytesIO(before))
+    )
 
 
 @pytest.fixture
 def start(started):
-    """Start the command, with SIGINT as in a terminal: a runner in the background ignores it. limit: of bytes in a file."""
+    """Start the command, with SIGINT as in a terminal: a runner in the background ignores it. limit: of
+    bytes in a file.
+    """
+
     def score(*arguments, limit: int = resource.RLIM_INFINITY, **options) -> subprocess.Popen:
         def prepare():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        return started([sys.executable, "-m", "vqr1.cli", "score", *map(str, arguments)], preexec_fn=prepare, **options)
+        return started(
+            [sys.executable, "-m", "vqr1.cli", "score", *map(str, arguments)], preexec_fn=prepare, **options
+        )
 
     return score
 
@@ -349,7 +458,9 @@ def has_rows(path: Path, count: int) -> bool:
 
 @pytest.mark.parametrize("out", ["scores.csv", "scores.parquet"])
 def test_a_killed_run_goes_on_where_it_stopped(out, start, wait_until, tmp_path, capsys):
-    """SIGKILL between two windows or in one; pictures that have a row are then emptied, so that a second look at one would show."""
+    """SIGKILL between two windows or in one; pictures that have a row are then emptied, so that a second
+    look at one would show.
+    """
     folder = tmp_path / "photos"
     pictures = draw(folder, *(f"{number:03}.png" for number in range(60)))
     log = tmp_path / (f"{out}.partial.jsonl" if out.endswith("parquet") else out)
@@ -368,7 +479,10 @@ def test_a_killed_run_goes_on_where_it_stopped(out, start, wait_until, tmp_path,
     capsys.readouterr()
     assert main(["score", str(folder), "--out", str(tmp_path / out), *SMALL]) == 0
     assert f"60 pictures, {len(done)} of them from before; 0 without" in capsys.readouterr().out
-    assert read(tmp_path / out) == read(tmp_path / f"whole-{out}") and [row["image"] for row in read(tmp_path / out)] == pictures
+    assert (
+        read(tmp_path / out) == read(tmp_path / f"whole-{out}")
+        and [row["image"] for row in read(tmp_path / out)] == pictures
+    )
 
 
 def test_ctrl_c_says_what_is_kept(start, wait_until, tmp_path):
@@ -379,7 +493,10 @@ def test_ctrl_c_says_what_is_kept(start, wait_until, tmp_path):
     said = process.communicate()[1]
     rows = read(tmp_path / "scores.jsonl")
     assert process.returncode == 130 and "Traceback" not in said and 4 <= len(rows) < 60
-    assert f"Interrupted. {len(rows)} rows are in {tmp_path / 'scores.jsonl'}; the same command goes on from there." in said
+    assert (
+        f"Interrupted. {len(rows)} rows are in {tmp_path / 'scores.jsonl'}; the same command goes on from there."
+        in said
+    )
     assert "images/s" in said and "<" in said  # the bar: speed, and time gone < time left
 
 

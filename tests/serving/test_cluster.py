@@ -1,4 +1,6 @@
-"""Two actors of a Ray cluster on this machine, held equal to one process; what an actor does is tested without Ray, too."""
+"""Two actors of a Ray cluster on this machine, held equal to one process; what an actor does is tested
+without Ray, too.
+"""
 
 import csv
 import sys
@@ -6,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vqr1.scoring import Scorer
 from vqr1.serving.bulk import COLUMNS, RowFile, find_pictures, score_rows
 from vqr1.serving.cluster import Rater, main, pictures_in
-from vqr1.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
@@ -20,7 +22,9 @@ def pictures(tmp_path, photo):
     folder = tmp_path / "some pictures"
     (folder / "more").mkdir(parents=True)
     for i in range(9):
-        photo.crop((20 * i, 10 * i, 20 * i + 64 + 32 * (i % 3), 10 * i + 64)).save(folder / ("more" if i % 2 else "") / f"bîld {i}.png")
+        photo.crop((20 * i, 10 * i, 20 * i + 64 + 32 * (i % 3), 10 * i + 64)).save(
+            folder / ("more" if i % 2 else "") / f"bîld {i}.png"
+        )
     (folder / "cut.png").write_bytes((folder / "bîld 0.png").read_bytes()[:2000])
     (folder / "more" / "empty.JPG").write_bytes(b"")
     (folder / "notes.txt").write_text("no picture")
@@ -45,9 +49,13 @@ def single_run(folder, out):
 def same(rows, others):
     """Equal but for scores, which are to 1e-4 (they are rounded to 1e-4)."""
     numbers = ("score", "std", "mass")
-    assert [{k: v for k, v in row.items() if k not in numbers} for row in rows] == [{k: v for k, v in row.items() if k not in numbers} for row in others]
+    assert [{k: v for k, v in row.items() if k not in numbers} for row in rows] == [
+        {k: v for k, v in row.items() if k not in numbers} for row in others
+    ]
     for key in numbers:
-        assert [float(row[key] or -1) for row in rows] == pytest.approx([float(row[key] or -1) for row in others], abs=1.5e-4)
+        assert [float(row[key] or -1) for row in rows] == pytest.approx(
+            [float(row[key] or -1) for row in others], abs=1.5e-4
+        )
 
 
 @pytest.fixture
@@ -66,12 +74,18 @@ def test_two_actors_give_the_rows_of_one_process(ray, pictures, tmp_path, capsys
         try:
             assert main([pictures, str(out), "--actors", "2", "--batch-size", "2"]) == 1
             break
-        except Exception as error:  # Ray gives its own processes 30 s to start, which a loaded machine can miss
+        except (
+            Exception
+        ) as error:  # Ray gives its own processes 30 s to start, which a loaded machine can miss
             if "timed out during startup" not in str(error):
                 raise
     assert "11 pictures, 2 without a score" in capsys.readouterr().out and not ray.is_initialized()
     rows = read(out)
-    assert len(rows) == 11 and tuple(rows[0]) == COLUMNS and len({row["score"] for row in rows if row["score"]}) > 5
+    assert (
+        len(rows) == 11
+        and tuple(rows[0]) == COLUMNS
+        and len({row["score"] for row in rows if row["score"]}) > 5
+    )
     same(rows, single_run(pictures, tmp_path / "single.csv"))
 
 
@@ -98,7 +112,11 @@ def test_what_is_there_is_not_scored_again_and_ray_not_started(pictures, tmp_pat
 
 @pytest.mark.parametrize(
     ("source", "out", "message"),
-    [("", "rows.csv", "holds no picture"), ("nowhere", "rows.csv", "cannot be listed"), ("bad://x", "rows.csv", "no place")],
+    [
+        ("", "rows.csv", "holds no picture"),
+        ("nowhere", "rows.csv", "cannot be listed"),
+        ("bad://x", "rows.csv", "no place"),
+    ],
 )
 def test_what_cannot_be_used_is_named(source, out, message, tmp_path, capsys):
     (tmp_path / "rows").mkdir()

@@ -30,34 +30,54 @@ FEW = 0.01
 """Share of a float picture's values that may lie outside its scale, and are clipped: highlights, say."""
 
 LARGE = 4096 * 4096
-"""Pixels; a larger picture is shrunk by a whole factor as it is read. Policies look at about 2 million at most."""
+"""Pixels; a larger picture is shrunk by a whole factor as it is read. Policies look at about 2 million at
+most.
+"""
 THIN = 200
 """Longest to shortest side; Qwen's processors take no thinner picture."""
 BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, AttributeError, ArithmeticError,
-    RuntimeError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
-"""What Pillow raises on files that are damaged, of another kind or too large (the test flips bytes to see)."""
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow raises on files that are damaged, of another kind or too large (the test flips bytes to see).
+"""
 
 _TURN = Image.Transpose
 _TURNS = {
-    2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE, 6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90,
-}  # fmt: skip
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
 _LYING = (_TURN.TRANSPOSE, _TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90)
-_ONE_LARGE = threading.Lock()  # threads decode one large picture at a time, so that they need the memory of one
+_ONE_LARGE = (
+    threading.Lock()
+)  # threads decode one large picture at a time, so that they need the memory of one
 _ONE_READ = threading.Lock()  # the same opened file or picture may be handed over twice
 
 
 def open_picture(file: File, where: str = "", shrink: bool = True, name: str = "") -> Image.Image:
     """Return the picture in a file as `as_rgb` does; of an animation the first frame.
 
-    file: a path, a file opened in binary mode (read from its start), or what is in a file.
-    where: the row that asked for it, for errors.
-    shrink: above `LARGE` pixels it is shrunk (a JPEG while it is decoded), one at a time over all threads.
-    name: what errors call the file, by default its path.
-    Raises ValueError naming the file when it is missing, no file, empty, unreadable, truncated, no picture,
-    thinner than 1:200, above Pillow's limit of pixels against decompression bombs, or HEIC without pillow-heif.
+    file: a path, a file opened in binary mode (read from its start), or what is in a file. where: the row
+    that asked for it, for errors. shrink: above `LARGE` pixels it is shrunk (a JPEG while it is decoded),
+    one at a time over all threads. name: what errors call the file, by default its path. Raises ValueError
+    naming the file when it is missing, no file, empty, unreadable, truncated, no picture, thinner than
+    1:200, above Pillow's limit of pixels against decompression bombs, or HEIC without pillow-heif.
     """
     name = name or _name(file)
     try:
@@ -114,21 +134,26 @@ def listed(pictures: Picture | Iterable[Picture]) -> Iterable[Picture]:
         return [Image.fromarray(one) for one in (levels if levels.ndim == 4 else [levels])]
     if is_one(pictures):
         return [pictures]
-    keyed = isinstance(pictures, (Mapping, set, frozenset)) or hasattr(pictures, "columns")  # gives keys, or no order
+    keyed = isinstance(pictures, (Mapping, set, frozenset)) or hasattr(
+        pictures, "columns"
+    )  # gives keys, or no order
     if keyed or not isinstance(pictures, Iterable):
         kind = type(pictures).__name__
-        raise TypeError(f"{kind} is neither a picture nor a list of pictures; give {TAKEN}, or a list of them")
+        raise TypeError(
+            f"{kind} is neither a picture nor a list of pictures; give {TAKEN}, or a list of them"
+        )
     return pictures
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return a picture upright (EXIF), in RGB, 8 bits, transparency on white, above `LARGE` pixels shrunk.
 
-    Deep pictures of one channel: the largest value says which scale they are on, 8, 10, 12, 14 or 16 bits, and
-    the note says so below 16. Floats are on 0..1 if at least 99% of them are; the others are clipped, and the note
-    says how many. Floats on a scale of bits may leave it by a tenth. Of 16-bit colours Pillow keeps the upper 8 bits.
-    Raises ValueError where the picture cannot be decoded, is thinner than 1:200, or its scale cannot be told:
-    integers below 0 or above 65535, other floats, 16-bit colours that are all in the darkest quarter.
+    Deep pictures of one channel: the largest value says which scale they are on, 8, 10, 12, 14 or 16 bits,
+    and the note says so below 16. Floats are on 0..1 if at least 99% of them are; the others are clipped,
+    and the note says how many. Floats on a scale of bits may leave it by a tenth. Of 16-bit colours Pillow
+    keeps the upper 8 bits. Raises ValueError where the picture cannot be decoded, is thinner than 1:200, or
+    its scale cannot be told: integers below 0 or above 65535, other floats, 16-bit colours that are all in
+    the darkest quarter.
 
     >>> as_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
     (255, 255, 255)
@@ -157,7 +182,16 @@ def upright_size(path: str | Path, where: str = "") -> tuple[int, int]:
 
 
 _BYTES = (bytes, bytearray, memoryview)
-_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}  # brands in a file's first box
+_HEIC = {
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"hevm",
+    b"hevs",
+}  # brands in a file's first box
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # C:/ is a drive; Path leaves one slash of two
 
 
@@ -212,7 +246,9 @@ def _prepare(head: bytes) -> None:
     try:
         from pillow_heif import register_heif_opener
     except ModuleNotFoundError as error:
-        raise ValueError("it is HEIC, which Pillow reads with pillow-heif: pip install 'vqr1[heic]'") from error
+        raise ValueError(
+            "it is HEIC, which Pillow reads with pillow-heif: pip install 'vqr1[heic]'"
+        ) from error
     register_heif_opener()
 
 
@@ -307,7 +343,9 @@ def _white_of_floats(pixels: np.ndarray, low: float, high: float) -> tuple[int, 
         if outside <= FEW:
             clipped = f"{max(outside, 1e-4):.2%} of the values outside 0..{white} clipped" if outside else ""
             return white, "; ".join(filter(None, [f"floats: white is {white}" if white > 1 else "", clipped]))
-    raise ValueError(f"floats from {low:.6g} to {high:.6g}: which is black, and which is white? Scale them to 0..1")
+    raise ValueError(
+        f"floats from {low:.6g} to {high:.6g}: which is black, and which is white? Scale them to 0..1"
+    )
 
 
 # Pixels
@@ -320,21 +358,32 @@ def _is_pixels(pictures) -> bool:
 
 
 def _levels(pixels: Picture) -> np.ndarray:
-    """Return pixels as uint8: (H, W), (H, W, 3 or 4) or (B, H, W, 3 or 4), of a tensor (3, H, W) or (B, 3, H, W) too."""
+    """Return pixels as uint8: (H, W), (H, W, 3 or 4) or (B, H, W, 3 or 4), of a tensor (3, H, W) or (B, 3,
+    H, W) too.
+    """
     shape = tuple(pixels.shape)
     if not isinstance(pixels, np.ndarray):
         if len(shape) not in (3, 4) or shape[-3] != 3 or 0 in shape[-2:]:
-            raise ValueError(f"a tensor of shape {shape} is no picture; give (3, H, W), or (B, 3, H, W) for many")
+            raise ValueError(
+                f"a tensor of shape {shape} is no picture; give (3, H, W), or (B, 3, H, W) for many"
+            )
         pixels = pixels.detach().cpu()
         pixels = (pixels.float() if pixels.is_floating_point() else pixels).movedim(-3, -1).numpy()
-    elif len(shape) not in (2, 3, 4) or len(shape) > 2 and shape[-1] not in (3, 4) or 0 in shape[len(shape) == 4 :]:
+    elif (
+        len(shape) not in (2, 3, 4)
+        or len(shape) > 2
+        and shape[-1] not in (3, 4)
+        or 0 in shape[len(shape) == 4 :]
+    ):
         raise ValueError(
             f"an array of shape {shape} is no picture; give (H, W), (H, W, 3) or (H, W, 4), or (B, H, W, 3) for many"
         )
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind != "f":
-        raise ValueError(f"pixels are {pixels.dtype}; give uint8 0..255, or floats 0..1 (16 bits: divide by 65535)")
+        raise ValueError(
+            f"pixels are {pixels.dtype}; give uint8 0..255, or floats 0..1 (16 bits: divide by 65535)"
+        )
     low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
     if np.isnan(low):
         raise ValueError("pixels hold NaN; give floats 0..1")
@@ -361,4 +410,6 @@ def _unreadable(file: File, name: str, where: str, error: BaseException) -> str:
         why, remedy = "is a device or a pipe", "save it into a file first"
     elif os.path.getsize(file) == 0:
         why, remedy = "has zero bytes", "replace the file"
-    return f"{where}: {name} {why}; replace the file or remove its row" if where else f"{name} {why}; {remedy}"
+    return (
+        f"{where}: {name} {why}; replace the file or remove its row" if where else f"{name} {why}; {remedy}"
+    )

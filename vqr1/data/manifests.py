@@ -1,10 +1,11 @@
 """Manifests of rated pictures, rendering of their rows, and the rows and batches that TRL trains on.
 
-A manifest is a CSV (UTF-8, commas, header) with the columns of `COLUMNS`, all but `NEEDED` optional. ``image``
-is a path relative to the set's root. A row with a ``seed`` is rendered: photograph -> ``distort(distortion, level, seed)`` at full
-size -> crop ``x,y,w,h`` in native pixels (empty = whole). Several distortions in turn are written
-``jitter+jpeg`` at level ``3+4``. A row without a seed is the picture as it is on disk: its distortion and
-level, if there, only describe it. ``mos`` is in the set's own scale, higher is better.
+A manifest is a CSV (UTF-8, commas, header) with the columns of `COLUMNS`, all but `NEEDED` optional.
+``image`` is a path relative to the set's root. A row with a ``seed`` is rendered: photograph ->
+``distort(distortion, level, seed)`` at full size -> crop ``x,y,w,h`` in native pixels (empty = whole).
+Several distortions in turn are written ``jitter+jpeg`` at level ``3+4``. A row without a seed is the
+picture as it is on disk: its distortion and level, if there, only describe it. ``mos`` is in the set's own
+scale, higher is better.
 
 The embedded sets (``sim-…``) are made by `vqr1.data.simulated`: rated by simulated observers, not by people.
 """
@@ -27,13 +28,19 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from vqr1.distortions import DISTORTIONS, distort
 from vqr1.data.images import is_address, open_picture, upright_size
+from vqr1.data.public_sets import (
+    SETS,
+    lacks,
+    meant,
+    public_name,
+    read_comparisons,
+    read_public,
+    read_table,
+)
+from vqr1.distortions import DISTORTIONS, distort
 from vqr1.places import EMBEDDED, data_root
 from vqr1.prompts import messages
-from vqr1.data.public_sets import (
-    SETS, lacks, meant, public_name, read_comparisons, read_public, read_table,
-)
 
 if TYPE_CHECKING:
     import datasets
@@ -60,13 +67,15 @@ _CROP = re.compile(r"\d+,\d+,\d+,\d+")
 
 
 def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
-    """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or by a manifest's path.
+    """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or
+    by a manifest's path.
 
-    ``root`` is where its images are: by default `data_root` for a public set, the manifest's folder for a path; an embedded set
-    is always in `EMBEDDED`. A public set (`vqr1.data.public_sets.SETS`, in any spelling: KADID10k) is looked for in ``root`` and in a
-    folder of its name below it. A missing picture of a public set is an error; with ``strict=False`` its row is left out.
-    ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever
-    `read_manifest` and `read_public` raise.
+    ``root`` is where its images are: by default `data_root` for a public set, the manifest's folder for a
+    path; an embedded set is always in `EMBEDDED`. A public set (`vqr1.data.public_sets.SETS`, in any
+    spelling: KADID10k) is looked for in ``root`` and in a folder of its name below it. A missing picture of
+    a public set is an error; with ``strict=False`` its row is left out. ``frame.attrs["root"]`` keeps the
+    images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever `read_manifest`
+    and `read_public` raise.
     """
     if str(name).lower().endswith(".csv"):
         return read_manifest(name, root)
@@ -107,13 +116,12 @@ def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
 def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFrame:
     """Return a manifest's rows after checking every one of them; columns that are not ours are dropped.
 
-    Only image, dataset and mos are needed. ``./a.png`` is written ``a.png``. The reference of a row without one is
-    its image.
-    No picture may be in two splits, nor a reference of one data set.
-    mos and std are floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column,
-    or strings ("3+4", "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
-    ``root`` (default: the manifest's folder) is where the images are. Raises FileNotFoundError when the manifest is
-    missing, and ValueError naming file, line (the header is line 1), value and remedy for the first mistake.
+    Only image, dataset and mos are needed. ``./a.png`` is written ``a.png``. The reference of a row without
+    one is its image. No picture may be in two splits, nor a reference of one data set. mos and std are
+    floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column, or strings ("3+4",
+    "") where a set has composed or undistorted rows; the rest are strings ("" = empty). ``root`` (default:
+    the manifest's folder) is where the images are. Raises FileNotFoundError when the manifest is missing,
+    and ValueError naming file, line (the header is line 1), value and remedy for the first mistake.
     """
     path = Path(path)
     root = Path(root) if root else path.parent
@@ -135,7 +143,9 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
 
 def _read_text(path: Path, root: Path) -> pd.DataFrame:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.data.simulated` writes ours)")
+        raise FileNotFoundError(
+            f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.data.simulated` writes ours)"
+        )
     text = read_table(path)
     for name in (*COLUMNS, *EXTRA):
         if name not in text and (name in NEEDED or meant(name, text.columns)):
@@ -194,7 +204,12 @@ def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
     _require(path, there, text["image"], wanted)
     cropped = text[text["crop"] != ""]
     whole = cropped["crop"].map(lambda crop: bool(_CROP.fullmatch(crop)))
-    _require(path, whole, cropped["crop"], "is not four integers x,y,w,h; give pixels, or leave it empty for the whole")
+    _require(
+        path,
+        whole,
+        cropped["crop"],
+        "is not four integers x,y,w,h; give pixels, or leave it empty for the whole",
+    )
     firsts = cropped["image"].drop_duplicates()
     sizes = {name: upright_size(root / name, f"{path}, line {line}") for line, name in firsts.items()}
     inside = [_fits(crop, sizes[name]) for crop, name in zip(cropped["crop"], cropped["image"])]
@@ -203,7 +218,9 @@ def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
 
 
 def _check_splits(path: Path, text: pd.DataFrame, root: Path) -> None:
-    """No picture or reference in two splits, and no row twice; a picture is its file, however the path is written."""
+    """No picture or reference in two splits, and no row twice; a picture is its file, however the path is
+    written.
+    """
     files = {name: os.path.realpath(root / name) for name in text["image"].unique()}
     text = text.assign(file=text["image"].map(files))
     used = text[text["split"] != ""]
@@ -258,7 +275,9 @@ def _render(row: dict, root: Path, where: str) -> Image.Image:
     return image.crop((x, y, x + w, y + h))
 
 
-def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> list[Image.Image]:
+def render_rows(
+    frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None
+) -> list[Image.Image]:
     """Return the pictures of all rows, in order, rendered by ``workers`` processes (default: one per core).
 
     ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `EMBEDDED`. Fewer than
@@ -267,7 +286,9 @@ def render_rows(frame: pd.DataFrame, root: str | Path | None = None, workers: in
     return list(_rendered(frame, root, workers))
 
 
-def _rendered(frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None) -> Iterator[Image.Image]:
+def _rendered(
+    frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None
+) -> Iterator[Image.Image]:
     root = Path(root or frame.attrs.get("root") or EMBEDDED)
     rows = frame.to_dict("records")
     names = [f"row {label} (counted from 0)" for label in frame.index]
@@ -278,7 +299,9 @@ def _rendered(frame: pd.DataFrame, root: str | Path | None = None, workers: int 
     try:  # spawn: a fork of a process in which torch runs threads can hang
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             rendered = pool.map(_render, rows, repeat(root), names, chunksize=32)
-            yield from tqdm(rendered, "rendering", len(rows), unit=" pictures", dynamic_ncols=True, leave=False)
+            yield from tqdm(
+                rendered, "rendering", len(rows), unit=" pictures", dynamic_ncols=True, leave=False
+            )
     except BrokenProcessPool as error:
         raise RuntimeError(
             'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or pass workers=1'
@@ -295,13 +318,18 @@ class _Pictures(Sequence):
         return self.count
 
     def __getitem__(self, i: int | slice) -> Image.Image | list[Image.Image]:
-        return [self._read(j) for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self._read(range(self.count)[i])
+        return (
+            [self._read(j) for j in range(*i.indices(len(self)))]
+            if isinstance(i, slice)
+            else self._read(range(self.count)[i])
+        )
 
 
 class PicturesOnDisk(_Pictures):
     """The pictures of rows that are not rendered, each read when it is asked for; the last 64 are remembered.
 
-    A thousand photographs of 12 megapixels would take 36 GB of memory. ``root`` and errors as for `render_rows`.
+    A thousand photographs of 12 megapixels would take 36 GB of memory. ``root`` and errors as for
+    `render_rows`.
     """
 
     def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
@@ -310,7 +338,9 @@ class PicturesOnDisk(_Pictures):
 
 
 class RenderedPictures(_Pictures):
-    """The rendered pictures of rows, kept as three bytes a pixel: Pillow takes four. Arguments and errors as for `render_rows`."""
+    """The rendered pictures of rows, kept as three bytes a pixel: Pillow takes four. Arguments and errors as
+    for `render_rows`.
+    """
 
     def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
         kept = [(image.mode, image.size, image.tobytes()) for image in _rendered(frame, root)]
@@ -328,8 +358,8 @@ def pictures_of(frame: pd.DataFrame) -> Sequence[Image.Image]:
 class _PromptPictures:
     """The dataset's transform: puts prompt and picture into a batch when it is asked for.
 
-    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not to
-    hundreds of megabytes, so copies in one process (and its forks) share the pictures.
+    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not
+    to hundreds of megabytes, so copies in one process (and its forks) share the pictures.
     """
 
     def __init__(self, images: Sequence[Image.Image], prompt: Callable[[], list[dict]]):
@@ -361,31 +391,39 @@ def prompt_rows(
 ) -> "datasets.Dataset":
     """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
 
-    ``images`` are the rows' pictures (`pictures_of`), ``thinking`` and ``numbered`` choose the prompt. Pictures and
-    messages are put in by a transform when a row is read: all repeats of a row share one picture, nothing is encoded, and the image placeholder
-    stays ``{"type": "image"}`` (Arrow would fill the keys of its neighbours in with None). uid is the row's position
-    in ``frame``; it survives ``select`` and ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
+    ``images`` are the rows' pictures (`pictures_of`), ``thinking`` and ``numbered`` choose the prompt.
+    Pictures and messages are put in by a transform when a row is read: all repeats of a row share one
+    picture, nothing is encoded, and the image placeholder stays ``{"type": "image"}`` (Arrow would fill the
+    keys of its neighbours in with None). uid is the row's position in ``frame``; it survives ``select`` and
+    ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
     """
     from datasets import Dataset  # slow to import; the worker processes of `render_rows` do without
 
     if len(frame) != len(images):
-        raise ValueError(f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame")
+        raise ValueError(
+            f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame"
+        )
     unrated = frame.index[frame["mos"].isna()]
     if len(unrated):
-        raise ValueError(f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on")
+        raise ValueError(
+            f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on"
+        )
     uid = list(range(len(frame)))
     mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
     columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
-    return Dataset.from_dict(columns).with_transform(_PromptPictures(images, partial(messages, thinking, numbered)))
+    return Dataset.from_dict(columns).with_transform(
+        _PromptPictures(images, partial(messages, thinking, numbered))
+    )
 
 
 def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
-    """Return an order of row positions whose consecutive chunks of ``images_per_batch`` hold one data set each.
+    """Return an order of row positions whose consecutive chunks of ``images_per_batch`` hold one data set
+    each.
 
     For ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``: scores of
-    different data sets are never compared, so a mixed batch would waste comparisons. Each epoch is shuffled anew
-    within sets and among chunks; rows that do not fill a chunk are left out of that epoch. Raises ValueError for
-    fewer than two images per batch and for a set smaller than a chunk.
+    different data sets are never compared, so a mixed batch would waste comparisons. Each epoch is shuffled
+    anew within sets and among chunks; rows that do not fill a chunk are left out of that epoch. Raises
+    ValueError for fewer than two images per batch and for a set smaller than a chunk.
 
     >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
     >>> order = one_set_batches(frame, 2, seed=0)
@@ -402,7 +440,9 @@ def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epoch
                 "use a smaller batch or leave the set out"
             )
     rng = np.random.default_rng(seed)
-    chunks = [chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)]
+    chunks = [
+        chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)
+    ]
     return [int(row) for chunk in chunks for row in chunk]
 
 
@@ -412,10 +452,12 @@ def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> l
 
 
 def realigned(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and its highest to 5.
+    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and
+    its highest to 5.
 
-    Regression on several sets needs one scale; this is what the official code does to its label files (datasets/make_data.py). It takes for
-    granted that the worst and the best picture of every set look alike. Raises ValueError for a set without two different mos.
+    Regression on several sets needs one scale; this is what the official code does to its label files
+    (datasets/make_data.py). It takes for granted that the worst and the best picture of every set look
+    alike. Raises ValueError for a set without two different mos.
 
     >>> rows = pd.DataFrame({"dataset": list("aabbb"), "mos": [3, 5, 0, 25, 100], "std": 0.5})
     >>> realigned(rows)[["mos", "std"]].to_numpy().T.tolist()
@@ -432,8 +474,9 @@ def realigned(frame: pd.DataFrame) -> pd.DataFrame:
 def dominance_pairs(frame: pd.DataFrame) -> np.ndarray:
     """Return (P, 2) row positions (better, worse): rows that nobody need rate to order them.
 
-    Both rows show the same crop of the same photograph with the same types; the worse one's levels are all at
-    least as high, and one is higher. Only for types that get worse with every level (`vqr1.data.simulated.MIX_STAGES`).
+    Both rows show the same crop of the same photograph with the same types; the worse one's levels are all
+    at least as high, and one is higher. Only for types that get worse with every level
+    (`vqr1.data.simulated.MIX_STAGES`).
 
     >>> rows = {"image": "a.jpg", "crop": "", "distortion": "jitter+jpeg", "level": ["1+2", "1+4", "3+1"]}
     >>> dominance_pairs(pd.DataFrame(rows)).tolist()

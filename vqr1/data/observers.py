@@ -126,8 +126,11 @@ def votes(latent, observer_std=OBSERVER_SD, n_observers: int = OBSERVERS, seed=S
     return np.clip(np.rint(response), 1, 5).astype(int)
 
 
-def pairwise_votes(latents, n_observers: int = OBSERVERS, seed=SEED, observer_std: float = OBSERVER_SD) -> np.ndarray:
-    """Return simulated comparisons of all pairs: wins (N, N) of integers, for `vqr1.thurstone.thurstone_scale`.
+def pairwise_votes(
+    latents, n_observers: int = OBSERVERS, seed=SEED, observer_std: float = OBSERVER_SD
+) -> np.ndarray:
+    """Return simulated comparisons of all pairs: wins (N, N) of integers, for
+    `vqr1.thurstone.thurstone_scale`.
 
     wins[i, j] = how many of ``n_observers`` prefer i to j, each with Thurstone's Case V probability
     Phi((q_i - q_j) / (observer_std sqrt 2)). wins + wins.T = n_observers off the diagonal, 0 on it.
@@ -155,11 +158,19 @@ def rate(photographs: list[str], seed: int = SEED) -> pd.DataFrame:
 
 def _rate_one(photograph: str, seed: int) -> pd.DataFrame:
     cells, latent = human_cells(), latent_quality(photograph, seed)
-    ratings = votes(latent, cells.observer_std_mean.to_numpy(), seed=photograph_rng(photograph, seed, stream=1))
-    return pd.DataFrame({
-        "image": photograph, "distortion": cells.type, "level": cells.level, "latent": latent,
-        "mos": ratings.mean(1).round(4), "std": ratings.std(1, ddof=1).round(4),
-    })
+    ratings = votes(
+        latent, cells.observer_std_mean.to_numpy(), seed=photograph_rng(photograph, seed, stream=1)
+    )
+    return pd.DataFrame(
+        {
+            "image": photograph,
+            "distortion": cells.type,
+            "level": cells.level,
+            "latent": latent,
+            "mos": ratings.mean(1).round(4),
+            "std": ratings.std(1, ddof=1).round(4),
+        }
+    )
 
 
 def oracle_scores(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +188,9 @@ def oracle_scores(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     both = cells.set_index(["type", "level"]).mos_mean.reindex(keys).to_numpy()
     if np.isnan(both).any():
         bad = keys[int(np.isnan(both).argmax())]
-        raise ValueError(f"no oracle for distortion {bad[0]!r} at level {bad[1]!r}: not one of KADID-10k's 125 pairs")
+        raise ValueError(
+            f"no oracle for distortion {bad[0]!r} at level {bad[1]!r}: not one of KADID-10k's 125 pairs"
+        )
     return both, cells.groupby("level").mos_mean.mean().reindex(frame["level"]).to_numpy()
 
 
@@ -194,11 +207,15 @@ def main() -> None:
     """Print how the simulated ratings of 81 imaginary photographs compare with the published human ones."""
     frame, cells = rate([f"imaginary-{i}" for i in range(81)]), human_cells()
     both, level = oracle_srcc(frame)
-    bias = frame.groupby(["distortion", "level"], sort=False).mos.mean().to_numpy() - cells.mos_mean.to_numpy()
+    bias = (
+        frame.groupby(["distortion", "level"], sort=False).mos.mean().to_numpy() - cells.mos_mean.to_numpy()
+    )
     print("81 imaginary photographs, simulated observers")
     print(f"oracle SRCC: type and level {both:.3f} (people 0.942), level alone {level:.3f} (people 0.676)")
     print(f"cell means minus published means: average {bias.mean():+.3f}, largest {abs(bias).max():.3f}")
-    print(f"observers' std: simulated {frame['std'].mean():.3f}, published {cells.observer_std_mean.mean():.3f}")
+    print(
+        f"observers' std: simulated {frame['std'].mean():.3f}, published {cells.observer_std_mean.mean():.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The public image quality data sets, read from their annotation files as published, into a manifest's columns.
+"""The public image quality data sets, read from their annotation files as published, into a manifest's
+columns.
 
-One entry of `SETS` says where a set can be had, what its files look like and what its numbers mean; one short function
-reads its table. What is checked afterwards is the same for all: every mos is a number on the published scale, every picture
-is there once, higher is better where the file itself shows it. Sizes are those of the archives of the Hub's
-chaofengc/IQA-PyTorch-Datasets. Three sets are a git clone away, and were read whole: biq2021, srij, pcuid. No
-other real set was read when this was written: the tests make small ones in the official layout.
+One entry of `SETS` says where a set can be had, what its files look like and what its numbers mean; one
+short function reads its table. What is checked afterwards is the same for all: every mos is a number on the
+published scale, every picture is there once, higher is better where the file itself shows it. Sizes are
+those of the archives of the Hub's chaofengc/IQA-PyTorch-Datasets. Three sets are a git clone away, and were
+read whole: biq2021, srij, pcuid. No other real set was read when this was written: the tests make small
+ones in the official layout.
 """
 
 import csv
@@ -17,8 +19,8 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
-from vqr1.distortions import DISTORTIONS
 from vqr1.data.people_sets import screened_scores, win_share, without_twins
+from vqr1.distortions import DISTORTIONS
 
 SPLITS = ("train", "val", "test")
 SPLIT_SEED = 0
@@ -27,8 +29,9 @@ TYPES = list(DISTORTIONS)  # in KADID-10k's order
 
 @dataclass(frozen=True)
 class PublicSet:
-    """What is known of a set. ``files``: its annotation, patterns below the set's folder, the first that is there;
-    ``folders``: of its pictures, in order of preference; ``scale``: of the file's numbers, before ``flip`` - mos.
+    """What is known of a set. ``files``: its annotation, patterns below the set's folder, the first that is
+    there; ``folders``: of its pictures, in order of preference; ``scale``: of the file's numbers, before
+    ``flip`` - mos.
     """
 
     title: str
@@ -51,11 +54,15 @@ class PublicSet:
     @property
     def layout(self) -> str:
         """What the set's folder should hold, for messages."""
-        folders = [{"": "this folder itself", "**": "any folder"}.get(folder, f"{folder}/") for folder in self.folders]
+        folders = [
+            {"": "this folder itself", "**": "any folder"}.get(folder, f"{folder}/")
+            for folder in self.folders
+        ]
         return f"{' or '.join(self.files)}, and the pictures in {' or '.join(folders)}"
 
 
-# Tables: every reader returns strings in columns where (file and line), name, mos, reference and perhaps std, split, level, …
+# Tables: every reader returns strings in columns where (file and line), name, mos, reference and perhaps std,
+# split, level, …
 
 
 def _present(path: Path) -> None:
@@ -70,19 +77,26 @@ def _lines(path: Path, fields: tuple[str, ...], separator: str | None = None) ->
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
-    rows = [(f"{path}, line {n}", *map(str.strip, line.split(separator))) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [
+        (f"{path}, line {n}", *map(str.strip, line.split(separator)))
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     for where, *values in rows:
         if len(values) != len(fields):
-            raise ValueError(f"{where}: {len(values)} fields; expected {len(fields)}: {(separator or ' ').join(fields)}, no header")
+            raise ValueError(
+                f"{where}: {len(values)} fields; expected {len(fields)}: {(separator or ' ').join(fields)}, no header"
+            )
     return pd.DataFrame(rows, columns=["where", *fields], dtype=object)
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return a CSV's cells as stripped strings under its header as it stands; the index is the line in the file.
+    """Return a CSV's cells as stripped strings under its header as it stands; the index is the line in the
+    file.
 
-    Separated by commas, in UTF-8. Blank lines are dropped, and so are columns without a name, which a comma at the
-    end of each line makes. Raises ValueError naming file and line for another separator, for a column that is there
-    twice, and for a row with more fields than names.
+    Separated by commas, in UTF-8. Blank lines are dropped, and so are columns without a name, which a comma
+    at the end of each line makes. Raises ValueError naming file and line for another separator, for a
+    column that is there twice, and for a row with more fields than names.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -145,12 +159,20 @@ def _excel(path: Path, sheet: str | int, header: int, **columns: str) -> pd.Data
     _present(path)
     try:
         table = pd.read_excel(path, sheet_name=sheet, header=header - 1, dtype=object)
-    except (BadZipFile, ValueError, KeyError) as error:  # no workbook; no such sheet; a workbook without its parts
-        raise ValueError(f"{path}: not an .xlsx workbook with sheet {sheet!r} ({error}); an old .xls must be saved as .xlsx") from error
+    except (
+        BadZipFile,
+        ValueError,
+        KeyError,
+    ) as error:  # no workbook; no such sheet; a workbook without its parts
+        raise ValueError(
+            f"{path}: not an .xlsx workbook with sheet {sheet!r} ({error}); an old .xls must be saved as .xlsx"
+        ) from error
     return _pick(path, table, range(header + 1, header + 1 + len(table)), header, columns)
 
 
-def _pick(path: Path, table: pd.DataFrame, lines: Iterable[int], header: int, columns: dict[str, str]) -> pd.DataFrame:
+def _pick(
+    path: Path, table: pd.DataFrame, lines: Iterable[int], header: int, columns: dict[str, str]
+) -> pd.DataFrame:
     """Return the columns ``ours=theirs`` as strings, with the line of each row and of the header."""
     table = table.set_axis([str(name).strip() for name in table.columns], axis=1)
     missing = [name for name in columns.values() if name not in table]
@@ -176,7 +198,9 @@ def _matlab(path: Path, name: str) -> np.ndarray:
 
 
 def _parts(table: pd.DataFrame, pattern: str, example: str) -> pd.DataFrame:
-    """Return the named groups of a pattern in the column name; ValueError for a name that is not like the example."""
+    """Return the named groups of a pattern in the column name; ValueError for a name that is not like the
+    example.
+    """
     parts = table["name"].str.extract(re.compile(pattern, re.IGNORECASE))
     _require(parts.notna().all(axis=1), table, "name", f"is not like {example}")
     return parts
@@ -185,20 +209,28 @@ def _parts(table: pd.DataFrame, pattern: str, example: str) -> pd.DataFrame:
 def _kadid(files: list[Path]) -> pd.DataFrame:
     table = _csv(files[0], name="dist_img", reference="ref_img", mos="dmos", std="var")
     parts = _parts(table, r"^I\d\d_(?P<type>0[1-9]|1\d|2[0-5])_0(?P<level>[1-5])\.png$", "I01_01_01.png")
-    return table.assign(distortion=[TYPES[int(number) - 1] for number in parts["type"]], level=parts["level"], severity=parts["level"])
+    return table.assign(
+        distortion=[TYPES[int(number) - 1] for number in parts["type"]],
+        level=parts["level"],
+        severity=parts["level"],
+    )
 
 
 def _tid(files: list[Path]) -> pd.DataFrame:
     table, std = _lines(files[0], ("mos", "name")), _lines(files[0].with_name("mos_std.txt"), ("std",))
     if len(table) != len(std):
-        raise ValueError(f"{files[0]} has {len(table)} rows, mos_std.txt {len(std)}: they must be in the same order, one to one")
+        raise ValueError(
+            f"{files[0]} has {len(table)} rows, mos_std.txt {len(std)}: they must be in the same order, one to one"
+        )
     parts = _parts(table, r"^I(?P<reference>\d\d)_\d\d_(?P<severity>[1-5])\.bmp$", "I01_01_1.bmp")
     return table.assign(std=std["std"], reference="I" + parts["reference"], severity=parts["severity"])
 
 
 def _koniq(files: list[Path]) -> pd.DataFrame:
     columns = {"name": "image_name", "std": "SD", "mos": "MOS_zscore"}
-    if "sets" in files[0].name:  # its column MOS is 0..100; the MOS of the other file is the mean of the votes 1..5
+    if (
+        "sets" in files[0].name
+    ):  # its column MOS is 0..100; the MOS of the other file is the mean of the votes 1..5
         columns |= {"mos": "MOS", "split": "set"}
     table = _csv(files[0], **columns)
     return table.replace({"split": {"training": "train", "validation": "val"}})
@@ -210,11 +242,19 @@ def _spaq(files: list[Path]) -> pd.DataFrame:
 
 def _clive(files: list[Path]) -> pd.DataFrame:
     """The 7 pictures on which observers were trained (t1.bmp …) are left out, as everybody does."""
-    names, mos, std = (_matlab(files[0].with_name(f"{name}.mat"), name) for name in ("AllImages_release", "AllMOS_release", "AllStdDev_release"))
+    names, mos, std = (
+        _matlab(files[0].with_name(f"{name}.mat"), name)
+        for name in ("AllImages_release", "AllMOS_release", "AllStdDev_release")
+    )
     if not len(names) == len(mos) == len(std):
-        raise ValueError(f"{files[0].parent}: {len(names)} names, {len(mos)} MOS and {len(std)} deviations; the three files must agree")
+        raise ValueError(
+            f"{files[0].parent}: {len(names)} names, {len(mos)} MOS and {len(std)} deviations; the three files must agree"
+        )
     where = [f"{files[0].parent}, entry {n}" for n in range(1, len(names) + 1)]
-    table = pd.DataFrame({"where": where, "name": [str(np.ravel(name)[0]) for name in names], "mos": mos, "std": std}, dtype=object)
+    table = pd.DataFrame(
+        {"where": where, "name": [str(np.ravel(name)[0]) for name in names], "mos": mos, "std": std},
+        dtype=object,
+    )
     return table[~table["name"].str.fullmatch(r"t\d+\.\w+")].reset_index(drop=True)
 
 
@@ -229,14 +269,32 @@ def _pipal(files: list[Path]) -> pd.DataFrame:
     return table.assign(reference=table["name"].str.partition("_")[0])
 
 
-CSIQ_FILES = {"noise": "AWGN", "blur": "BLUR", "contrast": "contrast", "fnoise": "fnoise", "jpeg": "JPEG", "jpeg 2000": "jpeg2000"}
+CSIQ_FILES = {
+    "noise": "AWGN",
+    "blur": "BLUR",
+    "contrast": "contrast",
+    "fnoise": "fnoise",
+    "jpeg": "JPEG",
+    "jpeg 2000": "jpeg2000",
+}
 """CSIQ's dst_type -> how its pictures are named: 1600.AWGN.1.png."""
 
 
 def _csiq(files: list[Path]) -> pd.DataFrame:
-    table = _excel(files[0], "all_by_image", 4, image="image", type="dst_type", level="dst_lev", mos="dmos", std="dmos_std")
+    table = _excel(
+        files[0],
+        "all_by_image",
+        4,
+        image="image",
+        type="dst_type",
+        level="dst_lev",
+        mos="dmos",
+        std="dmos_std",
+    )
     _require(table["type"].isin(CSIQ_FILES), table, "type", f"is not one of {', '.join(CSIQ_FILES)}")
-    image, level = (table[name].str.removesuffix(".0") for name in ("image", "level"))  # Excel's numbers: 1600 is a name here
+    image, level = (
+        table[name].str.removesuffix(".0") for name in ("image", "level")
+    )  # Excel's numbers: 1600 is a name here
     name = image + "." + table["type"].map(CSIQ_FILES) + "." + level + ".png"
     return table.drop(columns="level").assign(name=name, reference=image, severity=level)
 
@@ -246,7 +304,9 @@ def _official_list(files: list[Path]) -> pd.DataFrame:
 
 
 def _sriqa(files: list[Path]) -> pd.DataFrame:
-    return pd.concat([_lines(file, ("name", "mos"), ",").assign(reference=file.stem) for file in files], ignore_index=True)
+    return pd.concat(
+        [_lines(file, ("name", "mos"), ",").assign(reference=file.stem) for file in files], ignore_index=True
+    )
 
 
 def _agiqa(files: list[Path]) -> pd.DataFrame:
@@ -303,9 +363,10 @@ def _srij_votes(folder: Path, pictures: int) -> np.ndarray:
 
 
 PCUID_PAIRS = {
-    "first": "图像1", "second": "图像2",
+    "first": "图像1",
+    "second": "图像2",
     "label": "标签（-1为图像2质量优于图像1；0为图像1和图像2质量差不多；1为图像1质量优于图像2）",
-}  # fmt: skip
+}
 """The header of pair_label.xlsx: picture 1, picture 2, label (-1: 2 is better, 0: alike, 1: 1 is better)."""
 
 
@@ -341,93 +402,205 @@ def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
 
 SETS = {
     "kadid-10k": PublicSet(
-        "KADID-10k (Lin, Hosu and Saupe 2019)", 10125, "database.mmsp-kn.de/kadid-10k-database.html", "3.07 GB", "unknown",
-        ("dmos.csv",), ("images",), (1, 5), read=_kadid, variance=True,
+        "KADID-10k (Lin, Hosu and Saupe 2019)",
+        10125,
+        "database.mmsp-kn.de/kadid-10k-database.html",
+        "3.07 GB",
+        "unknown",
+        ("dmos.csv",),
+        ("images",),
+        (1, 5),
+        read=_kadid,
+        variance=True,
         note="the column dmos is a mean opinion, higher is better, in spite of its name: kept; var is a variance: std is its root",
     ),
     "tid2013": PublicSet(
-        "TID2013 (Ponomarenko et al. 2015)", 3000, "www.ponomarenko.info/tid2013.htm", "1.23 GB", "unknown",
-        ("mos_with_names.txt",), ("distorted_images",), (0, 9), read=_tid,
+        "TID2013 (Ponomarenko et al. 2015)",
+        3000,
+        "www.ponomarenko.info/tid2013.htm",
+        "1.23 GB",
+        "unknown",
+        ("mos_with_names.txt",),
+        ("distorted_images",),
+        (0, 9),
+        read=_tid,
         note="std from mos_std.txt, same order; upper and lower case of names are mixed on disk",
     ),
     "koniq-10k": PublicSet(
-        "KonIQ-10k (Hosu et al. 2020)", 10073,
-        "database.mmsp-kn.de/koniq-10k-database.html; the sets file: github.com/subpic/koniq, metadata/", "6.35 GB", "unknown",
-        ("koniq10k_distributions_sets.csv", "metadata/koniq10k_distributions_sets.csv", "koniq10k_scores_and_distributions.csv",
-         "koniq10k_scores_and_distributions/koniq10k_scores_and_distributions.csv"),
-        ("1024x768", "512x384"), (0, 100), read=_koniq, std_factor=25.0, split="official",
+        "KonIQ-10k (Hosu et al. 2020)",
+        10073,
+        "database.mmsp-kn.de/koniq-10k-database.html; the sets file: github.com/subpic/koniq, metadata/",
+        "6.35 GB",
+        "unknown",
+        (
+            "koniq10k_distributions_sets.csv",
+            "metadata/koniq10k_distributions_sets.csv",
+            "koniq10k_scores_and_distributions.csv",
+            "koniq10k_scores_and_distributions/koniq10k_scores_and_distributions.csv",
+        ),
+        ("1024x768", "512x384"),
+        (0, 100),
+        read=_koniq,
+        std_factor=25.0,
+        split="official",
         note="official split, in the sets file alone; MOS is 0..100 but SD is of the votes 1..5: std is 25 SD",
     ),
     "spaq": PublicSet(
-        "SPAQ (Fang et al. 2020)", 11125, "github.com/h4nwei/SPAQ", "34.8 GB", "unknown",
-        ("Annotations/MOS and Image attribute scores.xlsx", "MOS and Image attribute scores.xlsx"), ("TestImage",), (0, 100), read=_spaq,
+        "SPAQ (Fang et al. 2020)",
+        11125,
+        "github.com/h4nwei/SPAQ",
+        "34.8 GB",
+        "unknown",
+        ("Annotations/MOS and Image attribute scores.xlsx", "MOS and Image attribute scores.xlsx"),
+        ("TestImage",),
+        (0, 100),
+        read=_spaq,
         note="no std in the sheet; native pictures are scored, of up to 12 million pixels and more (pyiqa resizes them to 448)",
     ),
     "clive": PublicSet(
-        "LIVE In the Wild Image Quality Challenge (Ghadiyaram and Bovik 2016)", 1162, "live.ece.utexas.edu/research/ChallengeDB", "326 MB",
+        "LIVE In the Wild Image Quality Challenge (Ghadiyaram and Bovik 2016)",
+        1162,
+        "live.ece.utexas.edu/research/ChallengeDB",
+        "326 MB",
         "free use, copying and changes with its copyright notice (its README)",
-        ("Data/AllImages_release.mat",), ("Images",), (0, 100), read=_clive, note="the 7 training pictures t1..t7 are left out",
+        ("Data/AllImages_release.mat",),
+        ("Images",),
+        (0, 100),
+        read=_clive,
+        note="the 7 training pictures t1..t7 are left out",
     ),
     "bid": PublicSet(
-        "BID, blurred images (Ciancio et al. 2011)", 586, "unknown", "unknown", "unknown",
-        ("DatabaseGrades.xlsx",), ("ImageDatabase", ""), (0, 5), read=_bid, note="picture n is DatabaseImage000n.JPG",
+        "BID, blurred images (Ciancio et al. 2011)",
+        586,
+        "unknown",
+        "unknown",
+        "unknown",
+        ("DatabaseGrades.xlsx",),
+        ("ImageDatabase", ""),
+        (0, 5),
+        read=_bid,
+        note="picture n is DatabaseImage000n.JPG",
     ),
     "pipal": PublicSet(
-        "PIPAL (Gu et al. 2020)", 23200, "github.com/HaomingCai/PIPAL-dataset", "5.84 GB", "unknown",
-        ("Train_Label/*.txt",), ("Train_Dist", "Distortion_*", "Dist_Imgs"), (0, 3000), read=_pipal,
+        "PIPAL (Gu et al. 2020)",
+        23200,
+        "github.com/HaomingCai/PIPAL-dataset",
+        "5.84 GB",
+        "unknown",
+        ("Train_Label/*.txt",),
+        ("Train_Dist", "Distortion_*", "Dist_Imgs"),
+        (0, 3000),
+        read=_pipal,
         note="Elo ratings, seen 916.7..1836.0; only the official training part has public labels: its 200 references are split here",
     ),
     "csiq": PublicSet(
-        "CSIQ (Larson and Chandler 2010)", 866, "s2.smu.edu/~eclarson/csiq.html", "379 MB", "unknown",
-        ("csiq.DMOS.xlsx",), ("dst_imgs/*", "dst_imgs_all", "dst_imgs"), (0, 1), read=_csiq, flip=1.0,
+        "CSIQ (Larson and Chandler 2010)",
+        866,
+        "s2.smu.edu/~eclarson/csiq.html",
+        "379 MB",
+        "unknown",
+        ("csiq.DMOS.xlsx",),
+        ("dst_imgs/*", "dst_imgs_all", "dst_imgs"),
+        (0, 1),
+        read=_csiq,
+        flip=1.0,
         note="DMOS, lower is better in the file: flipped, mos = 1 - dmos",
     ),
     "liu13": PublicSet(
-        "Liu13, deblurring (Liu et al. 2013)", 1199, "pictures: unknown; list: github.com/TianheWu/VisualQuality-R1, datasets/test_data_label/",
-        "unknown", "unknown", ("Deblur*.txt",), ("**",), (1, 5), read=_official_list, split="test",
+        "Liu13, deblurring (Liu et al. 2013)",
+        1199,
+        "pictures: unknown; list: github.com/TianheWu/VisualQuality-R1, datasets/test_data_label/",
+        "unknown",
+        "unknown",
+        ("Deblur*.txt",),
+        ("**",),
+        (1, 5),
+        read=_official_list,
+        split="test",
         note="lines 'reference name mos' of the official VisualQuality-R1 repository, already brought to 1..5; no std",
     ),
     "min19": PublicSet(
-        "Min19 (SHRQ), dehazing (Min et al. 2019)", 600, "pictures: unknown; list: github.com/TianheWu/VisualQuality-R1, datasets/test_data_label/",
-        "unknown", "unknown", ("Dehaz*.txt",), ("**",), (1, 5), read=_official_list, split="test",
+        "Min19 (SHRQ), dehazing (Min et al. 2019)",
+        600,
+        "pictures: unknown; list: github.com/TianheWu/VisualQuality-R1, datasets/test_data_label/",
+        "unknown",
+        "unknown",
+        ("Dehaz*.txt",),
+        ("**",),
+        (1, 5),
+        read=_official_list,
+        split="test",
         note="lines 'reference name mos' of the official VisualQuality-R1 repository, already brought to 1..5; no std",
     ),
     "sriqa-bench": PublicSet(
-        "SRIQA-Bench, super-resolution (Chen et al. 2025)", 1100, "github.com/ChrisDud0257/AFINE", "unknown", "non-commercial academic research only",
-        ("MOS/*.txt",), ("images/*",), (0, 100), read=_sriqa, split="test", per_content=True,
+        "SRIQA-Bench, super-resolution (Chen et al. 2025)",
+        1100,
+        "github.com/ChrisDud0257/AFINE",
+        "unknown",
+        "non-commercial academic research only",
+        ("MOS/*.txt",),
+        ("images/*",),
+        (0, 100),
+        read=_sriqa,
+        split="test",
+        per_content=True,
         note="scaled to 0..100 within each content's 11 pictures: evaluated per content, never pooled",
     ),
     "agiqa-3k": PublicSet(
-        "AGIQA-3K, generated pictures (Li et al. 2023)", 2982, "github.com/lcysyzxdxc/AGIQA-3k-Database", "98 MB", "MIT (its repository)",
-        ("data.csv",), ("", "AGIQA-3K", "images", "image"), (0, 5), read=_agiqa, note="mos_quality, not mos_align; split by prompt",
+        "AGIQA-3K, generated pictures (Li et al. 2023)",
+        2982,
+        "github.com/lcysyzxdxc/AGIQA-3k-Database",
+        "98 MB",
+        "MIT (its repository)",
+        ("data.csv",),
+        ("", "AGIQA-3K", "images", "image"),
+        (0, 5),
+        read=_agiqa,
+        note="mos_quality, not mos_align; split by prompt",
     ),
     "biq2021": PublicSet(
-        "BIQ2021, authentic photographs (Ahmed and Asif 2022)", 12000,
-        "git clone --depth 1 https://github.com/nisarahmedrana/BIQ2021", "420 MB",
+        "BIQ2021, authentic photographs (Ahmed and Asif 2022)",
+        12000,
+        "git clone --depth 1 https://github.com/nisarahmedrana/BIQ2021",
+        "420 MB",
         'none stated; "freely available for use and benchmarking" (the paper), redistribution not granted',
-        ("Test (Images and MOS).csv",), ("Images",), (0, 1), read=_biq2021, split="official",
+        ("Test (Images and MOS).csv",),
+        ("Images",),
+        (0, 1),
+        read=_biq2021,
+        split="official",
         note="official split without 208 test pictures that have a near twin in training "
-             "(data/biq2021_twins.csv); a validation part comes from training, twins together; no std",
+        "(data/biq2021_twins.csv); a validation part comes from training, twins together; no std",
     ),
     "srij": PublicSet(
-        "SRIJ, super-resolution (Beron et al. 2020)", 640,
-        "git clone --depth 1 https://github.com/juanpaberon/IQA_SR SRIJ", "161 MB",
+        "SRIJ, super-resolution (Beron et al. 2020)",
+        640,
+        "git clone --depth 1 https://github.com/juanpaberon/IQA_SR SRIJ",
+        "161 MB",
         "none stated; its README asks to contact the author; redistribution not granted",
-        ("Datasets/SRIJ/hScoresSRIJ.mat",), ("Datasets/SRIJ/Images", "Datasets/SRIJ/Images/GroundTruth"),
-        (0, 100), read=_srij,
+        ("Datasets/SRIJ/hScoresSRIJ.mat",),
+        ("Datasets/SRIJ/Images", "Datasets/SRIJ/Images/GroundTruth"),
+        (0, 100),
+        read=_srij,
         note="grey; 608 published scores, checked against 43 observers' votes, which also score the 32 "
-             "originals (level empty) and give std; distortion is the algorithm, level its scale; split by "
-             "scene",
+        "originals (level empty) and give std; distortion is the algorithm, level its scale; split by "
+        "scene",
     ),
     "pcuid": PublicSet(
-        "PCUID, underwater photographs compared in pairs", 300,
-        "git clone --depth 1 https://github.com/JOU-UIP/PCUID", "75 MB",
+        "PCUID, underwater photographs compared in pairs",
+        300,
+        "git clone --depth 1 https://github.com/JOU-UIP/PCUID",
+        "75 MB",
         "none stated; use it locally, do not redistribute",
-        ("MOS.xlsx",), ("300-*",), (0, 100), read=_pcuid, compare=_pcuid_pairs,
+        ("MOS.xlsx",),
+        ("300-*",),
+        (0, 100),
+        read=_pcuid,
+        compare=_pcuid_pairs,
         note="mos is the share of wins over all others, checked against pair_label.xlsx; load_comparisons "
-             "returns the 44,850 pairs; no std",
+        "returns the 44,850 pairs; no std",
     ),
-}  # fmt: skip
+}
 """The public sets by their names, as `vqr1 data --list` prints them."""
 PER_CONTENT = tuple(name for name, entry in SETS.items() if entry.per_content)
 
@@ -438,12 +611,13 @@ PER_CONTENT = tuple(name for name, entry in SETS.items() if entry.per_content)
 def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFrame:
     """Return a public set's rows: the columns of a manifest that it has, and an empty string for the rest.
 
-    ``root`` is the set's folder, or one that has it under its name (case and punctuation do not matter: KADID10k).
-    mos is on the published scale, higher is better. Lists ``splits/{train,val,test}.txt`` in the set's folder, with a
-    picture's name on every line (as the official VisualQuality-R1 repository has them), go before the split made here:
-    6:2:2 by reference, seeded, which is the paper's 49/16/16 references for KADID-10k, though not the same ones.
-    ``frame.attrs`` keeps root and the names of missing pictures. Raises FileNotFoundError and ValueError naming file, line,
-    value and the expected layout; for a missing picture only if ``strict``, else its image is empty.
+    ``root`` is the set's folder, or one that has it under its name (case and punctuation do not matter:
+    KADID10k). mos is on the published scale, higher is better. Lists ``splits/{train,val,test}.txt`` in the
+    set's folder, with a picture's name on every line (as the official VisualQuality-R1 repository has
+    them), go before the split made here: 6:2:2 by reference, seeded, which is the paper's 49/16/16
+    references for KADID-10k, though not the same ones. ``frame.attrs`` keeps root and the names of missing
+    pictures. Raises FileNotFoundError and ValueError naming file, line, value and the expected layout; for
+    a missing picture only if ``strict``, else its image is empty.
     """
     entry, folder = SETS[name], home(name, root)
     files = next(found for pattern in entry.files if (found := _found(folder, pattern)))
@@ -453,7 +627,13 @@ def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFram
     table = _checked(entry, table)
     images = _located(entry, folder, table["name"])
     missing = _missing(name, folder, table["name"], images, strict)
-    frame = table.assign(dataset=name, image=images, split=_split(entry, folder, table), seed=pd.Series(pd.NA, table.index, "Int64"), crop="")
+    frame = table.assign(
+        dataset=name,
+        image=images,
+        split=_split(entry, folder, table),
+        seed=pd.Series(pd.NA, table.index, "Int64"),
+        crop="",
+    )
     frame = frame.assign(**{column: "" for column in ("distortion", "level") if column not in frame})
     if (frame["level"] != "").all():
         frame["level"] = frame["level"].astype(int)
@@ -505,13 +685,17 @@ def public_name(name: str | Path) -> str | None:
 
 
 def home(name: str, root: str | Path) -> Path:
-    """Return the folder of a set: one below ``root`` that has its name, else ``root``, if the annotation is in it."""
+    """Return the folder of a set: one below ``root`` that has its name, else ``root``, if the annotation is
+    in it.
+    """
     root, entry = Path(root), SETS[name]
     inside = sorted(root.iterdir()) if root.is_dir() else []
     for folder in [*(path for path in inside if path.is_dir() and _plain(path.name) == _plain(name)), root]:
         if any(_found(folder, pattern) for pattern in entry.files):
             return folder
-    raise FileNotFoundError(f"{name} is neither in {root} nor in a folder {name} of it; expected {entry.layout}. It can be had from: {entry.source}")
+    raise FileNotFoundError(
+        f"{name} is neither in {root} nor in a folder {name} of it; expected {entry.layout}. It can be had from: {entry.source}"
+    )
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
@@ -534,10 +718,16 @@ def _require(good: pd.Series, table: pd.DataFrame, column: str, problem: str) ->
 def _checked(entry: PublicSet, table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with numbers, all of them checked, and higher mos better.
 
-    A mos may lie 1e-6 outside its scale, from somebody's rounding, and is kept: SRIQA-Bench has 100.00000000000001.
+    A mos may lie 1e-6 outside its scale, from somebody's rounding, and is kept: SRIQA-Bench has
+    100.00000000000001.
     """
     (low, high), mos = entry.scale, pd.to_numeric(table["mos"], errors="coerce")
-    _require(mos.between(low - 1e-6, high + 1e-6), table, "mos", f"is not a number from {low} to {high}, the published scale")
+    _require(
+        mos.between(low - 1e-6, high + 1e-6),
+        table,
+        "mos",
+        f"is not a number from {low} to {high}, the published scale",
+    )
     raw = table.get("std", pd.Series("", table.index)).astype(str)
     std = pd.to_numeric(raw, errors="coerce").astype(float)
     _require((np.isfinite(std) & (std >= 0)) | (raw == ""), table, "std", "is not a number >= 0")
@@ -555,10 +745,17 @@ def _checked(entry: PublicSet, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _located(entry: PublicSet, folder: Path, names: Iterable[str]) -> pd.Series:
-    """Return the path of each picture below the set's folder, "" if it is missing; upper and lower case do not matter."""
+    """Return the path of each picture below the set's folder, "" if it is missing; upper and lower case do
+    not matter.
+    """
     there: list[dict[str, list[str]]] = []
     for pattern in entry.folders:
-        files = [file for inner in (_found(folder, pattern) if pattern else [folder]) if inner.is_dir() for file in inner.iterdir()]
+        files = [
+            file
+            for inner in (_found(folder, pattern) if pattern else [folder])
+            if inner.is_dir()
+            for file in inner.iterdir()
+        ]
         there.append({})
         for file in files:
             there[-1].setdefault(file.name.lower(), []).append(file.relative_to(folder).as_posix())
@@ -567,7 +764,9 @@ def _located(entry: PublicSet, folder: Path, names: Iterable[str]) -> pd.Series:
 
 def _one_of(there: list[dict[str, list[str]]], name: str, folder: Path) -> str:
     for files in there:
-        found = [path for path in files.get(name.rpartition("/")[2], []) if f"/{path.lower()}".endswith(f"/{name}")]
+        found = [
+            path for path in files.get(name.rpartition("/")[2], []) if f"/{path.lower()}".endswith(f"/{name}")
+        ]
         if len(found) > 1:
             raise ValueError(f"{folder}: which is the picture {name}: {' or '.join(found)}? Keep one of them")
         if found:
@@ -594,12 +793,18 @@ def seeded_split(reference: pd.Series, seed: int = SPLIT_SEED) -> pd.Series:
     """
     names = np.random.default_rng(seed).permutation(sorted(set(reference)))
     fifth = round(0.2 * len(names))
-    of = dict.fromkeys(names, "train") | dict.fromkeys(names[:fifth], "test") | dict.fromkeys(names[fifth : 2 * fifth], "val")
+    of = (
+        dict.fromkeys(names, "train")
+        | dict.fromkeys(names[:fifth], "test")
+        | dict.fromkeys(names[fifth : 2 * fifth], "val")
+    )
     return reference.map(of)
 
 
 def _listed_split(lists: list[Path], table: pd.DataFrame) -> pd.Series:
-    """Return the split of lists; a line may hold more than the picture's name, and pictures that none has get ""."""
+    """Return the split of lists; a line may hold more than the picture's name, and pictures that none has
+    get "".
+    """
     of: dict[str, str] = {}
     known = set(table["name"].str.lower())
     for path, split in zip(lists, SPLITS):
@@ -608,10 +813,14 @@ def _listed_split(lists: list[Path], table: pd.DataFrame) -> pd.Series:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
             named = {field for field in re.split(r"[\s,]+", line.lower()) if field in known}
             if line.strip() and (len(named) != 1 or named & set(of)):
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} does not name one picture of the set that no earlier line has")
+                raise ValueError(
+                    f"{path}, line {number}: {line.strip()!r} does not name one picture of the set that no earlier line has"
+                )
             of |= dict.fromkeys(named, split)
     split = table["name"].str.lower().map(of).fillna("")
     mixed = split[split != ""].groupby(table["reference"]).nunique()
     if (mixed > 1).any():
-        raise ValueError(f"{lists[0].parent}: reference {mixed.idxmax()!r} is in more than one of train.txt, val.txt and test.txt")
+        raise ValueError(
+            f"{lists[0].parent}: reference {mixed.idxmax()!r} is in more than one of train.txt, val.txt and test.txt"
+        )
     return split

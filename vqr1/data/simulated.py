@@ -1,4 +1,5 @@
-"""The simulated sets: photographs under KADID-10k's distortions, rated by simulated observers (`vqr1.data.observers`), not by people.
+"""The simulated sets: photographs under KADID-10k's distortions, rated by simulated observers
+(`vqr1.data.observers`), not by people.
 
 ``python -m vqr1.data.simulated`` writes their manifests into the data folder again, bit for bit.
 """
@@ -9,10 +10,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vqr1.data.manifests import COLUMNS, CROP, EMBEDDED, HELD_OUT, TRAINED, UNRATED
-from vqr1.distortions import distort
-from vqr1.data.observers import SEED, photograph_rng, rate
 from vqr1.data.images import upright_size
+from vqr1.data.manifests import COLUMNS, CROP, EMBEDDED, HELD_OUT, TRAINED, UNRATED
+from vqr1.data.observers import SEED, photograph_rng, rate
+from vqr1.distortions import distort
 
 MIX_STAGES = (
     ("brighten",),
@@ -25,35 +26,67 @@ MIX_STAGES = (
 """Trained types that get worse with every level, in the order sim-mixed applies them.
 
 At most one per stage: sharpening would undo a blur, and a blur after noise would remove it, so that a
-higher level of one component could look better. Moved patches and colour blocks are left out: a crop may miss them.
+higher level of one component could look better. Moved patches and colour blocks are left out: a crop may
+miss them.
 """
 MIXTURE = {
     "sim-five": (
         (1, 2, 3, 4, 5),
-        ("lens_blur", "color_saturation_1", "jpeg", "white_noise", "mean_shift", "color_block", "high_sharpen"),
+        (
+            "lens_blur",
+            "color_saturation_1",
+            "jpeg",
+            "white_noise",
+            "mean_shift",
+            "color_block",
+            "high_sharpen",
+        ),
     ),
     "sim-hundred": (
         (1, 2, 3),
-        ("color_quantization", "jpeg", "white_noise", "white_noise_color_component", "brighten", "mean_shift", "jitter",
-         "non_eccentricity_patch", "quantization", "contrast_change"),
+        (
+            "color_quantization",
+            "jpeg",
+            "white_noise",
+            "white_noise_color_component",
+            "brighten",
+            "mean_shift",
+            "jitter",
+            "non_eccentricity_patch",
+            "quantization",
+            "contrast_change",
+        ),
     ),
     "sim-elo": (
         (3, 4, 5),
-        ("gaussian_blur", "lens_blur", "color_diffusion", "color_shift", "color_saturation_1", "jpeg", "impulse_noise",
-         "denoise", "brighten", "jitter", "high_sharpen"),
+        (
+            "gaussian_blur",
+            "lens_blur",
+            "color_diffusion",
+            "color_shift",
+            "color_saturation_1",
+            "jpeg",
+            "impulse_noise",
+            "denoise",
+            "brighten",
+            "jitter",
+            "high_sharpen",
+        ),
     ),
-}  # fmt: skip
-"""Levels and types of the sets for training on several at once: of all strengths, mostly mild, mostly strong."""
+}
+"""Levels and types of the sets for training on several at once: of all strengths, mostly mild, mostly
+strong.
+"""
 
 
 def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.DataFrame]:
     """Return the simulated sets for the photographs of ``root/photos.csv`` (columns image, split), by name.
 
-    sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split. sim-unseen: test
-    photographs x the 6 held-out types x 5 levels. sim-mixed: test photographs x 3 groups of four composed rows,
-    without mos. Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows some); every number
-    depends on ``seed`` and the photograph's name and size alone. sim-five, sim-hundred, sim-elo: rows of sim-kadid,
-    rated on other scales (`mixture_set`), each photograph in one of them.
+    sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split. sim-unseen:
+    test photographs x the 6 held-out types x 5 levels. sim-mixed: test photographs x 3 groups of four
+    composed rows, without mos. Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows
+    some); every number depends on ``seed`` and the photograph's name and size alone. sim-five, sim-hundred,
+    sim-elo: rows of sim-kadid, rated on other scales (`mixture_set`), each photograph in one of them.
     """
     root = Path(root or EMBEDDED)
     photos = pd.read_csv(root / "photos.csv", dtype=str)
@@ -71,16 +104,21 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
     turn = photos.groupby("split").cumcount() % len(MIXTURE)  # the photographs of each split are dealt out
     for i, name in enumerate(MIXTURE):
         sets[name] = mixture_set(kadid[kadid["image"].isin(photos.loc[turn == i, "image"])], name)
-    return {name: frame.assign(dataset=name, reference=frame["image"])[list(COLUMNS)] for name, frame in sets.items()}
+    return {
+        name: frame.assign(dataset=name, reference=frame["image"])[list(COLUMNS)]
+        for name, frame in sets.items()
+    }
 
 
 def mixture_set(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the set's levels and types of sim-kadid's rows, their 1..5 MOS m mapped to the set's scale; higher is better.
+    """Return the set's levels and types of sim-kadid's rows, their 1..5 MOS m mapped to the set's scale;
+    higher is better.
 
-    sim-five: m itself. sim-hundred: 0..100, a straight line from the set's lowest m to its highest, as raters use the whole of a
-    scale for what they are shown (range equalisation); KonIQ-10k's 0..100 is such a stretched scale. sim-elo: 1500 + 400 log10 of
-    the odds (m - 0.9) / (5.1 - m), about 850..1820 as in PIPAL, whose votes between pairs squeeze the middle and stretch the ends.
-    All maps rise, so that no order within a set changes. std is left empty where the unit is not m's.
+    sim-five: m itself. sim-hundred: 0..100, a straight line from the set's lowest m to its highest, as
+    raters use the whole of a scale for what they are shown (range equalisation); KonIQ-10k's 0..100 is such
+    a stretched scale. sim-elo: 1500 + 400 log10 of the odds (m - 0.9) / (5.1 - m), about 850..1820 as in
+    PIPAL, whose votes between pairs squeeze the middle and stretch the ends. All maps rise, so that no
+    order within a set changes. std is left empty where the unit is not m's.
 
     >>> rows = pd.DataFrame({"distortion": "jpeg", "level": 3, "mos": [2.0, 3.0, 4.0], "std": 0.8})
     >>> [mixture_set(rows, name).mos.round(1).tolist() for name in MIXTURE]
@@ -119,7 +157,8 @@ def _all_cells(photograph: str, size: tuple[int, int], seed: int) -> pd.DataFram
 
 
 def _shows_blocks(crop: str, level: int, seed: int, size: tuple[int, int]) -> bool:
-    """Tell whether the crop is painted at least half as much as the whole picture, which is what the rating is of.
+    """Tell whether the crop is painted at least half as much as the whole picture, which is what the rating
+    is of.
 
     Of plainly random crops half would show none of the two blocks of level 1.
     """
@@ -142,21 +181,36 @@ def _mixed_rows(photograph: str, size: tuple[int, int], seed: int) -> list[dict]
     rng, rows = photograph_rng(photograph, seed, stream=3), []
     for count in (2, 2, 3):
         stages = sorted(rng.choice(len(MIX_STAGES), count, replace=False))
-        types, crop = "+".join(str(rng.choice(MIX_STAGES[stage])) for stage in stages), _random_crop(size, rng)
+        types, crop = (
+            "+".join(str(rng.choice(MIX_STAGES[stage])) for stage in stages),
+            _random_crop(size, rng),
+        )
         low = rng.integers(1, 4, count)
         high = rng.integers(low + 2, 6)
         raised = rng.permutation(count) == 0
         for levels in (low, np.where(raised, high, low), np.where(raised, low, high), high):
             level = "+".join(map(str, levels))
-            rows.append({"image": photograph, "mos": np.nan, "std": np.nan, "distortion": types, "level": level,
-                         "seed": int(rng.integers(2**31 - 2)), "crop": crop, "split": "test"})
+            rows.append(
+                {
+                    "image": photograph,
+                    "mos": np.nan,
+                    "std": np.nan,
+                    "distortion": types,
+                    "level": level,
+                    "seed": int(rng.integers(2**31 - 2)),
+                    "crop": crop,
+                    "split": "test",
+                }
+            )
     return rows
 
 
 def main() -> None:
     """Write the manifests and print how many rows each has."""
     for name, rows in build_sim_sets().items():
-        print(f"{name}: {rows} rows, {'ordered by dominance' if name in UNRATED else 'rated by simulated observers'}")
+        print(
+            f"{name}: {rows} rows, {'ordered by dominance' if name in UNRATED else 'rated by simulated observers'}"
+        )
 
 
 if __name__ == "__main__":

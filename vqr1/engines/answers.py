@@ -1,11 +1,13 @@
-"""Which answers there are between the tags, once, for every engine: numbers as one tree, and what each is worth.
+"""Which answers there are between the tags, once, for every engine: numbers as one tree, and what each is
+worth.
 
-An answer is an opening, a number and what follows it: `3.50`, `3.5`, `4.`, `4`, `0.80`, `.85`, `10`, after nothing, a space or a
-newline. Every character of an opening and a number is one token. A number ends where no further digit, no first point, and none of
-`DOUBT`, which `parse_score` does not read, follows; d.dd is taken as it stands, whatever follows. Nothing after that is looked at, so
-answers such as `3.5 or 4` are in the mass, which is too large by their probability. What the likeliest answer goes on with is
-read by `parse_score` itself (`vqr1.scoring`). A space or newline less likely than `RARE` is not followed: that moves a mean by
-2e-4 of the distance between its own mean and the others' at most.
+An answer is an opening, a number and what follows it: `3.50`, `3.5`, `4.`, `4`, `0.80`, `.85`, `10`, after
+nothing, a space or a newline. Every character of an opening and a number is one token. A number ends where
+no further digit, no first point, and none of `DOUBT`, which `parse_score` does not read, follows; d.dd is
+taken as it stands, whatever follows. Nothing after that is looked at, so answers such as `3.5 or 4` are in
+the mass, which is too large by their probability. What the likeliest answer goes on with is read by
+`parse_score` itself (`vqr1.scoring`). A space or newline less likely than `RARE` is not followed: that
+moves a mean by 2e-4 of the distance between its own mean and the others' at most.
 """
 
 import torch
@@ -17,21 +19,31 @@ SPACES = " \n"
 OPENINGS = ("", *SPACES)
 """What may stand between the tag and the number."""
 DOUBT = ",-–%+eE"
-"""What makes the number before it doubtful: 4,5 and 3-4 and 100% and 1e-1. The end of the completion does so, too."""
+"""What makes the number before it doubtful: 4,5 and 3-4 and 100% and 1e-1. The end of the completion does
+so, too.
+"""
 END = "<"
 """Stands for all else that may follow a number: the closing tag, a space, a full stop, /5."""
 
 BEGINNINGS = tuple(
-    sorted({"", "10", *FIRST, *(f"{d}." for d in FIRST), *(f"{d}.{n}" for d in FIRST for n in DIGITS)}, key=lambda text: (len(text), text))
-)  # fmt: skip
+    sorted(
+        {"", "10", *FIRST, *(f"{d}." for d in FIRST), *(f"{d}.{n}" for d in FIRST for n in DIGITS)},
+        key=lambda text: (len(text), text),
+    )
+)
 """The 133 beginnings of a number after which the next token is asked for, shortest first."""
 ANSWERS = (
-    *(f"{d}.{n}{m}" for d in FIRST for n in DIGITS for m in DIGITS), *(f"{d}.{n}{END}" for d in FIRST for n in DIGITS),
-    *(f"{d}.{END}" for d in DIGITS), *(f"{d}{END}" for d in DIGITS), f"10{END}",
-)  # fmt: skip
+    *(f"{d}.{n}{m}" for d in FIRST for n in DIGITS for m in DIGITS),
+    *(f"{d}.{n}{END}" for d in FIRST for n in DIGITS),
+    *(f"{d}.{END}" for d in DIGITS),
+    *(f"{d}{END}" for d in DIGITS),
+    f"10{END}",
+)
 """The 1,231 numbers d.dd, d.d, d., d and 10."""
 RARE = 1e-4
-"""A space or newline before the number is followed where it is likelier than this; otherwise it is no part of the mass."""
+"""A space or newline before the number is followed where it is likelier than this; otherwise it is no part
+of the mass.
+"""
 VALUES = torch.tensor([float(text.removesuffix(END)) for text in ANSWERS], dtype=torch.float64)  # (1231,)
 COLUMNS = f"{DIGITS}.{SPACES}{END}"
 """What may follow a beginning."""
@@ -46,25 +58,34 @@ _FULL_STOP = torch.tensor([text.endswith(END) and "." in text for text in ANSWER
 
 
 def tree(opening: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return depth (N,) and (N, N) which sees which: of the tokens of an opening, and the 133 of `BEGINNINGS` below them.
+    """Return depth (N,) and (N, N) which sees which: of the tokens of an opening, and the 133 of
+    `BEGINNINGS` below them.
 
-    The root is the last token before the answer, or of the opening. A token sees itself and its own beginnings.
+    The root is the last token before the answer, or of the opening. A token sees itself and its own
+    beginnings.
     """
     depth = torch.cat([torch.arange(opening), opening + _DEPTH])
     sees = torch.ones(len(depth), len(depth)).tril().bool()
-    sees[opening:, opening:] = torch.tensor([[whole.startswith(text) for text in BEGINNINGS] for whole in BEGINNINGS])
+    sees[opening:, opening:] = torch.tensor(
+        [[whole.startswith(text) for text in BEGINNINGS] for whole in BEGINNINGS]
+    )
     return depth, sees
 
 
 def tokens_of(tokenizer) -> dict[str, int]:
-    """Return the token of each character that may follow a beginning, `COLUMNS` without the end first, then those of doubt.
+    """Return the token of each character that may follow a beginning, `COLUMNS` without the end first, then
+    those of doubt.
 
     Raises ValueError where a digit, the point or a space is no token of its own.
     """
     ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in COLUMNS[:-1] + DOUBT}
     if any(len(ids[text]) != 1 for text in COLUMNS[:-1]):
-        raise ValueError("this tokenizer has no token of its own for every digit: use estimate='greedy' or 'sample'")
-    return {text: token[0] for text, token in ids.items() if len(token) == 1} | {tokenizer.eos_token: tokenizer.eos_token_id}
+        raise ValueError(
+            "this tokenizer has no token of its own for every digit: use estimate='greedy' or 'sample'"
+        )
+    return {text: token[0] for text, token in ids.items() if len(token) == 1} | {
+        tokenizer.eos_token: tokenizer.eos_token_id
+    }
 
 
 def columns(listed: torch.Tensor) -> torch.Tensor:
@@ -82,19 +103,24 @@ def columns(listed: torch.Tensor) -> torch.Tensor:
 def probabilities(following: torch.Tensor) -> torch.Tensor:
     """Return the probability of each of `ANSWERS` after each opening, (…, 3, 1231), by the chain rule.
 
-    following: (…, 3, 133, 14), of each opening and beginning the probability of each of `COLUMNS` after it; 0 where it is not known.
+    following: (…, 3, 133, 14), of each opening and beginning the probability of each of `COLUMNS` after it;
+    0 where it is not known.
     """
     reached = torch.ones_like(following[..., 0])  # (…, 3, 133)
     reached[..., 1:, 0] = following[..., 0, 0, 11:13]
     for depth in range(1, int(_DEPTH.max()) + 1):
-        nodes = (_DEPTH == depth).nonzero()[:, 0]
+        nodes = (depth == _DEPTH).nonzero()[:, 0]
         reached[..., nodes] = reached[..., _PARENT[nodes]] * following[..., _PARENT[nodes], _COLUMN[nodes]]
-    last = following[..., _ANSWER_PARENT, _ANSWER_COLUMN] + _FULL_STOP * following[..., _ANSWER_PARENT, COLUMNS.index(".")]
+    last = (
+        following[..., _ANSWER_PARENT, _ANSWER_COLUMN]
+        + _FULL_STOP * following[..., _ANSWER_PARENT, COLUMNS.index(".")]
+    )
     return reached[..., _ANSWER_PARENT] * last
 
 
 def likeliest(probability: torch.Tensor) -> str:
-    """Return the opening and the number of the likeliest answer; "" where less than half is on numbers, or it is not known.
+    """Return the opening and the number of the likeliest answer; "" where less than half is on numbers, or
+    it is not known.
 
     probability: (3, 1231), as `probabilities` gives it.
     """
@@ -105,7 +131,8 @@ def likeliest(probability: torch.Tensor) -> str:
 
 
 def closed(text: str, going: bool = False) -> str:
-    """Return an answer's text up to its closing tag, and that tag; without the tag if the text ended before it.
+    """Return an answer's text up to its closing tag, and that tag; without the tag if the text ended before
+    it.
 
     going: more would have come; the tag is put there, and the answer is judged by what there is.
 

@@ -1,7 +1,8 @@
-"""What RL to rank is compared with: classical measures, a small CNN, the policy's own vision tower, supervised fine-tuning.
+"""What RL to rank is compared with: classical measures, a small CNN, the policy's own vision tower,
+supervised fine-tuning.
 
-Except for the classical measures each learns from the same rows, as a regressor of the MOS or as a ranker of pairs.
-``python -m vqr1.experiments.baselines`` makes the small CNN again.
+Except for the classical measures each learns from the same rows, as a regressor of the MOS or as a ranker
+of pairs. ``python -m vqr1.experiments.baselines`` makes the small CNN again.
 """
 
 import time
@@ -22,8 +23,8 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from vqr1.data.manifests import CROP, EMBEDDED, TRAINED, one_set_batches
-from vqr1.policy import base_of
 from vqr1.experiments.pretraining import Answers, Pictures, looked, naming_loss, perception_batch
+from vqr1.policy import base_of
 from vqr1.scoring import Scorer
 from vqr1.thurstone import comparative_probability, fidelity, true_preference
 from vqr1.training import freeze, machine_line
@@ -36,20 +37,25 @@ CNN = EMBEDDED / "cnn" / "model.safetensors"
 
 
 def brisque(images: list[Image.Image]) -> np.ndarray:
-    """Return minus BRISQUE (Mittal et al., 2012), (N,), higher is better: statistics of natural scenes, and a regression learned on LIVE's opinions.
+    """Return minus BRISQUE (Mittal et al., 2012), (N,), higher is better: statistics of natural scenes, and
+    a regression learned on LIVE's opinions.
 
-    About 0 for a natural photograph, -100 for a bad picture. The parameters are those of the package ``brisque``.
+    About 0 for a natural photograph, -100 for a bad picture. The parameters are those of the package
+    ``brisque``.
     """
     from brisque import BRISQUE  # of the extra "notebooks"
 
     measure = BRISQUE()
     scale = measure.scale_features
-    measure.scale_features = lambda features: scale([np.ravel(feature)[0] for feature in features])  # some are arrays of one number
+    measure.scale_features = lambda features: scale(
+        [np.ravel(feature)[0] for feature in features]
+    )  # some are arrays of one number
     return np.array([-measure.score(np.asarray(image)) for image in images])
 
 
 def piqe(images: list[Image.Image]) -> np.ndarray:
-    """Return minus PIQE (Venkatanath et al., 2015), (N,), -100..0, higher is better: blockiness and noise of active blocks, without any opinions.
+    """Return minus PIQE (Venkatanath et al., 2015), (N,), -100..0, higher is better: blockiness and noise
+    of active blocks, without any opinions.
 
     It has no learned parameters. A picture without any active block gets the worst value.
     """
@@ -62,16 +68,22 @@ def piqe(images: list[Image.Image]) -> np.ndarray:
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions, the mean and the maximum of their maps, a linear layer: 92 thousand weights, any picture size.
+    """Four convolutions, the mean and the maximum of their maps, a linear layer: 92 thousand weights, any
+    picture size.
 
-    The first layer starts as DCT filters and gives magnitudes, as the vision tower started from local energies.
+    The first layer starts as DCT filters and gives magnitudes, as the vision tower started from local
+    energies.
     """
 
     def __init__(self, outputs: int = 1):
         super().__init__()
         layers = [nn.Conv2d(3, 24, 8, stride=2, padding=3, bias=False), nn.BatchNorm2d(24), Magnitude()]
         for ins, outs in ((24, 40), (40, 64), (64, 88)):
-            layers += [nn.Conv2d(ins, outs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outs), nn.ReLU()]
+            layers += [
+                nn.Conv2d(ins, outs, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(outs),
+                nn.ReLU(),
+            ]
         layers[0].weight.data = dct_filters()
         self.maps, self.head = nn.Sequential(*layers), nn.Linear(2 * 88, outputs)
 
@@ -91,8 +103,16 @@ def dct_filters() -> torch.Tensor:
     """Return 8 x 8 DCT filters of an RGB picture, (24, 3, 8, 8): 16 frequencies of luma, 4 of each chroma."""
     basis = idct(np.eye(8), norm="ortho")  # (frequency, 8)
     colors = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
-    chosen = [(color, u, v) for color, waves in zip(colors, ((0, 1, 3, 7), (0, 3), (0, 3))) for u in waves for v in waves]
-    return torch.tensor(np.array([np.multiply.outer(color, np.outer(basis[u], basis[v])) for color, u, v in chosen]), dtype=torch.float32)
+    chosen = [
+        (color, u, v)
+        for color, waves in zip(colors, ((0, 1, 3, 7), (0, 3), (0, 3)))
+        for u in waves
+        for v in waves
+    ]
+    return torch.tensor(
+        np.array([np.multiply.outer(color, np.outer(basis[u], basis[v])) for color, u, v in chosen]),
+        dtype=torch.float32,
+    )
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
@@ -101,7 +121,9 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
 
 
 def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float) -> None:
-    """Take an AdamW step on each of `steps` losses, made one at a time; the learning rate rises for a tenth of them, then falls to 0."""
+    """Take an AdamW step on each of `steps` losses, made one at a time; the learning rate rises for a tenth
+    of them, then falls to 0.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
@@ -116,19 +138,35 @@ def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float)
 
 def perception_pictures(seed: int, **options) -> Iterable[dict]:
     """Yield the pictures of `pretraining.Pictures` that have the simulated sets' size, as `pixels`."""
-    whole = SimpleNamespace(image_processor=lambda images, **_: {"pixel_values": pixels(images), "image_grid_thw": torch.ones(1, 3)})
+    whole = SimpleNamespace(
+        image_processor=lambda images, **_: {
+            "pixel_values": pixels(images),
+            "image_grid_thw": torch.ones(1, 3),
+        }
+    )
     return (row for row in Pictures(whole, seed, **options) if row["pixel_values"].shape[-1] == CROP)
 
 
-def pretrain_cnn(output: Path, log: Path, steps: int = 400, batch: int = 32, lr: float = 2e-3, every: int = 50, seed: int = 0) -> None:
-    """Teach the CNN to name distortion and strength, as the vision tower was taught, and write its weights in fp16.
+def pretrain_cnn(
+    output: Path,
+    log: Path,
+    steps: int = 400,
+    batch: int = 32,
+    lr: float = 2e-3,
+    every: int = 50,
+    seed: int = 0,
+) -> None:
+    """Teach the CNN to name distortion and strength, as the vision tower was taught, and write its weights
+    in fp16.
 
-    It sees steps x batch pictures of the stream that taught the tower, 12,800 by default; the tower saw 76,800. The log has the
-    accuracies on 256 such pictures of the validation photographs.
+    It sees steps x batch pictures of the stream that taught the tower, 12,800 by default; the tower saw
+    76,800. The log has the accuracies on 256 such pictures of the validation photographs.
     """
     torch.manual_seed(seed)
     model, stream = SmallCNN(len(TRAINED) + 7), perception_pictures(seed + 1)
-    unseen = perception_batch(list(islice(perception_pictures(seed + 2, splits=("val",), procedural=0.0), 256)))
+    unseen = perception_batch(
+        list(islice(perception_pictures(seed + 2, splits=("val",), procedural=0.0), 256))
+    )
     start, rows, fast = time.time(), [], torch.cpu.get_capabilities().get("avx512_bf16", False)
 
     def losses():
@@ -139,13 +177,25 @@ def pretrain_cnn(output: Path, log: Path, steps: int = 400, batch: int = 32, lr:
             loss = naming_loss(logits.float(), seen["kind"], seen["strength"])
             yield loss
             if step % every == 0:
-                rows.append({"step": step, "pictures": step * batch, "loss": loss.item()} | naming_accuracy(model, unseen))
+                rows.append(
+                    {"step": step, "pictures": step * batch, "loss": loss.item()}
+                    | naming_accuracy(model, unseen)
+                )
                 rows[-1]["seconds"] = round(time.time() - start, 1)
-                log.write_text(f"# {machine_line(seed)}\n{pd.DataFrame(rows).to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
+                log.write_text(
+                    f"# {machine_line(seed)}\n{pd.DataFrame(rows).to_csv(index=False, float_format='%.4f')}",
+                    encoding="utf-8",
+                )
 
     fit(model, losses(), steps, lr)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}, output)
+    save_file(
+        {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        },
+        output,
+    )
 
 
 def naming_accuracy(model: nn.Module, seen: dict) -> dict[str, float]:
@@ -154,7 +204,10 @@ def naming_accuracy(model: nn.Module, seen: dict) -> dict[str, float]:
     with torch.no_grad():
         logits = model(seen["pixel_values"])
     model.train()
-    named = {"type_accuracy": (logits[:, :-6], seen["kind"]), "strength_accuracy": (logits[:, -6:], seen["strength"])}
+    named = {
+        "type_accuracy": (logits[:, :-6], seen["kind"]),
+        "strength_accuracy": (logits[:, -6:], seen["strength"]),
+    }
     return {name: (guess.argmax(1) == truth).float().mean().item() for name, (guess, truth) in named.items()}
 
 
@@ -167,14 +220,24 @@ def load_cnn() -> SmallCNN:
 
 
 def train_cnn(
-    frame: pd.DataFrame, images: list[Image.Image], *, ranker: bool, steps: int, batch: int = 16, lr: float = 1e-3,
+    frame: pd.DataFrame,
+    images: list[Image.Image],
+    *,
+    ranker: bool,
+    steps: int,
+    batch: int = 16,
+    lr: float = 1e-3,
     seed: int = 0,
-) -> SmallCNN:  # fmt: skip
-    """Return the pretrained CNN, all of its weights trained on rated rows; see `rating_losses` for ranker and errors."""
+) -> SmallCNN:
+    """Return the pretrained CNN, all of its weights trained on rated rows; see `rating_losses` for ranker
+    and errors.
+    """
     torch.manual_seed(seed)
     model = load_cnn()
     nn.init.constant_(model.head.bias, frame["mos"].mean())
-    losses = rating_losses(lambda rows: model(pixels([images[i] for i in rows])), frame, ranker, steps, batch, seed)
+    losses = rating_losses(
+        lambda rows: model(pixels([images[i] for i in rows])), frame, ranker, steps, batch, seed
+    )
     fit(model, losses, steps, lr)
     return model
 
@@ -191,18 +254,29 @@ def score_cnn(model: SmallCNN, images: list[Image.Image]) -> np.ndarray:
 def tower_features(policy: tuple, images: list[Image.Image]) -> torch.Tensor:
     """Return what the policy's vision tower sees, pooled, (N, 2 * width)."""
     model, processor = policy
-    seen = [processor.image_processor(images=[image], return_tensors="pt").to(model.device) for image in images]
+    seen = [
+        processor.image_processor(images=[image], return_tensors="pt").to(model.device) for image in images
+    ]
     with torch.no_grad():
         return torch.cat([looked(base_of(model).model.visual, **one) for one in seen]).cpu()
 
 
 def train_head(
-    policy: tuple, frame: pd.DataFrame, images: list[Image.Image], *, ranker: bool, steps: int, batch: int = 16, lr: float = 3e-3,
+    policy: tuple,
+    frame: pd.DataFrame,
+    images: list[Image.Image],
+    *,
+    ranker: bool,
+    steps: int,
+    batch: int = 16,
+    lr: float = 3e-3,
     seed: int = 0,
-) -> nn.Module:  # fmt: skip
-    """Return a linear head trained on rated rows, on top of the policy's frozen vision tower: the same eyes, no words.
+) -> nn.Module:
+    """Return a linear head trained on rated rows, on top of the policy's frozen vision tower: the same
+    eyes, no words.
 
-    Each picture is looked at once. 300 steps do: on 480 rows of sim-kadid, seed 0, SRCC on 190 validation rows was 0.64 (regressor) and 0.66
+    Each picture is looked at once. 300 steps do: on 480 rows of sim-kadid, seed 0, SRCC on 190 validation
+    rows was 0.64 (regressor) and 0.66
     (ranker) after 100 steps, 0.675 (both) after 300, no better by more than 0.005 after 1000 or with lr 1e-3. See `rating_losses` for ranker and errors.
     """
     torch.manual_seed(seed)
@@ -223,9 +297,11 @@ def score_head(policy: tuple, head: nn.Module, images: list[Image.Image]) -> np.
 
 
 def ranking_loss(scores: torch.Tensor, mos: torch.Tensor) -> torch.Tensor:
-    """Return 1 - fidelity, averaged over all pairs of a batch of one data set: Thurstone's law with variance 1.
+    """Return 1 - fidelity, averaged over all pairs of a batch of one data set: Thurstone's law with
+    variance 1.
 
-    scores, mos: (B,). A little below 0 at best, for the fidelity's eps. Source: UNIQUE (Zhang et al., 2021) and LIQE (Zhang et al., 2023), whose loss it is.
+    scores, mos: (B,). A little below 0 at best, for the fidelity's eps. Source: UNIQUE (Zhang et al., 2021)
+    and LIQE (Zhang et al., 2023), whose loss it is.
 
     >>> ranking_loss(torch.tensor([9.0, 5.0, 1.0]), torch.tensor([3.0, 2.0, 1.0]))
     tensor(-0.0002)
@@ -239,8 +315,13 @@ def ranking_loss(scores: torch.Tensor, mos: torch.Tensor) -> torch.Tensor:
 
 
 def rating_losses(
-    predict: Callable[[list[int]], torch.Tensor], frame: pd.DataFrame, ranker: bool, steps: int, batch: int, seed: int,
-) -> Iterator[torch.Tensor]:  # fmt: skip
+    predict: Callable[[list[int]], torch.Tensor],
+    frame: pd.DataFrame,
+    ranker: bool,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> Iterator[torch.Tensor]:
     """Yield the losses of `steps` batches of one data set each, of `predict(row positions) -> (B, 1)`.
 
     A ranker's loss is `ranking_loss`, a regressor's the squared error to the MOS.
@@ -259,40 +340,68 @@ def rating_losses(
 
 
 class Opinions(Answers):
-    """Collate pictures with the thinking prompt, the policy's own reasoning and the MOS; only the MOS and what follows carry loss."""
+    """Collate pictures with the thinking prompt, the policy's own reasoning and the MOS; only the MOS and
+    what follows carry loss.
+    """
 
     def text(self, row: dict) -> tuple[str, str]:
         return self.prompt(row, thinking=True) + row["reasoning"], f"{row['mos']:.2f}</answer><|im_end|>"
 
 
 def supervised(
-    policy: tuple, frame: pd.DataFrame, images: list[Image.Image], *, steps: int, batch: int = 16, lr: float = 3e-4, seed: int = 0,
+    policy: tuple,
+    frame: pd.DataFrame,
+    images: list[Image.Image],
+    *,
+    steps: int,
+    batch: int = 16,
+    lr: float = 3e-4,
+    seed: int = 0,
     adapter: LoraConfig | None = None,
-) -> tuple:  # fmt: skip
-    """Return the policy (model, processor) fine-tuned to answer the MOS (1..5) after its own greedy reasoning.
+) -> tuple:
+    """Return the policy (model, processor) fine-tuned to answer the MOS (1..5) after its own greedy
+    reasoning.
 
-    The reasoning is written once, before training, and is context without loss. The vision tower is frozen; all other weights, or an
-    adapter's, are trained in place, as by the configuration cpu. Rows whose reasoning does not come to an answer are left out.
+    The reasoning is written once, before training, and is context without loss. The vision tower is frozen;
+    all other weights, or an adapter's, are trained in place, as by the configuration cpu. Rows whose
+    reasoning does not come to an answer are left out.
 
-    No loss holds the reasoning in place, and too much training spills digits into it: of 480 rows of sim-kadid, seed 0, an adapter of rank
-    16 came to SRCC 0.53, 0.60 on 100 validation rows (0.50 before) after 60, 150 steps at lr 3e-4, with 0, 1 of them unparseable; at lr 1e-3
-    to 0.63, 0.67 of the parseable ones, with 7, 16 unparseable.
+    No loss holds the reasoning in place, and too much training spills digits into it: of 480 rows of
+    sim-kadid, seed 0, an adapter of rank 16 came to SRCC 0.53, 0.60 on 100 validation rows (0.50 before)
+    after 60, 150 steps at lr 3e-4, with 0, 1 of them unparseable; at lr 1e-3 to 0.63, 0.67 of the parseable
+    ones, with 7, 16 unparseable.
     """
     torch.manual_seed(seed)
     model, processor = policy
     thoughts = Scorer(policy, thinking=True).score(images)
     rows = [
-        dict(processor.image_processor(images=[image], return_tensors="pt"), reasoning=thought.answers[0], mos=mos)
-        for image, thought, mos in zip(images, thoughts, frame["mos"], strict=True) if not thought.error
-    ]  # fmt: skip
+        dict(
+            processor.image_processor(images=[image], return_tensors="pt"),
+            reasoning=thought.answers[0],
+            mos=mos,
+        )
+        for image, thought, mos in zip(images, thoughts, frame["mos"], strict=True)
+        if not thought.error
+    ]
     freeze(model, ["visual"])
     model = get_peft_model(model, adapter) if adapter else model
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, lr_scheduler_type="linear", warmup_steps=5,
-            seed=seed, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-            dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
-        )  # fmt: skip
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=lr,
+            lr_scheduler_type="linear",
+            warmup_steps=5,
+            seed=seed,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),
+        )
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=Opinions(processor, seed))
         trainer.remove_callback(PrinterCallback)
         trainer.train()

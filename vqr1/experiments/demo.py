@@ -1,4 +1,6 @@
-"""`vqr1 demo`: evaluate the embedded policy, train it by RL to rank, evaluate again, and report with pictures."""
+"""`vqr1 demo`: evaluate the embedded policy, train it by RL to rank, evaluate again, and report with
+pictures.
+"""
 
 import time
 from pathlib import Path
@@ -6,15 +8,34 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vqr1.config import load_config
 from vqr1.data.manifests import UNRATED
-from vqr1.evaluation import SETS, Rows, evaluate, evaluation_rows, gain, markdown, naming, oracles, save_scores
+from vqr1.evaluation import (
+    SETS,
+    Rows,
+    evaluate,
+    evaluation_rows,
+    gain,
+    markdown,
+    naming,
+    oracles,
+    save_scores,
+)
 from vqr1.plots import gallery, jpeg, scatter, training_figure
 from vqr1.policy import load_policy
-from vqr1.training import load_config, machine_line, resume_from, train
+from vqr1.runs import resume_from
+from vqr1.training import machine_line, train
 
 
-def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: int | None = None, limit: int | None = None) -> str:
-    """Evaluate the policy, train it by RL to rank, evaluate again; write everything into `output`, return the report.
+def demo(
+    output: str | Path,
+    config: str = "cpu",
+    resume: bool = False,
+    steps: int | None = None,
+    limit: int | None = None,
+) -> str:
+    """Evaluate the policy, train it by RL to rank, evaluate again; write everything into `output`, return
+    the report.
 
     steps, limit: fewer training steps and test rows than the configuration's, for a quick look.
     """
@@ -27,7 +48,10 @@ def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: i
     sets = evaluation_rows(SETS, limit=limit)
     before, old = evaluate(settings["policy"], sets)
     evaluated = time.time()
-    print(f"Rendered and evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.", flush=True)
+    print(
+        f"Rendered and evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.",
+        flush=True,
+    )
     policy = train(settings, output, resume=resume)
     trained = time.time()
     print(f"Trained in {trained - evaluated:.0f} s. Evaluating again.", flush=True)
@@ -40,31 +64,66 @@ def demo(output: str | Path, config: str = "cpu", resume: bool = False, steps: i
     return report
 
 
-def demo_report(before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, settings: dict, seconds: float) -> str:
+def demo_report(
+    before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, settings: dict, seconds: float
+) -> str:
     """Return the report of a demo in Markdown."""
-    columns = ["set", "thinking", "rows", "unparseable", "srcc", "srcc_lo", "srcc_hi", "srcc_within_level", "plcc", "plcc_fit", "dominance"]
+    columns = [
+        "set",
+        "thinking",
+        "rows",
+        "unparseable",
+        "srcc",
+        "srcc_lo",
+        "srcc_hi",
+        "srcc_within_level",
+        "plcc",
+        "plcc_fit",
+        "dominance",
+    ]
     rated = {key: table for key, table in old.items() if key[0] not in UNRATED}
-    lines = [{"set": name, "thinking": thinking} | gain(new[name, estimate, thinking], table) for (name, estimate, thinking), table in rated.items()]
+    lines = [
+        {"set": name, "thinking": thinking} | gain(new[name, estimate, thinking], table)
+        for (name, estimate, thinking), table in rated.items()
+    ]
     known = {name: table for (name, _, _), table in rated.items()}
-    gold = [{"set": name, "oracle": oracle} | row for name, table in known.items() for oracle, row in oracles(table).items()]
-    names = [{"policy": which, "well_formed": table["well_formed"].mean()} | naming(table) for which, table in
-             (("before", old["sim-kadid", "expected", True]), ("after", new["sim-kadid", "expected", True]))]  # fmt: skip
+    gold = [
+        {"set": name, "oracle": oracle} | row
+        for name, table in known.items()
+        for oracle, row in oracles(table).items()
+    ]
+    names = [
+        {"policy": which, "well_formed": table["well_formed"].mean()} | naming(table)
+        for which, table in (
+            ("before", old["sim-kadid", "expected", True]),
+            ("after", new["sim-kadid", "expected", True]),
+        )
+    ]
     parts = [
         "# From photographs to a trained ranker",
         "Ratings are simulated (`sim-`): made from published human means of KADID-10k's types and levels, not from people who saw these pictures.",
         f"{machine_line(settings['grpo']['seed'])}; training {seconds:.0f} s",
-        "## Before", markdown(before.reindex(columns=columns)),
-        "## After", markdown(after.reindex(columns=columns)),
-        "## Gain, paired over the same photographs (95% intervals)", markdown(pd.DataFrame(lines)),
-        "## What knowing the level, or type and level, would give", markdown(pd.DataFrame(gold)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
-        "## What the reasoning names", markdown(pd.DataFrame(names).drop(columns="named_rows")),
-        "![curves](training.png)", "![scores against simulated MOS](scatter.png)", "![six pictures](pictures.jpg)",
-    ]  # fmt: skip
+        "## Before",
+        markdown(before.reindex(columns=columns)),
+        "## After",
+        markdown(after.reindex(columns=columns)),
+        "## Gain, paired over the same photographs (95% intervals)",
+        markdown(pd.DataFrame(lines)),
+        "## What knowing the level, or type and level, would give",
+        markdown(pd.DataFrame(gold)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
+        "## What the reasoning names",
+        markdown(pd.DataFrame(names).drop(columns="named_rows")),
+        "![curves](training.png)",
+        "![scores against simulated MOS](scatter.png)",
+        "![six pictures](pictures.jpg)",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def figures(output: Path, rows: Rows, old: dict, new: dict, thinking: bool) -> None:
-    """Write training.png, scatter.png and pictures.jpg: six pictures of `sim-kadid` with what was thought of them before and after."""
+    """Write training.png, scatter.png and pictures.jpg: six pictures of `sim-kadid` with what was thought of
+    them before and after.
+    """
     training_figure(pd.read_csv(output / "log.csv", comment="#")).savefig(output / "training.png")
     key = ("sim-kadid", "expected", thinking)
     one, two = old[key], new[key]
@@ -73,10 +132,13 @@ def figures(output: Path, rows: Rows, old: dict, new: dict, thinking: bool) -> N
     varied = one[one["level"] > 1].sample(frac=1, random_state=0)
     chosen = varied.drop_duplicates("reference").drop_duplicates("distortion").index[:6]
     captions = [
-        f"before {one.score[i]:.2f}: {one.reasoning[i]}\nafter {two.score[i]:.2f}: {two.reasoning[i]}" for i in chosen
+        f"before {one.score[i]:.2f}: {one.reasoning[i]}\nafter {two.score[i]:.2f}: {two.reasoning[i]}"
+        for i in chosen
     ]
     titles = [f"{one.distortion[i]}, level {one.level[i]}\nsimulated MOS {one.mos[i]:.2f}" for i in chosen]
-    (output / "pictures.jpg").write_bytes(jpeg(gallery([rows.images[i] for i in chosen], titles, captions), quality=92))
+    (output / "pictures.jpg").write_bytes(
+        jpeg(gallery([rows.images[i] for i in chosen], titles, captions), quality=92)
+    )
 
 
 def scatter_pair(one: pd.DataFrame, two: pd.DataFrame):

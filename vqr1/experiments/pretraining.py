@@ -42,13 +42,16 @@ PLACES = ("in the flat areas", "in the textures", "along the edges")
 def dead_leaves(rng: np.random.Generator, textures: np.ndarray, size: int) -> np.ndarray:
     """Return a procedural picture (size, size, 3) in 0..1: overlapping shapes with 1/f texture and gradients.
 
-    Occlusion and scale invariance give it the edges and the spectrum of photographs (Lee, Mumford and Huang, 2001).
+    Occlusion and scale invariance give it the edges and the spectrum of photographs (Lee, Mumford and
+    Huang, 2001).
     """
     count = int(rng.integers(20, 200))
     leaves = Image.new("L", (size, size))
     draw = ImageDraw.Draw(leaves)
     radii = size * 0.5 * (1 - rng.random(count)) ** 1.5 + 2
-    for i, (x, y, r, kind) in enumerate(zip(*rng.uniform(0, size, (2, count)), np.sort(radii)[::-1], rng.random(count))):
+    for i, (x, y, r, kind) in enumerate(
+        zip(*rng.uniform(0, size, (2, count)), np.sort(radii)[::-1], rng.random(count))
+    ):
         corners = r * np.exp(1j * (rng.uniform(0, 6.3) + np.sort(rng.uniform(0, 6.3, 5))))
         if kind < 0.4:
             draw.ellipse((x - r, y - r * rng.uniform(0.3, 1), x + r, y + r * rng.uniform(0.3, 1)), fill=i)
@@ -64,7 +67,11 @@ def dead_leaves(rng: np.random.Generator, textures: np.ndarray, size: int) -> np
     t = textures[rng.integers(len(textures))]
     dy, dx = rng.integers(0, t.shape[0] - size + 1, 2)
     line = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-    shade = ramp[0][index] * line[:, None] + ramp[1][index] * line[None] + grain[index] * t[dy : dy + size, dx : dx + size]
+    shade = (
+        ramp[0][index] * line[:, None]
+        + ramp[1][index] * line[None]
+        + grain[index] * t[dy : dy + size, dx : dx + size]
+    )
     picture = np.clip(base[index] + shade[..., None], 0, 1)
     soft = rng.uniform(0.3, 0.6)  # a lens: hard steps would give every distortion away
     return ndimage.gaussian_filter(picture, (soft, soft, 0)) if rng.random() < 0.8 else picture
@@ -114,7 +121,8 @@ def reasoning(name: str, strength: int, place: str) -> str:
 
 
 def true_strength(name: str, level: int) -> int:
-    """Return how strong a distortion of a level looks, 1..5; 0 for the level of mean shift that changes nothing.
+    """Return how strong a distortion of a level looks, 1..5; 0 for the level of mean shift that changes
+    nothing.
 
     >>> true_strength("jpeg", 4), true_strength("mean_shift", 5)
     (4, 3)
@@ -145,8 +153,9 @@ def _photographs(splits: tuple[str, ...]) -> list[np.ndarray]:
 class Pictures(IterableDataset):
     """An endless stream of distorted pictures, each with what a perfect observer would see.
 
-    Clean pictures are crops of the photographs of `splits` (flipped, turned, channels swapped) or dead leaves.
-    Rows: pixel_values (patches, 3 * PATCH * PATCH), image_grid_thw (1, 3), name, level, strength, place.
+    Clean pictures are crops of the photographs of `splits` (flipped, turned, channels swapped) or dead
+    leaves. Rows: pixel_values (patches, 3 * PATCH * PATCH), image_grid_thw (1, 3), name, level, strength,
+    place.
     """
 
     def __init__(self, processor, seed: int, splits: tuple[str, ...] = ("train",), procedural: float = 0.4):
@@ -172,8 +181,12 @@ class Pictures(IterableDataset):
         a, b = (p[y : y + size, x : x + size].astype(np.float32) / 255 for p in (clean, distorted))
         visible = np.square(a - b).mean() > 10 ** (-INVISIBLE_DB / 10)
         strength = true_strength(name, level) if visible else 0
-        pictures = self.processor.image_processor(images=[distorted[y : y + size, x : x + size]], return_tensors="pt")
-        return dict(pictures, name=name, level=level, strength=strength, place=where(a, b) if strength else "")
+        pictures = self.processor.image_processor(
+            images=[distorted[y : y + size, x : x + size]], return_tensors="pt"
+        )
+        return dict(
+            pictures, name=name, level=level, strength=strength, place=where(a, b) if strength else ""
+        )
 
     def __iter__(self):
         worker = get_worker_info()
@@ -191,7 +204,10 @@ def _stack(rows: list[dict]) -> dict:
 def perception_batch(rows: list[dict]) -> dict:
     """Return the vision tower's batch: pixels, distortion (0 = none visible) and strength 0..5."""
     kind = [TRAINED.index(row["name"]) + 1 if row["strength"] else 0 for row in rows]
-    return _stack(rows) | {"kind": torch.tensor(kind), "strength": torch.tensor([row["strength"] for row in rows])}
+    return _stack(rows) | {
+        "kind": torch.tensor(kind),
+        "strength": torch.tensor([row["strength"] for row in rows]),
+    }
 
 
 def looked(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
@@ -203,11 +219,15 @@ def looked(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.
 
 def naming_loss(logits: torch.Tensor, kind: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
     """Return the cross-entropy of the distortion plus that of the strength 0..5; logits are (B, kinds + 6)."""
-    return nn.functional.cross_entropy(logits[:, :-6], kind) + nn.functional.cross_entropy(logits[:, -6:], strength)
+    return nn.functional.cross_entropy(logits[:, :-6], kind) + nn.functional.cross_entropy(
+        logits[:, -6:], strength
+    )
 
 
 class Perception(nn.Module):
-    """The vision tower with a linear head on the mean and maximum of its picture tokens; the head is thrown away."""
+    """The vision tower with a linear head on the mean and maximum of its picture tokens; the head is thrown
+    away.
+    """
 
     def __init__(self, visual: nn.Module, width: int = 192):
         super().__init__()
@@ -228,7 +248,9 @@ class Answers:
         self.processor, self.thinking, self.rng = processor, thinking, np.random.default_rng(seed)
 
     def prompt(self, row: dict, thinking: bool) -> str:
-        prompt = self.processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+        prompt = self.processor.apply_chat_template(
+            messages(thinking), add_generation_prompt=True, tokenize=False
+        )
         tokens = int(row["image_grid_thw"].prod() // self.processor.image_processor.merge_size**2)
         return prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
 
@@ -249,32 +271,54 @@ class Answers:
         return _stack(rows) | dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, labels=labels)
 
 
-def _train(model: nn.Module, pictures: Pictures, collate, output: Path, steps: int, batch: int, lr: float, seed: int) -> None:
+def _train(
+    model: nn.Module, pictures: Pictures, collate, output: Path, steps: int, batch: int, lr: float, seed: int
+) -> None:
     found = last_checkpoint(output)
     done = step_of(found)
     if done >= steps:
-        model.load_state_dict(load_state_dict(f"{found}/model.safetensors"), strict=False)  # tied weights are there once
+        model.load_state_dict(
+            load_state_dict(f"{found}/model.safetensors"), strict=False
+        )  # tied weights are there once
         return
     pictures.seed += 1000 * done  # go on with new pictures
     bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
     arguments = TrainingArguments(
-        output_dir=str(output), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, seed=seed,
-        lr_scheduler_type="cosine", warmup_steps=min(100, steps // 10), weight_decay=0.01, max_grad_norm=1.0,
-        adam_beta2=0.98, bf16=bf16, logging_steps=50, save_steps=250, save_total_limit=1, report_to=[],
-        dataloader_num_workers=max(1, (os.cpu_count() or 2) - 1), dataloader_prefetch_factor=4, remove_unused_columns=False, ignore_data_skip=True,
-        dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=lr,
+        seed=seed,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, steps // 10),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        adam_beta2=0.98,
+        bf16=bf16,
+        logging_steps=50,
+        save_steps=250,
+        save_total_limit=1,
+        report_to=[],
+        dataloader_num_workers=max(1, (os.cpu_count() or 2) - 1),
+        dataloader_prefetch_factor=4,
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=pictures, data_collator=collate)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     pd.DataFrame(trainer.state.log_history).to_csv(output / "log.csv", index=False)
 
 
-def pretrain(output: str | Path, steps: tuple[int, int] = (2400, 700), batch: int = 32, seed: int = 0) -> Path:
+def pretrain(
+    output: str | Path, steps: tuple[int, int] = (2400, 700), batch: int = 32, seed: int = 0
+) -> Path:
     """Make the embedded policy again and return the folder of its fp16 checkpoint.
 
-    Two stages of `steps` optimizer steps: the vision tower alone, then the language model on what the tower sees.
-    Resumes where it stopped; `output` receives config.yaml, see/, speak/ (checkpoints, log.csv) and policy/.
-    Raises ValueError for a folder that was begun with another batch or seed.
+    Two stages of `steps` optimizer steps: the vision tower alone, then the language model on what the tower
+    sees. Resumes where it stopped; `output` receives config.yaml, see/, speak/ (checkpoints, log.csv) and
+    policy/. Raises ValueError for a folder that was begun with another batch or seed.
     """
     output, settings = Path(output), {"batch": batch, "seed": seed}
     if last_checkpoint(output / "see"):
@@ -285,7 +329,9 @@ def pretrain(output: str | Path, steps: tuple[int, int] = (2400, 700), batch: in
     start_from_energies(model, _stack(rows)["pixel_values"])
     torch.manual_seed(seed)
     tower, collate = Perception(model.model.visual), Answers(processor, seed)
-    _train(tower, Pictures(processor, seed + 1), perception_batch, output / "see", steps[0], batch, 1e-3, seed)
+    _train(
+        tower, Pictures(processor, seed + 1), perception_batch, output / "see", steps[0], batch, 1e-3, seed
+    )
     model.model.visual.requires_grad_(False)
     own_names(model)
     _train(model, Pictures(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed)

@@ -8,10 +8,10 @@ import pandas as pd
 import torch
 
 from vqr1.data.manifests import EMBEDDED, data_root
+from vqr1.data.public_sets import SETS
 from vqr1.evaluation import Rows, agreement, evaluation_rows, markdown, save_scores, score_rows, unread
 from vqr1.metrics import bootstrap, frame_plcc
 from vqr1.policy import load_policy
-from vqr1.data.public_sets import SETS
 from vqr1.scoring import Scorer
 from vqr1.training import machine_line
 
@@ -30,7 +30,9 @@ def published(table: int) -> pd.DataFrame:
 
 
 def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[str, Rows], dict[str, str]]:
-    """Return (rows of the sets that are there, why each other one is not run). All splits: the paper tests zero-shot."""
+    """Return (rows of the sets that are there, why each other one is not run). All splits: the paper tests
+    zero-shot.
+    """
     root, sets, missing = root or data_root(), {}, {}
     for name in NAMES:
         try:
@@ -40,11 +42,15 @@ def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[
     return sets, missing
 
 
-def measure(policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), out: Path | None = None) -> pd.DataFrame:
-    """Return one row per set, estimate and mode: agreement with intervals, seconds per picture, peak memory in GiB.
+def measure(
+    policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), out: Path | None = None
+) -> pd.DataFrame:
+    """Return one row per set, estimate and mode: agreement with intervals, seconds per picture, peak memory
+    in GiB.
 
-    policy: what `Scorer` takes. Scores are written into ``out`` as every set is done. Memory is what torch had at most
-    on the GPU while the set was scored; without a GPU, what the whole process had at most until then.
+    policy: what `Scorer` takes. Scores are written into ``out`` as every set is done. Memory is what torch
+    had at most on the GPU while the set was scored; without a GPU, what the whole process had at most until
+    then.
     """
     pair, rows = policy if isinstance(policy, tuple) else load_policy(policy), []
     for thinking in modes:
@@ -57,7 +63,12 @@ def measure(policy, sets: dict[str, Rows], estimates=("expected",), modes=(True,
                 table = score_rows(scorer, own, f"{name}, {_mode(thinking)}, {estimate}")
                 cost = {"seconds": (time.perf_counter() - start) / len(table), "memory": peak_memory()}
                 low, high = bootstrap(table[["score", "mos", "reference"]], frame_plcc)
-                row = {"plcc_lo": low, "plcc_hi": high} | agreement(table) | cost | {"unread": len(unread(table))}  # of a set per content, its own interval
+                row = (
+                    {"plcc_lo": low, "plcc_hi": high}
+                    | agreement(table)
+                    | cost
+                    | {"unread": len(unread(table))}
+                )  # of a set per content, its own interval
                 rows.append({"set": name, "thinking": thinking, "estimate": estimate} | row)
                 if out:
                     save_scores({(name, estimate, thinking): table}, out)
@@ -70,22 +81,34 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / GIB
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    )
 
 
 def side_by_side(measured: pd.DataFrame, metric: str, label: str) -> pd.DataFrame:
-    """Return Table 2 for a metric, the paper's rows first; the last column is the mean over the sets that were measured."""
+    """Return Table 2 for a metric, the paper's rows first; the last column is the mean over the sets that
+    were measured.
+    """
     sets = [name for name in NAMES if name in set(measured["set"])]
     paper = published(2).query("metric == @metric")
     rows = [
-        {"method": f"paper: {row['method']}"} | {name: f"{row[name]:.3f}" for name in NAMES}
+        {"method": f"paper: {row['method']}"}
+        | {name: f"{row[name]:.3f}" for name in NAMES}
         | {"mean of 8": f"{row['mean']:.3f}", f"mean of {len(sets)} measured": f"{row[sets].mean():.3f}"}
         for _, row in paper.iterrows()
-    ]  # fmt: skip
+    ]
     for (thinking, estimate), group in measured.groupby(["thinking", "estimate"], sort=False):
-        cells = {row["set"]: _number(row[metric], row[f"{metric}_lo"], row[f"{metric}_hi"]) for _, row in group.iterrows()}
-        mean = _number(group[metric].mean(skipna=False))  # an undefined set makes the mean undefined, not better
-        means = {f"mean of {len(sets)} measured": mean} | ({"mean of 8": mean} if len(sets) == len(NAMES) else {})
+        cells = {
+            row["set"]: _number(row[metric], row[f"{metric}_lo"], row[f"{metric}_hi"])
+            for _, row in group.iterrows()
+        }
+        mean = _number(
+            group[metric].mean(skipna=False)
+        )  # an undefined set makes the mean undefined, not better
+        means = {f"mean of {len(sets)} measured": mean} | (
+            {"mean of 8": mean} if len(sets) == len(NAMES) else {}
+        )
         rows.append({"method": f"measured: {label}, {_mode(thinking)}, {estimate}"} | cells | means)
     table = pd.DataFrame(rows).fillna("")
     return table if len(sets) < len(NAMES) else table.drop(columns=f"mean of {len(NAMES)} measured")
@@ -104,27 +127,44 @@ def _mode(thinking: bool) -> str:
 def cost(measured: pd.DataFrame, label: str, parameters: int) -> pd.DataFrame:
     """Return Table 5's parameters, seconds per picture and memory, the paper's rows first."""
     rows = [
-        {"method": f"paper: {row.method}", "parameters": row.parameters, "seconds": f"{row.seconds:.2f}", "memory": f"{row.memory:.4g} G"}
+        {
+            "method": f"paper: {row.method}",
+            "parameters": row.parameters,
+            "seconds": f"{row.seconds:.2f}",
+            "memory": f"{row.memory:.4g} G",
+        }
         for row in published(5).itertuples()
     ]
     for (thinking, estimate), group in measured.groupby(["thinking", "estimate"], sort=False):
         seconds = (group["seconds"] * group["rows"]).sum() / group["rows"].sum()
-        rows.append({
-            "method": f"measured: {label}, {_mode(thinking)}, {estimate}", "parameters": f"{parameters / 1e6:,.2f}M",
-            "seconds": f"{seconds:.3f}", "memory": f"{group['memory'].max():.2f} GiB",
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": f"measured: {label}, {_mode(thinking)}, {estimate}",
+                "parameters": f"{parameters / 1e6:,.2f}M",
+                "seconds": f"{seconds:.3f}",
+                "memory": f"{group['memory'].max():.2f} GiB",
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def table2(policy, root: str | Path | None = None, estimates=("expected",), limit: int | None = None, out: str | Path | None = None) -> str:
+def table2(
+    policy,
+    root: str | Path | None = None,
+    estimates=("expected",),
+    limit: int | None = None,
+    out: str | Path | None = None,
+) -> str:
     """Measure a policy on the sets of Table 2 that are below ``root``, and return the report in Markdown.
 
-    policy: name, path or (model, processor). limit: at most so many rows of each set. ``out``: a folder for the scores, the
-    report and measured.csv. Raises FileNotFoundError when none of the sets is there.
+    policy: name, path or (model, processor). limit: at most so many rows of each set. ``out``: a folder for
+    the scores, the report and measured.csv. Raises FileNotFoundError when none of the sets is there.
     """
     sets, missing = found_sets(root, limit)
     if not sets:
-        raise FileNotFoundError(f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} (`vqr1 data --list` says where each is)")
+        raise FileNotFoundError(
+            f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} (`vqr1 data --list` says where each is)"
+        )
     pair = policy if isinstance(policy, tuple) else load_policy(policy)
     label = "the given policy" if isinstance(policy, tuple) else Path(policy).name
     measured = measure(pair, sets, estimates, out=Path(out) if out else None)
@@ -135,26 +175,49 @@ def table2(policy, root: str | Path | None = None, estimates=("expected",), limi
     return report
 
 
-def _report(measured: pd.DataFrame, missing: dict[str, str], label: str, parameters: int, limit: int | None) -> str:
-    order = ["set", "thinking", "estimate", "rows", "unparseable", "unread", "srcc", "srcc_lo", "srcc_hi", "plcc", "plcc_lo", "plcc_hi",
-             "plcc_fit", "srcc_pooled", "plcc_pooled", "seconds", "memory"]  # fmt: skip
+def _report(
+    measured: pd.DataFrame, missing: dict[str, str], label: str, parameters: int, limit: int | None
+) -> str:
+    order = [
+        "set",
+        "thinking",
+        "estimate",
+        "rows",
+        "unparseable",
+        "unread",
+        "srcc",
+        "srcc_lo",
+        "srcc_hi",
+        "plcc",
+        "plcc_lo",
+        "plcc_hi",
+        "plcc_fit",
+        "srcc_pooled",
+        "plcc_pooled",
+        "seconds",
+        "memory",
+    ]
     sample = f" At most {limit} rows of each set: a sample, not comparable with the paper." if limit else ""
     not_run = "\n".join(f"- {name} ({SETS[name].title}): {why}" for name, why in missing.items())
     parts = [
         "# Table 2 of the paper, and what was measured here",
-        "Rows that start with \"paper:\" are its authors' (arXiv 2505.14460 v2, Tables 2 and 5; data/table2.csv, data/table5.csv). "
+        'Rows that start with "paper:" are its authors\' (arXiv 2505.14460 v2, Tables 2 and 5; data/table2.csv, data/table5.csv). '
         f"Measured: {label}; {machine_line(0)}.{sample}",
         "In brackets: 95% bootstrap intervals over references. PLCC is raw, plcc_fit after the 4-parameter logistic; the paper does not say which "
         "it has. sriqa-bench is evaluated per content, as it is scaled; pooled values are in the last table. A set that the policy was trained on "
         "is not zero-shot.",
-        "## SRCC", markdown(side_by_side(measured, "srcc", label)),
-        "## PLCC", markdown(side_by_side(measured, "plcc", label)),
-        "## Cost per picture", markdown(cost(measured, label, parameters)),
+        "## SRCC",
+        markdown(side_by_side(measured, "srcc", label)),
+        "## PLCC",
+        markdown(side_by_side(measured, "plcc", label)),
+        "## Cost per picture",
+        markdown(cost(measured, label, parameters)),
         "The paper's: 512x384 pixels, hardware not restated. Measured: reading included, pictures of each set as they are; memory: peak of the "
         f"{'GPU' if torch.cuda.is_available() else 'whole process'}.",
         "## Measured, set by set",
         "unparseable: rows without a score, left out of the correlations; unread, among them: pictures that cannot be read (error in the score tables).",
         markdown(measured.reindex(columns=order).dropna(axis=1, how="all")),
-        "## Not run", not_run or "None: all eight were there.",
-    ]  # fmt: skip
+        "## Not run",
+        not_run or "None: all eight were there.",
+    ]
     return "\n\n".join(parts) + "\n"

@@ -1,7 +1,9 @@
-"""Two small networks and some filters that make pictures whose order of quality is known, or at least assumed.
+"""Two small networks and some filters that make pictures whose order of quality is known, or at least
+assumed.
 
-An `Upscaler` (super-resolution) learned from training photographs, a `Painter` (generation) from dead leaves. Their weights are in
-data/progress/ (fp16); ``python -m vqr1.experiments.yardstick`` trains them again.
+An `Upscaler` (super-resolution) learned from training photographs, a `Painter` (generation) from dead
+leaves. Their weights are in data/progress/ (fp16); ``python -m vqr1.experiments.yardstick`` trains them
+again.
 """
 
 import time
@@ -20,9 +22,11 @@ from vqr1.data.manifests import EMBEDDED
 from vqr1.experiments.pretraining import dead_leaves, pink_textures
 
 FILTERS = {
-    "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
-}  # fmt: skip
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 """Interpolations from worst to best, by PSNR."""
 SCALES = (2, 3, 4)
 STORED = {"upscaler": (50, 200, 1000, 3000), "painter": (200, 1000, 6000)}
@@ -30,7 +34,8 @@ STORED = {"upscaler": (50, 200, 1000, 3000), "painter": (200, 1000, 6000)}
 
 
 class Upscaler(nn.Module):
-    """Add to a picture that bicubic interpolation enlarged what it lacks, at any scale; untrained it adds nothing.
+    """Add to a picture that bicubic interpolation enlarged what it lacks, at any scale; untrained it adds
+    nothing.
 
     (B, 3, H, W) in 0..1 to the same. Residual super-resolution as in Kim, Lee and Lee, VDSR (2016), with 8,611 weights.
     """
@@ -39,7 +44,9 @@ class Upscaler(nn.Module):
         super().__init__()
         near = dict(padding="same", padding_mode="replicate")
         inner = [layer for _ in range(3) for layer in (nn.GELU(), nn.Conv2d(width, width, 3, **near))]
-        self.body = nn.Sequential(nn.Conv2d(3, width, 5, **near), *inner, nn.GELU(), nn.Conv2d(width, 3, 3, **near))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 5, **near), *inner, nn.GELU(), nn.Conv2d(width, 3, 3, **near)
+        )
         nn.init.zeros_(self.body[-1].weight)
         nn.init.zeros_(self.body[-1].bias)
 
@@ -85,8 +92,12 @@ class Painter(nn.Module):
 # How the networks were trained
 
 
-def upscaler_batches(seed: int, size: int = 72, batch: int = 8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (enlarged, original), (B, 3, size, size) each: pieces of training photographs, at a random scale."""
+def upscaler_batches(
+    seed: int, size: int = 72, batch: int = 8
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (enlarged, original), (B, 3, size, size) each: pieces of training photographs, at a random
+    scale.
+    """
     rng, table = np.random.default_rng(seed), pd.read_csv(EMBEDDED / "photos.csv")
     photos = [Image.open(EMBEDDED / name).convert("RGB") for name in table.image[table.split == "train"]]
     while True:
@@ -102,7 +113,9 @@ def painter_batches(seed: int, count: int = 3000, size: int = 64, batch: int = 1
     """Yield dead leaves, (B, 3, size, size) in -1..1: turned pieces of `count` pictures."""
     rng = np.random.default_rng(seed)
     textures = pink_textures(np.random.default_rng(0))
-    leaves = torch.from_numpy(np.stack([dead_leaves(rng, textures, 96) for _ in range(count)]).astype(np.float32))
+    leaves = torch.from_numpy(
+        np.stack([dead_leaves(rng, textures, 96) for _ in range(count)]).astype(np.float32)
+    )
     leaves = leaves.permute(0, 3, 1, 2) * 2 - 1
     while True:
         (y, x), turns = rng.integers(0, 96 - size + 1, 2), int(rng.integers(4))
@@ -124,19 +137,25 @@ def painter_loss(network: Painter, pictures: torch.Tensor) -> torch.Tensor:
     return ((guess - pictures).square() / share.clamp(min=0.1) ** 2).mean()
 
 
-NETWORKS = {"upscaler": (Upscaler, upscaler_batches, upscaler_loss), "painter": (Painter, painter_batches, painter_loss)}
+NETWORKS = {
+    "upscaler": (Upscaler, upscaler_batches, upscaler_loss),
+    "painter": (Painter, painter_batches, painter_loss),
+}
 
 
 def train_network(name: str, folder: Path, stored: tuple[int, ...], seed: int = 0) -> pd.DataFrame:
-    """Train a network, store its weights (a running mean of the last 1% or so) at the `stored` steps, return its log.
+    """Train a network, store its weights (a running mean of the last 1% or so) at the `stored` steps,
+    return its log.
 
-    Adam, at a learning rate that falls along a cosine to nothing. One thread and one machine repeat it by its seed. Columns: network,
-    step, loss (mean of the last 50), seconds.
+    Adam, at a learning rate that falls along a cosine to nothing. One thread and one machine repeat it by
+    its seed. Columns: network, step, loss (mean of the last 50), seconds.
     """
     torch.manual_seed(seed)
     kind, batches, loss_of = NETWORKS[name]
     network, steps = kind().to(memory_format=torch.channels_last), max(stored)  # faster on CPUs
-    mean = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    mean = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    )
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     log, losses, start = [], [], time.time()
@@ -150,20 +169,26 @@ def train_network(name: str, folder: Path, stored: tuple[int, ...], seed: int = 
         mean.update_parameters(network)
         losses.append(loss.item())
         if step in stored:
-            save_file({key: value.half().contiguous() for key, value in mean.module.state_dict().items()}, folder / f"{name}-{step}.safetensors")
+            save_file(
+                {key: value.half().contiguous() for key, value in mean.module.state_dict().items()},
+                folder / f"{name}-{step}.safetensors",
+            )
         if step % 50 == 0:
             log.append((name, step, np.mean(losses[-50:]), time.time() - start))
     return pd.DataFrame(log, columns=["network", "step", "loss", "seconds"])
 
 
 def load_network(name: str, step: int, seed: int = 0) -> nn.Module:
-    """Return "upscaler" or "painter" as it was after so many training steps, in fp32; 0: as its seed started it.
+    """Return "upscaler" or "painter" as it was after so many training steps, in fp32; 0: as its seed
+    started it.
 
     Raises FileNotFoundError for a step that is not stored.
     """
     path = EMBEDDED / "progress" / f"{name}-{step}.safetensors"
     if step and not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights; stored steps of {name}: 0, {', '.join(map(str, STORED[name]))}")
+        raise FileNotFoundError(
+            f"{path}: no such weights; stored steps of {name}: 0, {', '.join(map(str, STORED[name]))}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = NETWORKS[name][0]()
@@ -176,12 +201,16 @@ def load_network(name: str, step: int, seed: int = 0) -> nn.Module:
 
 
 def shrink(picture: Image.Image, scale: int) -> Image.Image:
-    """Return the picture at 1/scale of its sides, by bicubic interpolation with antialiasing; scale must divide them."""
+    """Return the picture at 1/scale of its sides, by bicubic interpolation with antialiasing; scale must
+    divide them.
+    """
     return picture.resize((picture.width // scale, picture.height // scale), Image.Resampling.BICUBIC)
 
 
 def enlarge(picture: Image.Image, scale: int, method: str | Upscaler = "bicubic") -> Image.Image:
-    """Return the picture at scale times its sides, by one of `FILTERS` or by a network after bicubic interpolation."""
+    """Return the picture at scale times its sides, by one of `FILTERS` or by a network after bicubic
+    interpolation.
+    """
     size = picture.width * scale, picture.height * scale
     if isinstance(method, str):
         return picture.resize(size, FILTERS[method])
@@ -190,7 +219,8 @@ def enlarge(picture: Image.Image, scale: int, method: str | Upscaler = "bicubic"
 
 
 def paint(network: Painter, noise: torch.Tensor, steps: int) -> list[Image.Image]:
-    """Return what the network makes of noise (B, 3, H, W) in so many sampling steps (Euler's method, equal steps).
+    """Return what the network makes of noise (B, 3, H, W) in so many sampling steps (Euler's method, equal
+    steps).
 
     Each step from t to t' keeps t'/t of the distance between picture and guess.
     """
@@ -216,12 +246,19 @@ def _pictures(x: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(one) for one in pixels.numpy()]
 
 
-def retouch(picture: Image.Image, sharpen: float = 0.0, contrast: float = 0.0, grain: float = 0.0, seed: int = 0) -> Image.Image:
+def retouch(
+    picture: Image.Image, sharpen: float = 0.0, contrast: float = 0.0, grain: float = 0.0, seed: int = 0
+) -> Image.Image:
     """Return the picture with an unsharp mask (radius 1.5 px), contrast around mid-grey, and noise added.
 
-    sharpen, contrast: shares that are added to detail and to distance from mid-grey (0: nothing); grain: deviation in grey levels of 255.
+    sharpen, contrast: shares that are added to detail and to distance from mid-grey (0: nothing); grain:
+    deviation in grey levels of 255.
     """
     x = np.asarray(picture, dtype=np.float32)
     x = x + sharpen * (x - gaussian_filter(x, (1.5, 1.5, 0)))
-    x = 127.5 + (1 + contrast) * (x - 127.5) + grain * np.random.default_rng(seed).standard_normal(x.shape, dtype=np.float32)
+    x = (
+        127.5
+        + (1 + contrast) * (x - 127.5)
+        + grain * np.random.default_rng(seed).standard_normal(x.shape, dtype=np.float32)
+    )
     return Image.fromarray(np.clip(x + 0.5, 0, 255).astype(np.uint8))

@@ -1,6 +1,8 @@
-"""The scorer as a yardstick of progress: how well scores find orders of pictures that are known or assumed, and what misleads them.
+"""The scorer as a yardstick of progress: how well scores find orders of pictures that are known or assumed,
+and what misleads them.
 
-``vqr1 study progress`` makes what is missing of data/progress/ (networks) and data/runs/progress*.csv (tables).
+``vqr1 study progress`` makes what is missing of data/progress/ (networks) and data/runs/progress*.csv
+(tables).
 """
 
 from collections.abc import Sequence
@@ -13,9 +15,20 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqr1.data.manifests import CROP, EMBEDDED
-from vqr1.experiments.toy_networks import FILTERS, SCALES, STORED, enlarge, leaf_picture, load_network, paint, retouch, shrink, train_network
-from vqr1.metrics import bootstrap, content_agreement, srcc
 from vqr1.experiments.pretraining import pink_textures
+from vqr1.experiments.toy_networks import (
+    FILTERS,
+    SCALES,
+    STORED,
+    enlarge,
+    leaf_picture,
+    load_network,
+    paint,
+    retouch,
+    shrink,
+    train_network,
+)
+from vqr1.metrics import bootstrap, content_agreement, srcc
 from vqr1.scoring import Scorer
 from vqr1.thurstone import comparative_probability
 from vqr1.training import machine_line
@@ -34,13 +47,18 @@ def likeness(picture: Image.Image, original: Image.Image) -> tuple[float, float]
     if np.array_equal(one, two):
         return float("inf"), 1.0
     window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    return float(peak_signal_noise_ratio(one, two)), float(structural_similarity(one, two, channel_axis=2, **window))
+    return float(peak_signal_noise_ratio(one, two)), float(
+        structural_similarity(one, two, channel_axis=2, **window)
+    )
 
 
 def photographs(split: str) -> dict[str, Image.Image]:
     """Return the middle 192x192 px of every photograph of a split, by name."""
     table = pd.read_csv(EMBEDDED / "photos.csv")
-    return {name: _middle(Image.open(EMBEDDED / name).convert("RGB")) for name in table.image[table.split == split]}
+    return {
+        name: _middle(Image.open(EMBEDDED / name).convert("RGB"))
+        for name in table.image[table.split == split]
+    }
 
 
 def _middle(photo: Image.Image) -> Image.Image:
@@ -52,25 +70,39 @@ def _middle(photo: Image.Image) -> Image.Image:
 
 
 def upscalings(photos: dict[str, Image.Image], scales=SCALES, steps=STORED["upscaler"]) -> list[dict]:
-    """Return rows of every photograph, shrunk and enlarged again: by each of `FILTERS`, and by the network after `steps` of training."""
-    methods = [(name, 0, name) for name in FILTERS] + [("network", step, load_network("upscaler", step)) for step in steps]
+    """Return rows of every photograph, shrunk and enlarged again: by each of `FILTERS`, and by the network
+    after `steps` of training.
+    """
+    methods = [(name, 0, name) for name in FILTERS] + [
+        ("network", step, load_network("upscaler", step)) for step in steps
+    ]
     rows = []
     for name, photo in photos.items():
         rows.append(dict(reference=name, scale=1, method="original", amount=0, picture=photo, original=photo))
         for scale in scales:
             small = shrink(photo, scale)
             rows += [
-                dict(reference=name, scale=scale, method=method, amount=amount, picture=enlarge(small, scale, how), original=photo)
+                dict(
+                    reference=name,
+                    scale=scale,
+                    method=method,
+                    amount=amount,
+                    picture=enlarge(small, scale, how),
+                    original=photo,
+                )
                 for method, amount, how in methods
             ]
     return rows
 
 
-def paintings(count: int = 24, sampling=(1, 2, 4, 8, 16, 32), training=(0, *STORED["painter"]), size: int = 128) -> list[dict]:
-    """Return rows of what the painter makes of `count` noises: by sampling steps, and by training at the most sampling steps.
+def paintings(
+    count: int = 24, sampling=(1, 2, 4, 8, 16, 32), training=(0, *STORED["painter"]), size: int = 128
+) -> list[dict]:
+    """Return rows of what the painter makes of `count` noises: by sampling steps, and by training at the
+    most sampling steps.
 
-    Method "original" are as many real dead leaves, of another seed than those it was trained on. size: a multiple of 8; the network
-    is convolutional, and was trained on 64. There is no original to be like.
+    Method "original" are as many real dead leaves, of another seed than those it was trained on. size: a
+    multiple of 8; the network is convolutional, and was trained on 64. There is no original to be like.
     """
     noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
     rng, textures = np.random.default_rng(1), pink_textures(np.random.default_rng(0))
@@ -79,18 +111,25 @@ def paintings(count: int = 24, sampling=(1, 2, 4, 8, 16, 32), training=(0, *STOR
         groups["sampling", steps] = paint(load_network("painter", max(STORED["painter"])), noise, steps)
     for step in training:
         done = step == max(STORED["painter"])
-        groups["training", step] = groups["sampling", max(sampling)] if done else paint(load_network("painter", step), noise, max(sampling))
+        groups["training", step] = (
+            groups["sampling", max(sampling)]
+            if done
+            else paint(load_network("painter", step), noise, max(sampling))
+        )
     return [
         dict(reference=f"noise {n}", scale=1, method=method, amount=amount, picture=picture, original=None)
-        for (method, amount), pictures in groups.items() for n, picture in enumerate(pictures)
-    ]  # fmt: skip
+        for (method, amount), pictures in groups.items()
+        for n, picture in enumerate(pictures)
+    ]
 
 
 STRENGTHS = {"sharpen": (0.5, 1, 2, 4), "contrast": (0.1, 0.25, 0.5, 1), "grain": (2, 4, 8, 16)}
 
 
 def retouchings(photos: dict[str, Image.Image], scale: int = 3) -> list[dict]:
-    """Return rows of every photograph, as it is (scale 1) and enlarged bicubically, each retouched in one way at a time."""
+    """Return rows of every photograph, as it is (scale 1) and enlarged bicubically, each retouched in one
+    way at a time.
+    """
     rows = []
     for name, photo in photos.items():
         for factor, start in ((1, photo), (scale, enlarge(shrink(photo, scale), scale))):
@@ -98,8 +137,9 @@ def retouchings(photos: dict[str, Image.Image], scale: int = 3) -> list[dict]:
             rows.append(same | dict(method="nothing", amount=0, picture=start))
             rows += [
                 same | dict(method=method, amount=amount, picture=retouch(start, **{method: amount}))
-                for method, amounts in STRENGTHS.items() for amount in amounts
-            ]  # fmt: skip
+                for method, amounts in STRENGTHS.items()
+                for amount in amounts
+            ]
     return rows
 
 
@@ -110,19 +150,35 @@ def measured(rows: list[dict], scorer: Scorer) -> pd.DataFrame:
     """Return the rows with score, std, psnr and ssim in place of their pictures; NaN where there is none."""
     table = pd.DataFrame(rows).drop(columns=["picture", "original"])
     scores = scorer.score([row["picture"] for row in rows])
-    alike = [likeness(row["picture"], row["original"]) if row["original"] else (np.nan, np.nan) for row in rows]
-    return table.assign(score=[s.score for s in scores], std=[s.std for s in scores], psnr=[p for p, _ in alike], ssim=[s for _, s in alike])
+    alike = [
+        likeness(row["picture"], row["original"]) if row["original"] else (np.nan, np.nan) for row in rows
+    ]
+    return table.assign(
+        score=[s.score for s in scores],
+        std=[s.std for s in scores],
+        psnr=[p for p, _ in alike],
+        ssim=[s for _, s in alike],
+    )
 
 
 _UP, _LAST = "part == 'upscaling' and ", max(STORED["upscaler"])
 ORDERS = {
     "scale": (_UP + "method in ['bicubic', 'original']", "scale", [4, 3, 2, 1]),
-    **{f"method x{s}": (_UP + f"scale == {s} and amount in [0, {_LAST}]", "method", [*FILTERS, "network"]) for s in SCALES},
-    "upscaler training": (_UP + "scale == 3 and method in ['bicubic', 'network']", "amount", [0, *STORED["upscaler"]]),
+    **{
+        f"method x{s}": (_UP + f"scale == {s} and amount in [0, {_LAST}]", "method", [*FILTERS, "network"])
+        for s in SCALES
+    },
+    "upscaler training": (
+        _UP + "scale == 3 and method in ['bicubic', 'network']",
+        "amount",
+        [0, *STORED["upscaler"]],
+    ),
     "sampling steps": ("method == 'sampling'", "amount", [1, 2, 4, 8, 16, 32]),
     "painter training": ("method == 'training'", "amount", [0, *STORED["painter"]]),
 }
-"""Name -> (which measured rows, column, its values from worst to best). The last two orders are assumed, the others known."""
+"""Name -> (which measured rows, column, its values from worst to best). The last two orders are assumed, the
+others known.
+"""
 
 
 def in_order(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -135,15 +191,24 @@ def in_order(table: pd.DataFrame, name: str) -> pd.DataFrame:
 def agreement_with(table: pd.DataFrame, name: str, yardstick: str = "score") -> dict[str, float]:
     """Return how well a yardstick ("score", "psnr", "ssim") finds the order ``name`` in measured rows.
 
-    srcc: the mean over photographs (or noises) of Spearman's correlation between yardstick and place, with its 95% bootstrap interval; means:
-    the same between the places and the mean over all photographs, with the interval of that.
+    srcc: the mean over photographs (or noises) of Spearman's correlation between yardstick and place, with
+    its 95% bootstrap interval; means: the same between the places and the mean over all photographs, with
+    the interval of that.
     """
     rows = in_order(table, name)
     rows = rows.assign(score=rows[yardstick].replace(np.inf, 200))  # an original is above all, and has a rank
     found = content_agreement(rows[["reference", "score", "mos"]])
     low, high = bootstrap(rows[["reference", "score", "mos"]], means_srcc)
-    counts = {"photographs": rows["reference"].nunique(), "rows": len(rows), "unparseable": int(rows["score"].isna().sum())}
-    return counts | {key: found[key] for key in ("srcc", "srcc_lo", "srcc_hi")} | {"means": means_srcc(rows), "means_lo": low, "means_hi": high}
+    counts = {
+        "photographs": rows["reference"].nunique(),
+        "rows": len(rows),
+        "unparseable": int(rows["score"].isna().sum()),
+    }
+    return (
+        counts
+        | {key: found[key] for key in ("srcc", "srcc_lo", "srcc_hi")}
+        | {"means": means_srcc(rows), "means_lo": low, "means_hi": high}
+    )
 
 
 def means_srcc(columns) -> float:
@@ -157,7 +222,9 @@ def means_srcc(columns) -> float:
 
 
 def means(table: pd.DataFrame, by: str | list[str], column: str = "score") -> pd.DataFrame:
-    """Return the mean of a column for every value of ``by``, with its 95% bootstrap interval over photographs: mean, low, high."""
+    """Return the mean of a column for every value of ``by``, with its 95% bootstrap interval over
+    photographs: mean, low, high.
+    """
     rows = {}
     for value, own in table.groupby(by, sort=False):
         average = lambda columns: float(np.nanmean(columns[column]))  # noqa: E731
@@ -166,28 +233,43 @@ def means(table: pd.DataFrame, by: str | list[str], column: str = "score") -> pd
 
 
 def preferred(one: pd.DataFrame, two: pd.DataFrame) -> tuple[float, float, float]:
-    """Return P(pictures of the first table look better than those of the second), Thurstone's, and its 95% interval over photographs.
+    """Return P(pictures of the first table look better than those of the second), Thurstone's, and its 95%
+    interval over photographs.
 
     Both tables: one measured row per reference. Raises ValueError unless they hold the same ones.
     """
     pairs = one.merge(two, on="reference", validate="one_to_one", suffixes=("", "_two"))
     if not len(pairs) == len(one) == len(two):
-        raise ValueError(f"{len(one)} and {len(two)} rows, but {len(pairs)} references in both: compare the same photographs")
-    mean, std, others, other_std = (torch.tensor(pairs[key].to_numpy()) for key in ("score", "std", "score_two", "std_two"))
-    pairs["p"] = comparative_probability(mean[:, None], std**2, others, other_std**2)[..., 0].diagonal().numpy()
-    return float(pairs["p"].mean()), *bootstrap(pairs[["reference", "p"]], lambda columns: float(np.mean(columns["p"])))
+        raise ValueError(
+            f"{len(one)} and {len(two)} rows, but {len(pairs)} references in both: compare the same photographs"
+        )
+    mean, std, others, other_std = (
+        torch.tensor(pairs[key].to_numpy()) for key in ("score", "std", "score_two", "std_two")
+    )
+    pairs["p"] = (
+        comparative_probability(mean[:, None], std**2, others, other_std**2)[..., 0].diagonal().numpy()
+    )
+    return float(pairs["p"].mean()), *bootstrap(
+        pairs[["reference", "p"]], lambda columns: float(np.mean(columns["p"]))
+    )
 
 
-def climb(scorer: Scorer, photos: dict[str, Image.Image], rounds: int = 40, scale: int = 3, seed: int = 0) -> pd.DataFrame:
-    """Climb to the retouching that the scorer likes best on bicubically enlarged photographs; return every round.
+def climb(
+    scorer: Scorer, photos: dict[str, Image.Image], rounds: int = 40, scale: int = 3, seed: int = 0
+) -> pd.DataFrame:
+    """Climb to the retouching that the scorer likes best on bicubically enlarged photographs; return every
+    round.
 
-    Each round changes the best settings a little, and keeps the change if the mean score rises: a (1+1) evolution strategy.
-    Columns: round, sharpen, contrast, grain, score, psnr, ssim (means over the photographs), kept.
+    Each round changes the best settings a little, and keeps the change if the mean score rises: a (1+1)
+    evolution strategy. Columns: round, sharpen, contrast, grain, score, psnr, ssim (means over the
+    photographs), kept.
     """
     rng, rows = np.random.default_rng(seed), []
     steps, best = {"sharpen": 0.5, "contrast": 0.1, "grain": 1.5}, dict.fromkeys(STRENGTHS, 0.0)
     for number in range(rounds + 1):
-        tried = {key: max(0.0, value + steps[key] * rng.normal()) if number else 0.0 for key, value in best.items()}
+        tried = {
+            key: max(0.0, value + steps[key] * rng.normal()) if number else 0.0 for key, value in best.items()
+        }
         table = measured(retouched(photos, tried, scale), scorer)
         average = table[["score", "psnr", "ssim"]].mean().to_dict()
         kept = not rows or average["score"] > max(row["score"] for row in rows)
@@ -199,10 +281,16 @@ def climb(scorer: Scorer, photos: dict[str, Image.Image], rounds: int = 40, scal
 def retouched(photos: dict[str, Image.Image], settings: dict[str, float], scale: int = 3) -> list[dict]:
     """Return rows of every photograph, enlarged bicubically and retouched by the same settings."""
     return [
-        dict(reference=name, scale=scale, method="climbed", amount=0, original=photo,
-             picture=retouch(enlarge(shrink(photo, scale), scale), **settings))
+        dict(
+            reference=name,
+            scale=scale,
+            method="climbed",
+            amount=0,
+            original=photo,
+            picture=retouch(enlarge(shrink(photo, scale), scale), **settings),
+        )
         for name, photo in photos.items()
-    ]  # fmt: skip
+    ]
 
 
 # The study
@@ -218,7 +306,9 @@ def policy_path(name: str) -> str:
 
 
 def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
-    """Train the networks whose weights are not in `folder`, on one thread, and write their losses into `log`."""
+    """Train the networks whose weights are not in `folder`, on one thread, and write their losses into
+    `log`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -226,13 +316,24 @@ def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
         for name, stored in STORED.items():
             if not all((folder / f"{name}-{step}.safetensors").is_file() for step in stored):
                 old = read_table(log)
-                _write(log, pd.concat([old[old["network"] != name] if len(old) else old, train_network(name, folder, stored, seed)]), seed)
+                _write(
+                    log,
+                    pd.concat(
+                        [
+                            old[old["network"] != name] if len(old) else old,
+                            train_network(name, folder, stored, seed),
+                        ]
+                    ),
+                    seed,
+                )
     finally:
         torch.set_num_threads(threads)
 
 
 def measure_part(part: str, name: str, scorer: Scorer, runs: Path) -> None:
-    """Add a policy's rows of one of `PARTS` to the table of pictures, and those of climbing to the table of rounds."""
+    """Add a policy's rows of one of `PARTS` to the table of pictures, and those of climbing to the table of
+    rounds.
+    """
     if part == "reward":
         rounds = climb(scorer, photographs("val"))
         _add(runs / ROUNDS, rounds, part, name)
@@ -254,17 +355,31 @@ def _add(path: Path, table: pd.DataFrame, part: str, name: str) -> None:
 
 
 def study_rows(pictures: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for every order and yardstick: the policies, and PSNR and SSIM where there is an original."""
+    """Return a row for every order and yardstick: the policies, and PSNR and SSIM where there is an
+    original.
+    """
     test = dict(list(pictures[pictures["split"] != "val"].groupby("policy", sort=False)))
-    yardsticks = [(policy, "score", own) for policy, own in test.items()] + [(name, name, next(iter(test.values()))) for name in ("psnr", "ssim")]
-    return pd.DataFrame([
-        _row(variant, order, own, column) for variant, column, own in yardsticks for order in ORDERS
-        if in_order(own, order)[column].notna().any()  # what is generated has no PSNR
-    ])  # fmt: skip
+    yardsticks = [(policy, "score", own) for policy, own in test.items()] + [
+        (name, name, next(iter(test.values()))) for name in ("psnr", "ssim")
+    ]
+    return pd.DataFrame(
+        [
+            _row(variant, order, own, column)
+            for variant, column, own in yardsticks
+            for order in ORDERS
+            if in_order(own, order)[column].notna().any()  # what is generated has no PSNR
+        ]
+    )
 
 
 def _row(variant: str, order: str, pictures: pd.DataFrame, yardstick: str) -> dict:
-    start = {"study": "progress", "variant": variant, "seed": 0, "set": order, "estimate": "expected" if yardstick == "score" else ""}
+    start = {
+        "study": "progress",
+        "variant": variant,
+        "seed": 0,
+        "set": order,
+        "estimate": "expected" if yardstick == "score" else "",
+    }
     return start | agreement_with(pictures, order, yardstick)
 
 
@@ -276,7 +391,9 @@ def study(policies: Sequence[str] = POLICIES, runs: Path | None = None) -> pd.Da
     runs = runs or EMBEDDED / "runs"
     make_networks(EMBEDDED / "progress", runs / TRAINING)
     done = read_table(runs / PICTURES)
-    todo = {(name, part) for name in policies for part in PARTS} - set(zip(done.get("policy", []), done.get("part", [])))
+    todo = {(name, part) for name in policies for part in PARTS} - set(
+        zip(done.get("policy", []), done.get("part", []))
+    )
     print(f"{len(todo)} parts to be scored: about {len(todo)} minutes on two cores", flush=True)
     for name in (name for name in policies if any(policy == name for policy, _ in todo)):
         scorer = Scorer(policy_path(name), thinking=True)
@@ -294,5 +411,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def _write(path: Path, table: pd.DataFrame, seed: int = 0) -> None:
     part = path.with_suffix(".tmp")
-    part.write_text(f"# {machine_line(seed)}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
+    part.write_text(
+        f"# {machine_line(seed)}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8"
+    )
     part.replace(path)

@@ -27,16 +27,36 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-COLUMNS = ("image", "score", "std", "mass", "policy", "estimate", "k", "thinking", "reasoning", "note", "error")
+COLUMNS = (
+    "image",
+    "score",
+    "std",
+    "mass",
+    "policy",
+    "estimate",
+    "k",
+    "thinking",
+    "reasoning",
+    "note",
+    "error",
+)
 ENDINGS = (".csv", ".jsonl", ".parquet")
-_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, and needs another program or cannot decode them
+_NO_PICTURES = (
+    "BUFR",
+    "EPS",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+)  # Pillow knows them, and needs another program or cannot decode them
 
 
 def find_pictures(paths: Sequence[str]) -> list[str]:
     """Return the pictures that the paths stand for, each once, in the order of the paths.
 
-    A file is taken whatever its name; a missing one and an address too, so that they get a row with an error.
-    A folder stands for the pictures below it (by `picture_endings`, sorted, links followed, hidden ones left out), a glob for what a shell would make of it
+    A file is taken whatever its name; a missing one and an address too, so that they get a row with an
+    error. A folder stands for the pictures below it (by `picture_endings`, sorted, links followed, hidden
+    ones left out), a glob for what a shell would make of it
     (``**`` for any depth), ``-`` for the lines of standard input, one file each.
     Raises ValueError where a folder, a glob or standard input gives no picture.
 
@@ -53,7 +73,9 @@ def find_pictures(paths: Sequence[str]) -> list[str]:
             wanted = f"{path} holds no picture that Pillow reads ({', '.join(sorted(picture_endings()))})"
         elif glob.has_magic(path) and not os.path.lexists(path) and not is_address(path):
             matches = sorted(glob.glob(path, recursive=True))
-            names = [name for match in matches for name in (_below(match) if os.path.isdir(match) else [match])]
+            names = [
+                name for match in matches for name in (_below(match) if os.path.isdir(match) else [match])
+            ]
             wanted = f"{path} matches no picture"
         else:
             names = [path]
@@ -76,9 +98,13 @@ def picture_endings() -> frozenset[str]:
 
 
 def _below(folder: str) -> list[str]:
-    """Return the pictures below a folder, sorted; a folder that may not be read stands for itself and gets a row with an error."""
+    """Return the pictures below a folder, sorted; a folder that may not be read stands for itself and gets a
+    row with an error.
+    """
     found, seen = [], set()
-    for here, folders, files in os.walk(folder, onerror=lambda error: found.append(error.filename), followlinks=True):
+    for here, folders, files in os.walk(
+        folder, onerror=lambda error: found.append(error.filename), followlinks=True
+    ):
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:  # a link back up, or a second way to the same folder
             folders.clear()
@@ -86,15 +112,21 @@ def _below(folder: str) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         endings = picture_endings()
-        found += [os.path.join(here, n) for n in files if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings]
+        found += [
+            os.path.join(here, n)
+            for n in files
+            if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings
+        ]
     return sorted(found)
 
 
 def shard(pictures: Sequence[str], which: str, window: int = 1) -> list[str]:
-    """Return the i-th of n blocks of pictures for ``which`` = "i/n": in the order of i they are the whole again.
+    """Return the i-th of n blocks of pictures for ``which`` = "i/n": in the order of i they are the whole
+    again.
 
-    window: pictures that are batched together. Blocks begin where windows do if there are at least 4 windows in each (so that they
-    differ little in size); then even what depends on the company in a batch is that of the run without shards.
+    window: pictures that are batched together. Blocks begin where windows do if there are at least 4
+    windows in each (so that they differ little in size); then even what depends on the company in a batch
+    is that of the run without shards.
 
     >>> shard("abcdefg", "1/3"), shard("abcdefg", "2/3"), shard("abcdefg", "3/3")
     (['a', 'b'], ['c', 'd'], ['e', 'f', 'g'])
@@ -118,7 +150,12 @@ def score_rows(scorer: Scorer, pictures: Sequence[str], settings: dict) -> Itera
 def _row(name: str, score: Score, settings: dict) -> dict:
     numbers = {key: getattr(score, key) for key in ("score", "std", "mass")}
     texts = {key: plain(getattr(score, key)) for key in ("reasoning", "note", "error")}
-    return {"image": plain(name)} | {key: None if math.isnan(x) else round(x, 4) for key, x in numbers.items()} | settings | texts
+    return (
+        {"image": plain(name)}
+        | {key: None if math.isnan(x) else round(x, 4) for key, x in numbers.items()}
+        | settings
+        | texts
+    )
 
 
 def plain(text: str) -> str:
@@ -139,7 +176,9 @@ def to_csv(rows: Iterable[dict]) -> str:
     lines = []
     for row in rows:
         text = io.StringIO()
-        csv.DictWriter(text, COLUMNS).writerow(row)  # with the line's end "\r\n", so that both characters are quoted in fields
+        csv.DictWriter(text, COLUMNS).writerow(
+            row
+        )  # with the line's end "\r\n", so that both characters are quoted in fields
         lines.append(text.getvalue()[:-2] + "\n")
     return "".join(lines)
 
@@ -151,16 +190,19 @@ def _to_json(rows: Iterable[dict]) -> str:
 class RowFile:
     """A file of rows, CSV, JSONL or Parquet by its ending, to which rows are added safely.
 
-    Parquet cannot grow: its rows are kept in ``NAME.parquet.partial.jsonl`` beside it, and `finish` makes the Parquet file of them.
-    settings: what all rows have in common (policy, estimate, k, thinking). ``done`` maps the pictures that have a row to whether it
-    is an error. Raises ValueError where the file cannot be written, is none of ours, or has rows of other settings.
+    Parquet cannot grow: its rows are kept in ``NAME.parquet.partial.jsonl`` beside it, and `finish` makes
+    the Parquet file of them. settings: what all rows have in common (policy, estimate, k, thinking).
+    ``done`` maps the pictures that have a row to whether it is an error. Raises ValueError where the file
+    cannot be written, is none of ours, or has rows of other settings.
     """
 
     def __init__(self, path: str | Path, settings: dict):
         self.path, self.settings, self.done = Path(path), settings, {}
         kind = self.path.suffix.lower()
         if kind not in ENDINGS:
-            raise ValueError(f"{path} does not end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which tells how rows are written")
+            raise ValueError(
+                f"{path} does not end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which tells how rows are written"
+            )
         if not self.path.parent.is_dir():
             raise ValueError(f"the folder of {path} is missing; create it: mkdir -p {self.path.parent}")
         if self.path.exists() and not self.path.is_file():
@@ -194,7 +236,9 @@ class RowFile:
         self.file.close()
 
     def write(self, rows: list[dict]) -> None:
-        """Add rows; they are on disk when it returns. Raises OSError where they are not, and keeps those before."""
+        """Add rows; they are on disk when it returns. Raises OSError where they are not, and keeps those
+        before.
+        """
         try:
             self._append((to_csv if self.csv else _to_json)(rows).encode())
         except BaseException:  # also Ctrl-C: no half of a row stays behind
@@ -209,7 +253,13 @@ class RowFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = {"score": pa.float64(), "std": pa.float64(), "mass": pa.float64(), "k": pa.int64(), "thinking": pa.bool_()}
+        kinds = {
+            "score": pa.float64(),
+            "std": pa.float64(),
+            "mass": pa.float64(),
+            "k": pa.int64(),
+            "thinking": pa.bool_(),
+        }
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
         rows, half = self._rows(self._whole()), self.path.with_name(self.path.name + ".tmp")
         with pq.ParquetWriter(half, schema) as writer:
@@ -229,7 +279,9 @@ class RowFile:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another command is writing to {self.path}; wait for it, or give another --out") from error
+            raise ValueError(
+                f"another command is writing to {self.path}; wait for it, or give another --out"
+            ) from error
         except OSError:  # some network file systems have no locks
             pass
 
@@ -279,7 +331,9 @@ class RowFile:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{self.log}, line {number}, is damaged ({error}); remove the line, and its picture is scored again") from error
+                raise ValueError(
+                    f"{self.log}, line {number}, is damaged ({error}); remove the line, and its picture is scored again"
+                ) from error
 
     def _unpack(self) -> None:
         """Put the rows of a finished Parquet file back where more can be added."""
@@ -295,5 +349,7 @@ class RowFile:
                     file.write(_to_json(batch.to_pylist()))
         except (ValueError, pa.ArrowException) as error:
             half.unlink(missing_ok=True)
-            raise ValueError(f"{self.path} was not written by vqr1 score with these columns ({error}); give another --out") from error
+            raise ValueError(
+                f"{self.path} was not written by vqr1 score with these columns ({error}); give another --out"
+            ) from error
         os.replace(half, self.log)
