@@ -41,9 +41,8 @@ def started() -> Iterator[Callable[..., subprocess.Popen]]:
 
     yield start
     for process in processes:
-        with suppress(ProcessLookupError):
+        with process, suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 @pytest.fixture
