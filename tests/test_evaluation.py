@@ -18,20 +18,32 @@ from vqr1.evaluation import (
     evaluate,
     evaluation_rows,
     gain,
-    markdown,
     naming,
     oracles,
+    protocol,
     save_scores,
-    score_rows,
+    score_frame,
 )
 from vqr1.scoring import OPEN, Score
 
 NAN = math.nan
 
 
+def test_a_set_has_one_protocol():
+    """Of several sets: the one they share, else they are pooled."""
+    wanted = {
+        ("sim-mixed",): "dominance",
+        ("sriqa-bench",): "per content",
+        ("sim-kadid", "bid"): "pooled",
+        ("sim-mixed", "sim-kadid"): "pooled",
+        ("sriqa-bench", "bid"): "pooled",
+    }
+    assert {names: protocol(pd.DataFrame({"dataset": names})) for names in wanted} == wanted
+
+
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    for name in ("summarize", "paired_difference"):
+    for name in ("summarize", "difference"):
         monkeypatch.setattr(evaluation, name, partial(getattr(evaluation, name), n=50))
 
 
@@ -151,8 +163,11 @@ def test_a_gain_is_after_minus_before():
 
 
 def test_a_gain_needs_the_same_photographs():
-    with pytest.raises(ValueError, match="a.jpg"):
-        gain(rated([1.0, 2.0, 3.0]), rated([1.0, 2.0, 3.0]).iloc[1:])
+    rows = rated([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="these are 3 and 2 others; in one of them only: a.jpg"):
+        gain(rows, rows.iloc[1:])
+    with pytest.raises(ValueError, match="the same rows in the same order"):
+        gain(rows, rows.iloc[::-1])
 
 
 # Naming
@@ -266,14 +281,14 @@ def test_rendered_pictures_stand_beside_the_rows(name):
     for table in (
         frame,
         frame.assign(score=1.0),
-        score_rows(Told(None, False, "greedy"), Rows(frame, [1.0, 2.0, 3.0, 4.0])),
+        score_frame(Told(None, False, "greedy"), Rows(frame, [1.0, 2.0, 3.0, 4.0])),
     ):
         assert all(isinstance(value, str) for value in table.attrs.values())
 
 
 def test_a_bar_on_stderr_counts_the_pictures(capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "tqdm", partial(evaluation.tqdm, mininterval=0))
-    score_rows(
+    score_frame(
         Told(None, False, "greedy"), with_images(rated([0, 0, 0]), [1.0, 2.0, 3.0]), "some set, greedy"
     )
     said = capsys.readouterr()
@@ -288,7 +303,7 @@ def test_scored_rows_hold_every_picture_in_order(monkeypatch):
     ]
     scorer = Told(None, False, "greedy")
     monkeypatch.setattr(scorer, "batches", lambda images: [scores[:2], scores[2:]], raising=False)
-    table = score_rows(scorer, with_images(rated([0, 0, 0]), ["p", "q", "r"]))
+    table = score_frame(scorer, with_images(rated([0, 0, 0]), ["p", "q", "r"]))
     assert table["score"].tolist() == pytest.approx([3.0, NAN, NAN], nan_ok=True)
     assert table["error"].tolist() == ["", "no score", "b.jpg is missing"]
     assert table["answer"].tolist() == ["<answer>3.00</answer>", "<think>dull</think>", ""]
@@ -323,7 +338,7 @@ def test_scored_rows_hold_every_picture_in_order(monkeypatch):
 def test_an_expected_score_is_well_formed_up_to_its_number(monkeypatch, thinking, score, well_formed):
     scorer = Told(None, thinking, "expected")
     monkeypatch.setattr(scorer, "batches", lambda images: [[score]], raising=False)
-    assert score_rows(scorer, with_images(rated([0]), ["p"]))["well_formed"].tolist() == [well_formed]
+    assert score_frame(scorer, with_images(rated([0]), ["p"]))["well_formed"].tolist() == [well_formed]
 
 
 def test_every_set_is_scored_by_every_estimate_in_every_mode(monkeypatch):
@@ -366,18 +381,6 @@ def test_one_rated_set_has_no_average(monkeypatch):
 
 
 # Writing
-
-
-def test_markdown_is_a_table_whatever_the_cells_hold():
-    table = pd.DataFrame(
-        {"set": ["a|b", "two\nlines"], "srcc": [0.12345, NAN], "rows": [1400, 3], "seconds": [512.0, 3.0]}
-    )
-    assert markdown(table).split("\n") == [
-        "| set | srcc | rows | seconds |",
-        "|---|---|---|---|",
-        "| a b | 0.123 | 1400 | 512 |",
-        "| two lines |  | 3 | 3.000 |",
-    ]
 
 
 def test_scores_are_saved_by_set_estimate_and_mode(tmp_path):

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from vqr1.records import markdown, read_table
+
 ROOT = Path(__file__).resolve().parents[1]
 README, RUNS = ROOT / "README.md", ROOT / "data" / "runs"
 
 
 def read(name: str) -> pd.DataFrame:
-    return pd.read_csv(RUNS / f"{name}.csv", comment="#")
+    """Return a table of data/runs/."""
+    return read_table(RUNS / f"{name}.csv")
 
 
 def interval(row: pd.Series) -> str:
@@ -24,8 +27,9 @@ def interval(row: pd.Series) -> str:
     return f"{row['difference']:+.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+def printed(header: list[str], rows: list[list[str]]) -> str:
+    """Return rows of cells as a table in Markdown."""
+    return markdown(pd.DataFrame(rows, columns=header))
 
 
 def gains(study: str) -> str:
@@ -38,14 +42,14 @@ def gains(study: str) -> str:
         lines.append(
             [
                 f"`{name}`",
-                f"{total['mean_than']:.3f}",
+                f"{total['mean_baseline']:.3f}",
                 f"**{total['mean']:.3f}** ({', '.join(f'{value:.3f}' for value in each)})",
                 interval(total),
-                f"{within['mean_than']:.3f} → {within['mean']:.3f}",
+                f"{within['mean_baseline']:.3f} → {within['mean']:.3f}",
                 interval(within),
             ]
         )
-    return markdown(
+    return printed(
         ["set", "SRCC before", "SRCC after (each seed)", "gain", "within-level SRCC", "gain"], lines
     )
 
@@ -56,71 +60,48 @@ def pretraining() -> str:
     rows["cell"] = rows["srcc"].map("{:.3f}".format).where(rows["srcc"].notna(), "left the scale")
     cells = rows.groupby(["set", "variant"])["cell"].agg(", ".join).unstack()
     lines = [[f"`{name}`", *cells.loc[name, ["before", "ranking", "bounded"]]] for name in cells.index]
-    return markdown(["set", "SRCC before", "SRCC after, each seed", "with `bounded: true`"], lines)
+    return printed(["set", "SRCC before", "SRCC after, each seed", "with `bounded: true`"], lines)
 
 
 def comparison() -> str:
     """Every variant of the comparison, by its SRCC."""
-    rows, differences = (
-        read("comparison"),
-        read("comparison-differences").set_index(["variant", "set", "statistic"]),
-    )
+    rows = read("comparison")
+    differences = read("comparison-differences").set_index(["variant", "set", "statistic"])
     by = rows.groupby(["variant", "set"]).agg(
         {"seed": "count", "srcc": "mean", "srcc_within_level": "mean", "family": "mean", "seconds": "mean"}
     )
     lines = []
-    for name, row in (
-        by.xs("sim-kadid", level="set").sort_values("srcc", ascending=False, kind="stable").iterrows()
-    ):
-        than = interval(differences.loc[name, "sim-kadid", "srcc"]) if name != "ranking" else ""
-        numbers = [
+    kadid = by.xs("sim-kadid", level="set").sort_values("srcc", ascending=False, kind="stable")
+    for name, row in kadid.iterrows():
+        gap = interval(differences.loc[name, "sim-kadid", "srcc"]) if name != "ranking" else ""
+        cells = [
+            name if name != "ranking" else "**ranking** (the paper's reward)",
+            f"{row['seed']:.0f}",
             f"{row['srcc']:.3f}",
             f"{row['srcc_within_level']:.3f}",
-            than,
+            gap,
             f"{by.loc[(name, 'sim-unseen'), 'srcc']:.3f}",
+            f"{row['family']:.0%}" if pd.notna(row["family"]) else "",
+            f"{row['seconds']:.0f}" if pd.notna(row["seconds"]) else "",
         ]
-        more = [
-            f"{row['family']:.0%}" if row["family"] == row["family"] else "",
-            f"{row['seconds']:.0f}" if row["seconds"] == row["seconds"] else "",
-        ]
-        lines.append(
-            [
-                name if name != "ranking" else "**ranking** (the paper's reward)",
-                f"{row['seed']:.0f}",
-                *numbers,
-                *more,
-            ]
-        )
-    return markdown(
-        [
-            "variant",
-            "seeds",
-            "SRCC",
-            "within-level",
-            "minus ranking",
-            "SRCC `sim-unseen`",
-            "family named",
-            "CPU s",
-        ],
-        lines,
-    )
+        lines.append(cells)
+    header = ["variant", "seeds", "SRCC", "within-level", "minus ranking", "SRCC `sim-unseen`"]
+    return printed([*header, "family named", "CPU s"], lines)
 
 
 def mixture() -> str:
     """What training on three sets gives on each."""
-    rows, differences = (
-        read("mixture"),
-        read("mixture-differences").set_index(["variant", "set", "statistic"]),
-    )
+    rows = read("mixture")
+    differences = read("mixture-differences").set_index(["variant", "set", "statistic"])
     sets = list(dict.fromkeys(rows["set"]))
     lines = []
     for name in dict.fromkeys(rows["variant"]):
         own = rows[rows["variant"] == name]
         mean = own.groupby("set")["srcc"].mean()
-        than = [interval(differences.loc[name, which, "srcc"]) if name != "mixture" else "" for which in sets]
-        cells = [f"{mean[which]:.3f}" + (f" ({text})" if text else "") for which, text in zip(sets, than)]
+        gaps = [f" ({interval(differences.loc[name, which, 'srcc'])})" for which in sets if name != "mixture"]
+        cells = [f"{mean[which]:.3f}{gap}" for which, gap in zip(sets, gaps or [""] * len(sets))]
         lines.append([name, str(own["seed"].nunique()), *cells, f"{mean.mean():.3f}"])
-    return markdown(["trained on", "seeds", *(f"`{name}` (minus mixture)" for name in sets), "mean"], lines)
+    return printed(["trained on", "seeds", *(f"`{name}` (minus mixture)" for name in sets), "mean"], lines)
 
 
 def step() -> str:
@@ -138,7 +119,7 @@ def step() -> str:
                 f"{row['stock_over_shared']:.1f}x" if row["unit"] == "s" else "",
             ]
         lines.append(cells)
-    return markdown(
+    return printed(
         [
             "",
             *(
@@ -167,7 +148,7 @@ def growth() -> str:
                 f"{first['memory_exponent']:.2f}",
             ]
         )
-    return markdown(["quantity", "from → to", "seconds", "exponent", "MB at the peak", "exponent"], lines)
+    return printed(["quantity", "from → to", "seconds", "exponent", "MB at the peak", "exponent"], lines)
 
 
 TABLES = {

@@ -17,7 +17,7 @@ SIMULATED = "- Sets named `sim-…` are rated by simulated observers, a function
 def model_card(config: dict, log: pd.DataFrame, machine: str) -> str:
     """Return the text of a policy's README.md, with the header that the Hugging Face hub reads.
 
-    config: the run's; log: its log.csv; machine: `training.machine_line`.
+    config: the run's; log: its log.csv; machine: `records.machine_line`.
     """
     base = str(config["policy"])
     hub = base.count("/") == 1 and not Path(base).exists()

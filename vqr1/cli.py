@@ -334,7 +334,8 @@ def _describe(args) -> int:
 def _evaluate(args) -> int:
     import pandas as pd
 
-    from vqr1.evaluation import FAMILY, evaluate, evaluation_rows, markdown, oracles, save_scores, unread
+    from vqr1.evaluation import FAMILY, evaluate, evaluation_rows, oracles, save_scores, unread
+    from vqr1.records import markdown
 
     if args.suite:
         from vqr1.experiments.table2 import table2
@@ -449,16 +450,16 @@ def _study(args) -> int:
     if args.name == "progress":  # no grid of trainings
         return _progress(args)
 
-    from vqr1.evaluation import markdown
     from vqr1.experiments.studies import study
+    from vqr1.records import markdown
 
     print(markdown(study(args.name, args.seeds, args.out, args.csv, args.variants, args.steps)))
     return EXIT_OK
 
 
 def _progress(args) -> int:
-    from vqr1.evaluation import markdown
     from vqr1.experiments.yardstick import POLICIES, study
+    from vqr1.records import markdown
 
     if args.seeds or args.steps or args.csv:
         raise ValueError(

@@ -53,11 +53,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "sharpness_contrast": DISTORTIONS[23:25],
 }
 
+STRENGTH = {"mean_shift": (3, 2, 0, 2, 3), "contrast_change": (4, 3, 2, 2, 3)}
+"""Strength of levels 1..5 where the level is not the strength."""
+
 # sRGB <-> CIE Lab (D65) by table: powers and cube roots of every pixel would take most of the time.
-_XYZ = np.array(
+_D65 = np.array(
     [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
 )
-_XYZ = (_XYZ / _XYZ.sum(axis=1, keepdims=True)).astype(np.float32)
+_XYZ = (_D65 / _D65.sum(axis=1, keepdims=True)).astype(np.float32)
 _RGB = np.linalg.inv(_XYZ.astype(np.float64)).astype(np.float32)
 _BYTE = np.linspace(0, 1, 256)
 _UNIT = np.linspace(0, 1, 32769)
@@ -340,13 +343,46 @@ def _contrast_change(x, p, rng):
     return curve(_BYTE).astype(np.float32)[_index(x, 255)]
 
 
-_FUNCTIONS = {name: globals()[f"_{name}"] for name in DISTORTIONS}  # "jpeg" -> _jpeg
+_FUNCTIONS = {
+    "gaussian_blur": _gaussian_blur,
+    "lens_blur": _lens_blur,
+    "motion_blur": _motion_blur,
+    "color_diffusion": _color_diffusion,
+    "color_shift": _color_shift,
+    "color_quantization": _color_quantization,
+    "color_saturation_1": _color_saturation_1,
+    "color_saturation_2": _color_saturation_2,
+    "jpeg2000": _jpeg2000,
+    "jpeg": _jpeg,
+    "white_noise": _white_noise,
+    "white_noise_color_component": _white_noise_color_component,
+    "impulse_noise": _impulse_noise,
+    "multiplicative_noise": _multiplicative_noise,
+    "denoise": _denoise,
+    "brighten": _brighten,
+    "darken": _darken,
+    "mean_shift": _mean_shift,
+    "jitter": _jitter,
+    "non_eccentricity_patch": _non_eccentricity_patch,
+    "pixelate": _pixelate,
+    "quantization": _quantization,
+    "color_block": _color_block,
+    "high_sharpen": _high_sharpen,
+    "contrast_change": _contrast_change,
+}
 
 
 def distort(image: Image.Image, name: str, level: int, seed: int = 0) -> Image.Image:
-    """Return the RGB picture, same size, with KADID-10k distortion `name` at `level` 1..5.
+    """Return an RGB picture of the same size with one of KADID-10k's distortions.
 
-    The same seed gives the same pixels. Raises ValueError for an unknown name or level and for other modes.
+    Args:
+        image: RGB.
+        name: one of `DISTORTIONS`.
+        level: 1..5.
+        seed: the same one gives the same pixels.
+
+    Raises:
+        ValueError: the name or level is unknown, or the image is not RGB.
 
     >>> grey = Image.new("RGB", (4, 2), (100, 100, 100))
     >>> distort(grey, "mean_shift", 1).getpixel((0, 0))
@@ -360,6 +396,15 @@ def distort(image: Image.Image, name: str, level: int, seed: int = 0) -> Image.I
         raise ValueError(f"level {level!r} of {name}: use a whole number from 1 to 5")
     x = _from_picture(image)
     return _to_picture(_FUNCTIONS[name](x, LEVELS[name][int(level) - 1], np.random.default_rng(seed)))
+
+
+def true_strength(name: str, level: int) -> int:
+    """Return how strong a distortion of a level looks, 1..5; 0 for the level of mean shift that changes nothing.
+
+    >>> true_strength("jpeg", 4), true_strength("mean_shift", 5)
+    (4, 3)
+    """
+    return STRENGTH.get(name, (1, 2, 3, 4, 5))[level - 1]
 
 
 def contact_sheet(image: Image.Image) -> Image.Image:

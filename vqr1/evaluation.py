@@ -1,9 +1,6 @@
-"""Evaluate a policy: score the rows of rated sets, and put agreement with MOS, intervals and oracles into
-one table.
-"""
+"""Evaluate a policy: score the rows of rated sets, and put agreement, intervals and oracles into a table."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +13,14 @@ from tqdm import tqdm
 from vqr1.data.manifests import UNRATED, RenderedPictures, dominance_pairs, load_ratings
 from vqr1.data.observers import oracle_scores
 from vqr1.data.public_sets import PER_CONTENT
-from vqr1.distortions import FAMILIES
-from vqr1.experiments.pretraining import true_strength
-from vqr1.metrics import content_agreement, frame_srcc, frame_within_level_srcc, paired_difference, summarize
+from vqr1.distortions import FAMILIES, true_strength
+from vqr1.metrics import content_agreement, difference, srcc, srcc_by, summarize
 from vqr1.prompts import format_ok, named_distortions, named_severity
 from vqr1.scoring import Score, Scorer
 
-SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
+EVALUATION_SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
+STATISTICS = (("srcc", srcc, ["mos"]), ("srcc_within_level", srcc_by, ["mos", "level"]))
+"""What differences are taken of: name, statistic, and its columns after the scores."""
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
@@ -37,13 +35,18 @@ class Rows(NamedTuple):
 
 
 def evaluation_rows(
-    names=SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None
+    names=EVALUATION_SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None
 ) -> dict[str, Rows]:
     """Return each set's rows of a split, with their pictures.
 
-    split: "all" for every row. limit: at most so many rows of each set, a fixed sample, of whole contents
-    where a set is rated per content. root: as for `load_ratings`. Raises ValueError for a set without such
-    rows.
+    Args:
+        names: sets, or paths of manifests.
+        split: "train", "val", "test", or "all" for every row.
+        limit: at most so many rows of each set, a fixed sample; whole contents where ratings are per content.
+        root: folder of the public sets, as for `load_ratings`.
+
+    Raises:
+        ValueError: a set has no rows of this split.
     """
     found = {}
     for name in names:
@@ -55,31 +58,27 @@ def evaluation_rows(
             )
         rows = _sample(rows, limit) if limit and limit < len(rows) else rows
         rows = rows.reset_index(drop=True)
-        found[str(name)] = Rows(rows, _pictures(rows))
+        found[str(name)] = Rows(rows, _images_of(rows))
     return found
 
 
 def _sample(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """Return a fixed sample in order; of sets rated per content the first whole contents, in a fixed order,
-    that fit.
-    """
-    if not rows["dataset"].isin(PER_CONTENT).all():
+    """Return a fixed sample, in order; where ratings are per content, the first whole contents that fit."""
+    if protocol(rows) != "per content":
         return rows.sample(limit, random_state=0).sort_index()
     mixed = rows.sample(frac=1, random_state=0)["reference"].drop_duplicates()
     upto = rows["reference"].value_counts()[mixed].cumsum()
     return rows[rows["reference"].isin([*mixed.iloc[:1], *upto.index[upto <= limit]])]
 
 
-def _pictures(rows: pd.DataFrame) -> list:
-    """Return the rows' pictures; where every one is as it is on disk, their paths: a public set would not
-    fit into memory.
-    """
+def _images_of(rows: pd.DataFrame) -> Sequence[Image.Image | Path]:
+    """Return the rows' pictures; paths where nothing is rendered: a public set would not fit into memory."""
     if rows["seed"].isna().all() and (rows["crop"] == "").all():
         return [Path(rows.attrs["root"]) / image for image in rows["image"]]
     return RenderedPictures(rows)
 
 
-def score_rows(scorer: Scorer, rows: Rows, label: str = "scoring") -> pd.DataFrame:
+def score_frame(scorer: Scorer, rows: Rows, label: str = "scoring") -> pd.DataFrame:
     """Return the rows with the columns score, score_std, reasoning, answer, well_formed and error added.
 
     A progress bar with the label goes to stderr meanwhile.
@@ -105,56 +104,93 @@ def unread(table: pd.DataFrame) -> list[str]:
 
 
 def _well_formed(score: Score, thinking: bool) -> bool:
-    """Tell whether the answer has the format; that of an expected score is kept up to the number, which has
-    a `mass`.
+    """Tell whether the answer has the format.
+
+    An expected score (it has a `mass`) keeps its answer up to the number, so the number is put in.
     """
     if not score.answers or math.isnan(score.mass):
         return bool(score.answers) and format_ok(score.answers[0], thinking)
     return not score.error and format_ok(f"{score.answers[0]}{score.score:.2f}</answer>", thinking)
 
 
-def agreement(table: pd.DataFrame) -> dict[str, float]:
-    """Return one result row of scored rows: `summarize`, or for unrated sets the share of dominance pairs
-    ordered right.
+def protocol(frame: pd.DataFrame) -> str:
+    """Return how scores of these rows are judged, by their data sets.
 
-    Ties count half. A pair with an unparseable answer counts as wrong. Of sets rated per content, srcc and
-    plcc are means over contents, their pooled values have columns of their own, and there is no fit. A set
-    with subsets has the SRCC within each of them, srcc_SUBSET.
+    "pooled": by correlation with MOS over all rows. "per content": within each content, which has a scale of
+    its own. "dominance": nobody rated them, and some pairs have a known order.
+
+    >>> protocol(pd.DataFrame({"dataset": ["sim-mixed"]})), protocol(pd.DataFrame({"dataset": ["bid"]}))
+    ('dominance', 'pooled')
     """
-    if table["dataset"].isin(UNRATED).all():
-        pairs = dominance_pairs(table)
-        score = table["score"].to_numpy()
-        better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
-        right = (better > worse) + 0.5 * (better == worse)
-        return {
-            "rows": len(table),
-            "unparseable": int(table["score"].isna().sum()),
-            "photographs": table["reference"].nunique(),
-            "dominance": _mean(right),
-        }
-    if table["dataset"].isin(PER_CONTENT).all():
-        return summarize(table) | content_agreement(table) | {"plcc_fit": math.nan}
+    names = set(frame["dataset"])
+    if names <= set(UNRATED):
+        return "dominance"
+    return "per content" if names <= set(PER_CONTENT) else "pooled"
+
+
+def agreement(table: pd.DataFrame) -> dict[str, float]:
+    """Return one result row of scored rows, as their `protocol` wants it.
+
+    Args:
+        table: from `score_frame`.
+
+    Returns:
+        pooled: `summarize`; a set with subsets has the SRCC within each of them too, srcc_SUBSET.
+        per content: srcc and plcc are means over contents, their pooled values have columns of their own,
+        and there is no fit.
+        dominance: the share of pairs in the right order. Ties count half, a pair with an unparseable answer
+        is wrong.
+    """
+    return _AGREEMENT[protocol(table)](table)
+
+
+def _pooled(table: pd.DataFrame) -> dict[str, float]:
     subsets = table.groupby("subset") if "subset" in table else ()
-    return summarize(table) | {f"srcc_{name}": frame_srcc(part) for name, part in subsets}
+    return summarize(table) | {f"srcc_{name}": srcc(part["score"], part["mos"]) for name, part in subsets}
+
+
+def _per_content(table: pd.DataFrame) -> dict[str, float]:
+    return summarize(table) | content_agreement(table) | {"plcc_fit": math.nan}
+
+
+def _dominance(table: pd.DataFrame) -> dict[str, float]:
+    pairs = dominance_pairs(table)
+    score = table["score"].to_numpy()
+    better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
+    right = (better > worse) + 0.5 * (better == worse)
+    return {
+        "rows": len(table),
+        "unparseable": int(table["score"].isna().sum()),
+        "photographs": table["reference"].nunique(),
+        "dominance": _mean(right),
+    }
+
+
+_AGREEMENT = {"pooled": _pooled, "per content": _per_content, "dominance": _dominance}
 
 
 def oracles(frame: pd.DataFrame) -> dict[str, dict]:
-    """Return the result rows of the oracle that knows the level alone and of the one that knows type and
-    level.
-    """
+    """Return the result rows of two oracles: one knows type and level, the other the level alone."""
     names = "oracle: type and level", "oracle: level"
     return {name: summarize(frame.assign(score=score)) for name, score in zip(names, oracle_scores(frame))}
 
 
 def naming(table: pd.DataFrame) -> dict[str, float]:
-    """Return how often the reasoning names the right family, the exact distortion, and the right strength;
-    and how many texts there are.
+    """Return how often the reasoning names what was done to the picture.
 
     Over rows where it is easy to see: levels 3-5, and 1 and 5 for mean shift and contrast change, whose
     level 3 is (nearly) the original. Rows without a single known distortion are left out.
+
+    Args:
+        table: columns distortion, level and reasoning.
+
+    Returns:
+        named_rows, how many these are; family, exact and severity, the shares that are right; texts, how
+        many different ones there are.
     """
     rows = table[table["distortion"].isin(FAMILY)]
-    signed, level = rows["distortion"].isin(["mean_shift", "contrast_change"]), rows["level"].astype(int)
+    signed = rows["distortion"].isin(["mean_shift", "contrast_change"])
+    level = rows["level"].astype(int)
     rows = rows[np.where(signed, level.isin([1, 5]), level >= 3)]
     named = [(named_distortions(text) or [""])[0] for text in rows["reasoning"]]
     family = [FAMILY.get(name) == FAMILY[truth] for name, truth in zip(named, rows["distortion"])]
@@ -177,22 +213,47 @@ def _mean(values) -> float:
 
 
 def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
-    """Return the paired gains in SRCC and within-level SRCC, each with its 95% interval over photographs."""
+    """Return the paired gains in SRCC and within-level SRCC, each with its 95% interval over photographs.
+
+    Args:
+        after: scored rows.
+        before: the same rows in the same order, scored by another policy.
+
+    Raises:
+        ValueError: they are not the same rows.
+    """
+    same = ["reference", "mos", "level"]
+    both = after[same].reset_index(drop=True)
+    if not both.equals(before[same].reset_index(drop=True)):
+        alone = sorted(map(str, set(after["reference"]) ^ set(before["reference"])))[:5]
+        where = f"; in one of them only: {', '.join(alone)}" if alone else ""
+        raise ValueError(
+            f"a gain needs the same rows in the same order; these are {len(after)} and {len(before)} others{where}"
+        )
+    both = both.assign(after=after["score"].to_numpy(), before=before["score"].to_numpy())
     row = {}
-    for name, statistic in (("srcc", frame_srcc), ("srcc_within_level", frame_within_level_srcc)):
-        columns = ["score", "mos", "reference", "level"]
-        value, low, high = paired_difference(after[columns], before[columns], statistic)
-        row |= {f"{name}_gain": value, f"{name}_gain_lo": low, f"{name}_gain_hi": high}
+    for name, statistic, columns in STATISTICS:
+        found = difference(both, ["after"], ["before"], statistic, columns)
+        gained, low, high = (found[key] for key in ("difference", "lo", "hi"))
+        row |= {f"{name}_gain": gained, f"{name}_gain_lo": low, f"{name}_gain_hi": high}
     return row
 
 
 def evaluate(
     policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), seed: int = 0
 ) -> tuple[pd.DataFrame, dict]:
-    """Return (result rows, scored tables): every set by every estimate, thinking and not.
+    """Score every set by every estimate, thinking and not.
 
-    policy: what `Scorer` takes; sets: from `evaluation_rows`. Tables are keyed by (set, estimate,
-    thinking). An average over the rated sets follows for each estimate and mode.
+    Args:
+        policy: what `Scorer` takes.
+        sets: from `evaluation_rows`.
+        estimates: of the Scorer.
+        modes: thinking (True), not thinking (False).
+        seed: of sampled answers.
+
+    Returns:
+        (result rows, scored tables). An average over the rated sets follows for each estimate and mode;
+        tables are keyed by (set, estimate, thinking).
     """
     rows, tables = [], {}
     pair = policy if isinstance(policy, tuple) else None
@@ -201,7 +262,7 @@ def evaluate(
             scorer = Scorer(pair or policy, thinking, estimate, seed=seed)
             pair = scorer.model, scorer.processor
             for name, own in sets.items():
-                table = score_rows(
+                table = score_frame(
                     scorer, own, f"{name}, {estimate}, {'thinking' if thinking else 'non-thinking'}"
                 )
                 tables[name, estimate, thinking] = table
@@ -209,41 +270,15 @@ def evaluate(
     result = pd.DataFrame(rows)
     rated = result[result["srcc"].notna()] if "srcc" in result else result.iloc[:0]
     if rated["set"].nunique() > 1:
-        means = (
-            rated.groupby(["estimate", "thinking"], sort=False)[
-                ["srcc", "srcc_within_level", "plcc", "plcc_fit"]
-            ]
-            .mean()
-            .reset_index()
-        )
+        averaged = ["srcc", "srcc_within_level", "plcc", "plcc_fit"]
+        means = rated.groupby(["estimate", "thinking"], sort=False)[averaged].mean().reset_index()
         result = pd.concat([result, means.assign(set="average")], ignore_index=True)
     return result, tables
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table in Markdown; numbers with three decimals, empty cells for NaN."""
-
-    def cell(value) -> str:
-        if isinstance(value, (float, np.floating)):
-            return (
-                ""
-                if np.isnan(value)
-                else f"{value:.3f}"
-                if value != int(value) or abs(value) < 10
-                else f"{value:.0f}"
-            )
-        return re.sub(r"[|\n]", " ", str(value))
-
-    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join(
-        lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)]
-    )
 
 
 def save_scores(tables: dict, folder: Path) -> None:
     """Write every scored table as CSV: SET.ESTIMATE.thinking.csv or SET.ESTIMATE.plain.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for (name, estimate, thinking), table in tables.items():
-        table.to_csv(
-            folder / f"{Path(name).stem}.{estimate}.{'thinking' if thinking else 'plain'}.csv", index=False
-        )
+        mode = "thinking" if thinking else "plain"
+        table.to_csv(folder / f"{Path(name).stem}.{estimate}.{mode}.csv", index=False)

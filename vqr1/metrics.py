@@ -6,7 +6,7 @@ NaN, without a warning. Scores and MOS have the same direction: higher is better
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,8 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from scipy.stats import t as student_t
 
-Statistic = Callable[[Mapping], float]
-"""A number from columns: called with {column name: array}, or with the frame itself."""
+Statistic = Callable[..., float]
+"""A number from columns, called with one array for each: `srcc`, `plcc`, `srcc_by`, numpy.mean."""
 
 
 def srcc(pred, mos) -> float:
@@ -89,30 +89,36 @@ def logistic_fit(pred, mos) -> np.ndarray:
     return _logistic(x, *found.x) if found.success else np.full(len(pred), np.nan)
 
 
-def within_level_srcc(pred, mos, level) -> float:
-    """Return the mean over levels of the SRCC across the rows of one level.
+def srcc_by(pred, mos, group) -> float:
+    """Return the mean over groups of the SRCC across the rows of one group.
 
-    It asks how a mild colour shift compares with a mild blur: an oracle that knows the level alone scores
-    every row of a level alike, and gets NaN. Levels without a defined SRCC, and rows without a level, are
-    left out. All arguments are (N,); raises ValueError if the lengths differ.
+    By level it asks how a mild colour shift compares with a mild blur: an oracle that knows the level alone
+    scores every row of a level alike, and gets NaN. By content it is the SRCC to report where each content
+    has a scale of its own, by data set that of several sets.
 
-    >>> within_level_srcc([1, 2, 3, 3, 2, 1], [1, 2, 3, 4, 5, 6], [1, 1, 1, 2, 2, 2])
+    Args:
+        pred: (N,) scores.
+        mos: (N,) mean opinion scores.
+        group: (N,) levels, contents or sets; rows without one are left out.
+
+    Returns:
+        -1..1, the mean over the groups whose SRCC is defined; NaN if there is none.
+
+    Raises:
+        ValueError: the lengths differ.
+
+    >>> srcc_by([1, 2, 3, 3, 2, 1], [1, 2, 3, 4, 5, 6], [1, 1, 1, 2, 2, 2])
     0.0
-    """
-    return _mean_srcc_by(pred, mos, level)
-
-
-def per_content_srcc(pred, mos, content) -> float:
-    """Return the mean over contents of the SRCC across the versions of one picture.
-
-    It is the SRCC to report where each content has a scale of its own (SRIQA-Bench). Contents without a
-    defined SRCC are left out. All arguments are (N,); raises ValueError if the lengths differ.
-
     >>> mos = [0, 50, 100, 0, 50, 100]
-    >>> per_content_srcc([1, 2, 3, 4, 5, 6], mos, list("aaabbb")), round(srcc([1, 2, 3, 4, 5, 6], mos), 3)
+    >>> srcc_by([1, 2, 3, 4, 5, 6], mos, list("aaabbb")), round(srcc([1, 2, 3, 4, 5, 6], mos), 3)
     (1.0, 0.478)
     """
-    return _mean_srcc_by(pred, mos, content)
+    pred, mos, group = _finite_pairs(pred, mos, group)
+    codes, names = pd.factorize(group)
+    rows = [codes == code for code in range(len(names))]
+    each = np.array([_pearson(rankdata(pred[own]), rankdata(mos[own])) for own in rows])
+    each = each[np.isfinite(each)]
+    return float(each.mean()) if len(each) else float("nan")
 
 
 def _finite_pairs(pred, mos, *others):
@@ -141,160 +147,116 @@ def _logistic(x, b1, b2, b3, b4):
     return b2 + (b1 - b2) * expit((x - b3) / max(abs(b4), 1e-9))
 
 
-def _mean_srcc_by(pred, mos, group) -> float:
-    pred, mos, group = _finite_pairs(pred, mos, group)
-    codes, names = pd.factorize(group)
-    rows = [codes == code for code in range(len(names))]
-    each = np.array([_pearson(rankdata(pred[own]), rankdata(mos[own])) for own in rows])
-    each = each[np.isfinite(each)]
-    return float(each.mean()) if len(each) else float("nan")
-
-
-def frame_srcc(frame: Mapping) -> float:
-    """Return the SRCC of the columns ``score`` and ``mos``: a statistic for ``bootstrap``.
-
-    >>> frame_srcc(pd.DataFrame({"score": [1, 2, 3], "mos": [2, 3, 9]}))
-    1.0
-    """
-    return srcc(frame["score"], frame["mos"])
-
-
-def frame_plcc(frame: Mapping) -> float:
-    """Return the raw PLCC of the columns ``score`` and ``mos``: a statistic for ``bootstrap``.
-
-    >>> frame_plcc(pd.DataFrame({"score": [1, 2, 3], "mos": [2, 4, 6]}))
-    1.0
-    """
-    return plcc(frame["score"], frame["mos"])
-
-
-def frame_within_level_srcc(frame: Mapping) -> float:
-    """Return the within-level SRCC of the columns ``score``, ``mos`` and ``level``: a statistic for
-    ``bootstrap``.
-
-    >>> frame_within_level_srcc(pd.DataFrame({"score": [1, 2, 9, 8], "mos": [2, 3, 1, 0], "level": [1, 1, 2, 2]}))
-    1.0
-    """
-    return within_level_srcc(frame["score"], frame["mos"], frame["level"])
-
-
-def over_sets(frame: Mapping) -> float:
-    """Return the mean over data sets (column ``set``) of the SRCC of ``score`` and ``mos``: a statistic for
-    several sets with scales of their own.
-
-    >>> over_sets(pd.DataFrame({"set": list("aabb"), "score": [1, 2, 3, 4], "mos": [1, 5, 900, 1400]}))
-    1.0
-    """
-    return per_content_srcc(frame["score"], frame["mos"], frame["set"])
-
-
 def bootstrap(
-    frame: pd.DataFrame, statistic: Statistic, by: str = "reference", n: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95% percentile interval of a statistic, resampling whole photographs with replacement.
-
-    ``statistic`` is called with {column name: array} for each of the ``n`` resamples, e.g. ``frame_srcc``.
-    The rows of one photograph are alike, so that resampling single rows would give an interval that is too
-    narrow. A row whose ``by`` is missing is its own photograph. Fewer than two photographs: (nan, nan).
-    Raises ValueError if the column is not there. Source: Efron & Tibshirani (1993), percentile interval.
-
-    >>> mos = [n // 2 * 2 + n % 2 * 9 for n in range(40)]
-    >>> frame = pd.DataFrame({"reference": range(40), "score": range(40), "mos": mos})
-    >>> low, high = bootstrap(frame, frame_srcc)
-    >>> low < frame_srcc(frame) < high
-    True
-    """
-    return _interval(_resampled(frame, statistic, by, n, seed))
-
-
-def paired_difference(
-    frame_a: pd.DataFrame,
-    frame_b: pd.DataFrame,
+    frame: pd.DataFrame,
     statistic: Statistic,
+    columns: Sequence[str] = ("score", "mos"),
     by: str = "reference",
     n: int = 1000,
     seed: int = 0,
-) -> tuple[float, float, float]:
-    """Return statistic(frame_a) - statistic(frame_b), and its 95% interval by bootstrap over shared
-    photographs.
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of a statistic, resampling whole photographs with replacement.
 
-    Every resample takes the same photographs from both frames, so that what makes a photograph hard for
-    both cancels: ``paired_difference(after, before, frame_srcc)`` is the gain. Returns (difference, low,
-    high). Raises ValueError if the frames do not hold the same photographs or a photograph has no name.
+    The rows of one photograph are alike, so that resampling single rows would give an interval that is too
+    narrow. Source: Efron & Tibshirani (1993), percentile interval.
 
-    >>> before = pd.DataFrame({"reference": list("aabbcc"), "score": [1, 2, 2, 1, 1, 2], "mos": [1, 2, 3, 4, 5, 6]})
-    >>> paired_difference(before.assign(score=before["mos"]), before, frame_srcc)[0] > 0
+    Args:
+        frame: one row per picture.
+        statistic: called with the arrays of `columns` for each resample.
+        columns: what the statistic takes, in its order.
+        by: column that names the photograph; a row without a name is its own photograph.
+        n: resamples.
+        seed: of the resamples; one seed draws the same photographs for every statistic.
+
+    Returns:
+        (low, high), over the resamples where the statistic is defined; NaN for fewer than two photographs.
+
+    Raises:
+        ValueError: a column is missing.
+
+    >>> mos = [n // 2 * 2 + n % 2 * 9 for n in range(40)]
+    >>> frame = pd.DataFrame({"reference": range(40), "score": range(40), "mos": mos})
+    >>> low, high = bootstrap(frame, srcc)
+    >>> low < srcc(frame["score"], frame["mos"]) < high
     True
-    >>> paired_difference(before, before, frame_srcc)
-    (0.0, 0.0, 0.0)
     """
-    different = _photographs(frame_a, by) ^ _photographs(frame_b, by)
-    if different:
-        raise ValueError(f"photographs in one frame only: {sorted(map(str, different))[:5]}")
-    difference = statistic(frame_a) - statistic(frame_b)
-    pairs = zip(_resampled(frame_a, statistic, by, n, seed), _resampled(frame_b, statistic, by, n, seed))
-    return difference, *_interval([a - b for a, b in pairs])
+    return _interval(_resampled(frame, statistic, columns, by, n, seed))
 
 
-def seed_difference(
+def difference(
     frame: pd.DataFrame,
-    a: list[str],
-    b: list[str],
-    statistic: Statistic,
+    runs: Sequence[str],
+    baseline: Sequence[str],
+    statistic: Statistic = srcc,
+    columns: Sequence[str] = ("mos",),
     by: str = "reference",
     n: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return how far the mean of a statistic over runs a is above that over runs b, with a 95% interval
-    over photographs and seeds.
+    """Return how far the mean of a statistic over runs is above that over a baseline's, with a 95% interval.
 
-    The interval has two parts: [l, h], of `paired_difference`, is that of the mean difference d of these k
-    pairs of runs over other photographs; t s / sqrt(k) is what other seeds would change, with s the
-    standard deviation (ddof 1) of the k differences and t the 97.5% quantile of Student's t with k - 1
-    degrees of freedom (4.30 for three seeds). Squares add up:
+    All are over the same photographs, so that what makes a photograph hard for both cancels. The interval
+    has two parts: [l, h] is that of the mean difference d of these k pairs of runs over other photographs,
+    by bootstrap; t s / sqrt(k) is what other seeds would change, with s the standard deviation (ddof 1) of
+    the k differences and t the 97.5% quantile of Student's t with k - 1 degrees of freedom (4.30 for three
+    seeds). Squares add up:
 
         lo = d - sqrt((d - l)^2 + (t s)^2 / k),  hi = d + sqrt((h - d)^2 + (t s)^2 / k)
 
     In simulations of 24 photographs it covers the truth in 94 to 98% where seeds dominate, weigh as much,
     or less than photographs, for k = 3 and 5; in 92% where seeds change nothing, as the bootstrap by
     itself. A bootstrap over so few seeds covers it in 73 to 92%. One pair of runs says nothing of other
-    seeds: the interval is then that of photographs alone.
+    seeds: the interval is then that of photographs alone. Source: Zou & Donner (2008), variance estimates
+    recovery, for the sum of the two parts.
 
-    frame: one row per picture, with the columns mos, ``by``, those that the statistic needs, and one of
-    scores per run. a, b: k columns each, one per seed, paired in this order; a column may come again. n:
-    resamples. Returns the keys mean, mean_than, difference, lo and hi; NaN where a run has no value, the
-    interval too. Raises ValueError if a column is missing, or a and b differ in length. Source: Zou &
-    Donner (2008), variance estimates recovery, for the sum of the two parts.
+    Args:
+        frame: one row per picture, with a column of scores per run.
+        runs: k columns of scores, one per seed; a column may come again.
+        baseline: k columns, paired with `runs` in this order.
+        statistic: called with the scores of a run and the arrays of `columns`.
+        columns: what the statistic takes after the scores.
+        by: column that names the photograph.
+        n: resamples.
+        seed: of the resamples.
 
-    >>> frame = pd.DataFrame({"reference": list("aabbcc"), "mos": [1, 2, 3, 4, 5, 6], "x/0": [1, 2, 3, 4, 5, 6], "y/0": [2, 1, 4, 3, 6, 5]})
-    >>> found = seed_difference(frame, ["x/0"], ["y/0"], frame_srcc, n=100)
+    Returns:
+        mean, mean_baseline, difference, lo and hi; NaN, the interval too, where a run has no value.
+
+    Raises:
+        ValueError: a column is missing, or there are not as many runs on both sides.
+
+    >>> frame = pd.DataFrame({"reference": list("aabbcc"), "mos": [1, 2, 3, 4, 5, 6]})
+    >>> frame["x/0"], frame["y/0"] = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5]
+    >>> found = difference(frame, ["x/0"], ["y/0"], n=100)
     >>> round(found["mean"], 3), round(found["difference"], 3), found["lo"] > 0
     (1.0, 0.171, True)
     """
-    _require(frame, [*a, *b, by, "mos"])
-    if len(a) != len(b):
+    if len(runs) != len(baseline):
         raise ValueError(
-            f"{len(a)} runs cannot be paired with {len(b)}: give one column per seed on both sides"
+            f"{len(runs)} runs cannot be paired with {len(baseline)}: give one column per seed on both sides"
         )
-    runs = list(dict.fromkeys([*a, *b]))
-    one, two = ([runs.index(name) for name in side] for side in (a, b))
+    names = list(dict.fromkeys([*runs, *baseline]))
+    one, two = ([names.index(name) for name in side] for side in (runs, baseline))
 
-    def values(columns: Mapping) -> np.ndarray:
-        return np.array([statistic({**columns, "score": columns[name]}) for name in runs])  # (runs,)
+    def values(*arrays) -> np.ndarray:
+        scores, others = arrays[: len(names)], arrays[len(names) :]
+        return np.array([statistic(own, *others) for own in scores])  # (runs,)
 
-    found = values({name: frame[name].to_numpy() for name in frame})
-    drawn = np.reshape(
-        _resampled(frame, values, by, n, seed), (-1, len(runs))
-    )  # (n, runs): the same photographs for all
-    mean, mean_than = float(found[one].mean()), float(found[two].mean())
-    difference = mean - mean_than
+    _require(frame, [*names, *columns])
+    found = values(*(frame[name].to_numpy() for name in (*names, *columns)))
+    drawn = _resampled(frame, values, (*names, *columns), by, n, seed)  # the same photographs for all
+    drawn = np.reshape(drawn, (-1, len(names)))  # (n, runs)
+    mean, mean_baseline = float(found[one].mean()), float(found[two].mean())
+    gap = mean - mean_baseline
     low, high = _interval((drawn[:, one] - drawn[:, two]).mean(axis=1))
     seeds = _seed_error(found[one] - found[two])
-    low, high = (
-        difference - math.hypot(difference - low, seeds),
-        difference + math.hypot(high - difference, seeds),
-    )
-    return {"mean": mean, "mean_than": mean_than, "difference": difference, "lo": low, "hi": high}
+    return {
+        "mean": mean,
+        "mean_baseline": mean_baseline,
+        "difference": gap,
+        "lo": gap - math.hypot(gap - low, seeds),
+        "hi": gap + math.hypot(high - gap, seeds),
+    }
 
 
 def _seed_error(gaps: np.ndarray) -> float:
@@ -306,12 +268,21 @@ def _seed_error(gaps: np.ndarray) -> float:
 
 
 def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Return the mean over contents of SRCC and PLCC, with 95% bootstrap intervals over contents, and both
-    pooled.
+    """Return the mean over contents of SRCC and PLCC, their 95% intervals over contents, and both pooled.
 
-    For sets whose ratings are scaled within each content (column reference). Contents where a correlation
-    is not defined are left out of its mean. Columns needed: score, mos, reference; raises ValueError if one
-    is missing.
+    For sets whose ratings are scaled within each content. Contents where a correlation is not defined are
+    left out of its mean.
+
+    Args:
+        frame: columns score, mos and reference, which names the content.
+        n: resamples.
+        seed: of the resamples.
+
+    Returns:
+        srcc, srcc_lo, srcc_hi, srcc_pooled, and the same of plcc.
+
+    Raises:
+        ValueError: a column is missing.
 
     >>> mos, scores = [0, 50, 100, 0, 50, 100], [1, 2, 3, 4, 6, 5]
     >>> row = content_agreement(pd.DataFrame({"score": scores, "mos": mos, "reference": list("aaabbb")}))
@@ -319,18 +290,17 @@ def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict
     (0.75, 0.359)
     """
     _require(frame, ["score", "mos", "reference"])
-    contents = [group for _, group in frame.groupby("reference")]
+    contents = [(group["score"], group["mos"]) for _, group in frame.groupby("reference")]
     row = {}
-    for name, statistic in (("srcc", frame_srcc), ("plcc", frame_plcc)):
-        each = pd.DataFrame(
-            {"reference": range(len(contents)), "value": [statistic(group) for group in contents]}
-        ).dropna()
-        low, high = bootstrap(each, lambda columns: float(np.mean(columns["value"])), n=n, seed=seed)
+    for name, statistic in (("srcc", srcc), ("plcc", plcc)):
+        each = pd.DataFrame({"value": [statistic(*content) for content in contents]}).dropna()
+        each["reference"] = range(len(each))
+        low, high = bootstrap(each, np.mean, ["value"], n=n, seed=seed)
         row |= {
             name: float(each["value"].mean()),
             f"{name}_lo": low,
             f"{name}_hi": high,
-            f"{name}_pooled": statistic(frame),
+            f"{name}_pooled": statistic(frame["score"], frame["mos"]),
         }
     return row
 
@@ -345,24 +315,18 @@ def _clusters(frame: pd.DataFrame, by: str) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []
 
 
-def _photographs(frame: pd.DataFrame, by: str) -> set:
-    _require(frame, [by])
-    if frame[by].isna().any():
-        raise ValueError(f"{int(frame[by].isna().sum())} rows have no {by!r}: they cannot be paired")
-    return set(frame[by])
-
-
-def _resampled(frame: pd.DataFrame, statistic: Callable, by: str, n: int, seed: int) -> list:
-    """The statistic of n resamples; [] for fewer than two photographs. One seed draws the same photographs."""
+def _resampled(
+    frame: pd.DataFrame, statistic: Callable, columns: Sequence[str], by: str, n: int, seed: int
+) -> list:
+    """The statistic of n resamples; [] for fewer than two photographs."""
+    _require(frame, columns)
     clusters = _clusters(frame, by)
     if len(clusters) < 2:
         return []
-    columns = {
-        name: frame[name].to_numpy() for name in frame
-    }  # arrays are five times as fast to index as a frame
+    arrays = [frame[name].to_numpy() for name in columns]  # five times as fast to index as a frame
     draws = np.random.default_rng(seed).integers(len(clusters), size=(n, len(clusters)))
     resamples = (np.concatenate([clusters[cluster] for cluster in draw]) for draw in draws)
-    return [statistic({name: values[rows] for name, values in columns.items()}) for rows in resamples]
+    return [statistic(*(values[rows] for values in arrays)) for rows in resamples]
 
 
 def _interval(values: list[float]) -> tuple[float, float]:
@@ -373,7 +337,7 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _require(frame: pd.DataFrame, columns: list[str]) -> None:
+def _require(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"columns {missing} are missing; there are {list(frame.columns)}")
@@ -382,10 +346,18 @@ def _require(frame: pd.DataFrame, columns: list[str]) -> None:
 def summarize(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, float]:
     """Return one result row for a table of scores, under the names of the study columns.
 
-    Columns needed: score, mos, reference, level (level may be empty: the within-level SRCC is then NaN);
-    one row is one picture. ``rows`` counts all rows, ``unparseable`` those whose score is not a finite
-    number; the correlations are over the others. ``srcc_lo`` and ``srcc_hi`` are the 95% bootstrap interval
-    over photographs, from ``n`` resamples. Raises ValueError if a column is missing.
+    Args:
+        frame: one row per picture, with the columns score, mos, reference and level; level may be empty.
+        n: resamples of photographs.
+        seed: of the resamples.
+
+    Returns:
+        photographs; rows, all of them; unparseable, those whose score is not a finite number. Over the
+        others: srcc with its 95% bootstrap interval over photographs, srcc_lo and srcc_hi;
+        srcc_within_level, NaN without levels; plcc and plcc_fit.
+
+    Raises:
+        ValueError: a column is missing.
 
     >>> frame = pd.DataFrame({"score": [1, 2, np.nan, 4], "mos": [1, 3, 2, 5], "reference": list("aabb")})
     >>> row = summarize(frame.assign(level=1))
@@ -393,16 +365,16 @@ def summarize(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, fl
     (1.0, 4, 2, 1)
     """
     _require(frame, ["score", "mos", "reference", "level"])
-    columns = frame[["score", "mos", "reference", "level"]].replace({"level": {"": None}})
-    low, high = bootstrap(columns, frame_srcc, n=n, seed=seed)
+    score, mos = frame["score"], frame["mos"]
+    low, high = bootstrap(frame, srcc, n=n, seed=seed)
     return {
-        "photographs": len(_clusters(columns, "reference")),
+        "photographs": len(_clusters(frame, "reference")),
         "rows": len(frame),
-        "unparseable": int((~np.isfinite(np.asarray(frame["score"], dtype=float))).sum()),
-        "srcc": frame_srcc(columns),
+        "unparseable": int((~np.isfinite(np.asarray(score, dtype=float))).sum()),
+        "srcc": srcc(score, mos),
         "srcc_lo": low,
         "srcc_hi": high,
-        "srcc_within_level": frame_within_level_srcc(columns),
-        "plcc": plcc(frame["score"], frame["mos"]),
-        "plcc_fit": plcc_fit(frame["score"], frame["mos"]),
+        "srcc_within_level": srcc_by(score, mos, frame["level"].replace({"": None})),
+        "plcc": plcc(score, mos),
+        "plcc_fit": plcc_fit(score, mos),
     }

@@ -14,6 +14,8 @@ from PIL import Image
 from scipy.stats import norm
 from transformers import TrainerCallback
 
+from vqr1.records import read_table
+
 
 def curve(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None, window: int = 1) -> None:
     """Draw a column of log.csv against the step, as a running mean over `window` logged values."""
@@ -107,7 +109,7 @@ class LivePlot(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:  # the summary at the end
             return
-        log = pd.read_csv(self.path, comment="#")
+        log = read_table(self.path)
         if not _in_jupyter():
             last = log[["step", "ranking", "val_srcc", "seconds"]].ffill().iloc[-1]
             print(

@@ -1,11 +1,7 @@
 """Reinforcement learning to rank: a configured `trl.GRPOTrainer`, validated by the Scorer, logged to a CSV."""
 
 import math
-import os
-import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +16,7 @@ from vqr1.data.manifests import load_ratings, one_set_batches, pictures_of, prom
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
+from vqr1.records import read_table, write_table
 from vqr1.rewards import (
     RankingReward,
     ThresholdReward,
@@ -168,10 +165,9 @@ class RunLog(TrainerCallback):
         self.images, self.start = pictures_of(frame), time.time()
         self.rows = []
         if resumed_at and path.is_file():
-            old = pd.read_csv(path, comment="#")
+            old = read_table(path)
             self.rows = old[old["step"] <= resumed_at].to_dict("records")
             self.start -= self.rows[-1]["seconds"] if self.rows else 0
-        self.header = machine_line(self.scorer.seed)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -216,11 +212,7 @@ class RunLog(TrainerCallback):
             self.rows[-1] |= row
         else:
             self.rows.append(row)
-        partial = self.path.with_suffix(".tmp")
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {self.header}\n")
-            pd.DataFrame(self.rows, columns=list(LOG)).to_csv(file, index=False, float_format="%.5g")
-        partial.replace(self.path)
+        write_table(self.path, pd.DataFrame(self.rows, columns=list(LOG)), self.scorer.seed, "%.5g")
 
 
 class Progress(ProgressCallback):
@@ -236,20 +228,6 @@ class Progress(ProgressCallback):
         if self.training_bar is not None and self.log.rows:
             table = pd.DataFrame(self.log.rows, columns=["reward", "val_srcc"]).ffill().iloc[-1].dropna()
             self.training_bar.set_postfix({key: f"{value:.3f}" for key, value in table.items()})
-
-
-def machine_line(seed: int | str) -> str:
-    """Return one line that says on what, with which versions, seed and commit a log was made."""
-    where = (
-        torch.cuda.get_device_name(0)
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    root = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    commit = git.stdout.strip() or "unknown"
-    return f"{where}; Python {platform.python_version()}, {versions}; seed {seed}; commit {commit}; {time.strftime('%Y-%m-%d')}"
 
 
 def freeze(model: torch.nn.Module, names: list[str]) -> None:

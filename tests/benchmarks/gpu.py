@@ -46,9 +46,10 @@ from vqr1.policy import (  # noqa: E402
     memory_by_part,
     qwen_config,
 )
+from vqr1.records import machine_line, write_table  # noqa: E402
 from vqr1.scoring import Scorer  # noqa: E402
 from vqr1.config import load_config
-from vqr1.training import build_trainer, machine_line  # noqa: E402
+from vqr1.training import build_trainer  # noqa: E402
 
 CAPS = (None, 40, 22, 14.5)
 """GiB; a T4 has about 14.6 for programs, an L4 22, the smaller A100 39."""
@@ -359,15 +360,13 @@ def main() -> int:
             "No GPU here: nothing below was measured. Memory in GiB, COMPUTED from the architectures (vqr1.policy.memory_by_part):\n"
         )
         print(parts.round(2).to_string(), "\n")
-    table, machine = pd.DataFrame(rows, columns=COLUMNS), machine_line(0)
+    table, about = pd.DataFrame(rows, columns=COLUMNS), f"bitsandbytes {bnb.__version__}"
     print(
-        f"{machine}, bitsandbytes {bnb.__version__}\n8 images of 512x384 x 6 completions x 256 tokens, 4-bit NF4, LoRA rank 16"
+        f"{about}; {machine_line(0)}\n8 images of 512x384 x 6 completions x 256 tokens, 4-bit NF4, LoRA rank 16"
     )
     print(table.dropna(axis=1, how="all").round(2).to_string(index=False))
     if args.csv:
-        with args.csv.open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {machine}, bitsandbytes {bnb.__version__}\n")
-            table.to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
+        write_table(args.csv, table, numbers="%.4g", about=about)
     return 0
 
 

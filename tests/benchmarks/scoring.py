@@ -32,11 +32,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from vqr1 import scoring  # noqa: E402
-from vqr1.evaluation import markdown  # noqa: E402
 from vqr1.policy import base_of, load_policy  # noqa: E402
 from vqr1.prompts import messages  # noqa: E402
+from vqr1.records import machine_line, markdown, write_table  # noqa: E402
 from vqr1.scoring import Score, Scorer  # noqa: E402
-from vqr1.training import machine_line  # noqa: E402
 
 BATCH, TOKENS = 16, 256
 MODES = {"non-thinking": False, "thinking": True}
@@ -334,10 +333,10 @@ def arguments(description: str) -> argparse.Namespace:
 
 def publish(rows: list[dict], title: str, path: Path | None) -> None:
     """Print the table with machine and versions, and write it."""
-    table, line = pd.DataFrame(rows), f"{title}; {torch.get_num_threads()} threads; {machine_line(0)}"
-    print(f"{line}\n\n{markdown(table)}")
+    table, about = pd.DataFrame(rows), f"{title}; {torch.get_num_threads()} threads"
+    print(f"{about}; {machine_line(0)}\n\n{markdown(table)}")
     if path:
-        path.write_text(f"# {line}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8")
+        write_table(path, table, about=about)
 
 
 def main() -> None:

@@ -15,18 +15,17 @@ from transformers.modeling_utils import load_state_dict
 
 from vqr1.data import observers
 from vqr1.data.manifests import EMBEDDED, HELD_OUT, TRAINED
+from vqr1.distortions import STRENGTH
 from vqr1.experiments import pretraining
+from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
 from vqr1.experiments.pretraining import (
     REGIONS,
     SCORES,
-    STRENGTH,
     Answers,
-    Pictures,
+    DistortionStream,
     answer,
     corpus,
-    dead_leaves,
     perception_batch,
-    pink_textures,
     pretrain,
     reasoning,
     where,
@@ -59,7 +58,9 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(pretraining, "distort", brighter)
     monkeypatch.setattr(pretraining, "pink_textures", lambda rng: None)
-    monkeypatch.setattr(Pictures, "clean", lambda self, rng, size: np.full((size, size, 3), 128, np.uint8))
+    monkeypatch.setattr(
+        DistortionStream, "clean", lambda self, rng, size: np.full((size, size, 3), 128, np.uint8)
+    )
     return calls
 
 
@@ -67,7 +68,7 @@ def quick(monkeypatch):
 
 
 def test_held_out_types_never_occur(quick):
-    rows = draw(Pictures(NO_PIXELS, 0, procedural=1.0), 250)
+    rows = draw(DistortionStream(NO_PIXELS, 0, procedural=1.0), 250)
     names = {name for name, *_ in quick}
     assert names == set(TRAINED) and not names & set(HELD_OUT)
     assert [row["name"] for row in rows] == [name for name, *_ in quick]
@@ -78,10 +79,12 @@ def test_held_out_types_never_occur(quick):
 def test_only_training_photographs_and_no_ratings_are_read(monkeypatch):
     opened, tables, open_, read_csv = set(), set(), Image.open, pd.read_csv
     monkeypatch.setattr(Image, "open", lambda path: opened.add(Path(path)) or open_(path))
-    monkeypatch.setattr(pd, "read_csv", lambda path: tables.add(Path(path).name) or read_csv(path))
+    monkeypatch.setattr(
+        pd, "read_csv", lambda path, **options: tables.add(Path(path).name) or read_csv(path, **options)
+    )
     monkeypatch.setattr(observers, "human_cells", lambda *_: pytest.fail("the table of human means was read"))
     pretraining._photographs.cache_clear()
-    draw(Pictures(NO_PIXELS, 0, procedural=0.2), 3)
+    draw(DistortionStream(NO_PIXELS, 0, procedural=0.2), 3)
     photos = read_csv(EMBEDDED / "photos.csv")
     assert tables == {"photos.csv"} and set(photos["split"]) == {"train", "val", "test"}
     assert opened == {EMBEDDED / name for name in photos.loc[photos["split"] == "train", "image"]}
@@ -97,7 +100,7 @@ def test_no_rating_is_imported():
 
 def test_the_same_seed_gives_the_same_stream(untrained):
     def stream(seed):
-        return draw(Pictures(untrained[1], seed), 3)
+        return draw(DistortionStream(untrained[1], seed), 3)
 
     one, two, other = stream(3), stream(3), stream(4)
     for a, b in zip(one, two):
@@ -113,12 +116,12 @@ def test_the_same_seed_gives_the_same_stream(untrained):
 def test_workers_see_different_pictures(quick, monkeypatch):
     for number in (0, 1):
         monkeypatch.setattr(pretraining, "get_worker_info", lambda: SimpleNamespace(id=number))
-        draw(Pictures(NO_PIXELS, 0, procedural=1.0), 5)
+        draw(DistortionStream(NO_PIXELS, 0, procedural=1.0), 5)
     assert not {seed for *_, seed in quick[:5]} & {seed for *_, seed in quick[5:]}
 
 
 def test_strength_follows_the_level_but_for_signed_changes_and_what_nobody_sees(quick, monkeypatch):
-    rows = draw(Pictures(NO_PIXELS, 1, procedural=1.0), 200)
+    rows = draw(DistortionStream(NO_PIXELS, 1, procedural=1.0), 200)
     strengths = {(row["name"], row["level"]): row["strength"] for row in rows}
     assert all(
         strength == STRENGTH.get(name, range(1, 6))[level - 1]
@@ -127,13 +130,15 @@ def test_strength_follows_the_level_but_for_signed_changes_and_what_nobody_sees(
     assert {name for name, _ in strengths} >= {"mean_shift", "contrast_change", "jpeg"}
     assert {row["place"] for row in rows if row["strength"]} == {"all over the picture"}
     monkeypatch.setattr(pretraining, "distort", lambda image, *_: Image.eval(image, lambda value: value + 1))
-    rows = draw(Pictures(NO_PIXELS, 1, procedural=1.0), 20)
+    rows = draw(DistortionStream(NO_PIXELS, 1, procedural=1.0), 20)
     assert {(row["strength"], row["place"]) for row in rows} == {(0, "")}
     assert {reasoning(row["name"], row["strength"], row["place"]) for row in rows} == {CLEAN}
 
 
 def test_pictures_have_whole_merged_patches_of_the_sizes_of_the_sets(quick):
-    sizes = [row["pixel_values"][0].shape[:2] for row in draw(Pictures(NO_PIXELS, 2, procedural=1.0), 100)]
+    sizes = [
+        row["pixel_values"][0].shape[:2] for row in draw(DistortionStream(NO_PIXELS, 2, procedural=1.0), 100)
+    ]
     assert all(height == width and height % 32 == 0 for height, width in sizes)
     assert sizes.count((192, 192)) > 60 and len(set(sizes)) > 2
 

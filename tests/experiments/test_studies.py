@@ -14,19 +14,19 @@ from vqr1.config import KEYS, check_config, load_config
 from vqr1.data.manifests import EMBEDDED
 from vqr1.experiments import studies
 from vqr1.experiments.studies import (
-    COLUMNS,
     POOL,
     ROW,
-    STUDIES,
-    Study,
-    Variant,
+    STUDY_COLUMNS,
     changed,
     compared,
     read_study,
     study,
     training_frame,
+    write_differences,
 )
-from vqr1.metrics import frame_srcc, paired_difference, seed_difference, srcc
+from vqr1.experiments.study_plans import STUDIES, Study, Variant
+from vqr1.metrics import difference, srcc
+from vqr1.records import read_table
 from vqr1.training import grpo_config, images_per_step, rewards
 
 GRID = [
@@ -138,7 +138,7 @@ def test_a_mistyped_control_is_named():
 def test_a_mistyped_method_is_named(method, tmp_path):
     with pytest.raises(
         ValueError,
-        match=f"method '{method}' is unknown; use one of rl, before, supervised, brisque, piqe, cnn",
+        match=f"method '{method}' is unknown; use one of before, brisque, piqe, rl, supervised, cnn",
     ):
         studies.run(replace(SMALL, variants={"x": Variant(1, method=method)}), "x", 0, tmp_path)
 
@@ -187,7 +187,7 @@ def made(tmp_path_factory):
 
 def test_a_study_keeps_a_row_for_every_run_and_set(made):
     rows = read_study(made / "small.csv")
-    assert list(rows) == COLUMNS and set(rows["study"]) == {"small"}
+    assert list(rows) == STUDY_COLUMNS and set(rows["study"]) == {"small"}
     assert sorted(zip(rows["variant"], rows["seed"])) == [
         ("PIQE", 0),
         ("format", 0),
@@ -205,14 +205,14 @@ def test_a_study_keeps_a_row_for_every_run_and_set(made):
 
 
 def test_the_scores_are_those_that_the_rows_are_made_of(made):
-    rows, scores = read_study(made / "small.csv"), pd.read_csv(made / "small-scores.csv.gz", comment="#")
+    rows, scores = read_study(made / "small.csv"), read_table(made / "small-scores.csv.gz")
     assert list(scores)[: len(ROW)] == ROW and len(scores) == 24
     for row in rows.itertuples():
         assert srcc(scores[f"{row.variant}/{row.seed}"], scores["mos"]) == pytest.approx(
             row.srcc, abs=0.02
         ), row.variant
     assert not np.allclose(scores["tower ranker/0"], scores["tower ranker/1"])
-    log = pd.read_csv(made / "small-log.csv", comment="#")
+    log = read_table(made / "small-log.csv")
     assert set(log["variant"]) == {"format"} and log["rollouts"].max() == 96
 
 
@@ -256,14 +256,14 @@ def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path,
 
 
 def test_differences_are_paired_with_the_one_run_of_a_variant_without_seeds(made):
-    table = pd.read_csv(made / "small-differences.csv", comment="#").set_index(
-        ["set", "variant", "statistic"]
-    )
-    assert (table.xs("tower ranker", level="variant")["seeds"] == 2).all() and set(table["than"]) == {"PIQE"}
+    table = read_table(made / "small-differences.csv").set_index(["set", "variant", "statistic"])
+    assert (table.xs("tower ranker", level="variant")["seeds"] == 2).all() and set(table["baseline"]) == {
+        "PIQE"
+    }
     row = table.loc["sim-kadid", "tower ranker", "srcc"]
     assert table.loc["mean", "tower ranker", "srcc"]["difference"] == row["difference"]  # there is one set
     assert (
-        row["difference"] == pytest.approx(row["mean"] - row["mean_than"], abs=2e-4)
+        row["difference"] == pytest.approx(row["mean"] - row["mean_baseline"], abs=2e-4)
         and row["lo"] <= row["difference"] <= row["hi"]
     )
 
@@ -300,54 +300,39 @@ def scored(seeds=3, noise=1.0, gain=0.0, photographs=8, each=12):
     return frame
 
 
-def test_with_one_seed_it_is_the_paired_difference():
-    frame = scored(seeds=1)
-    found = seed_difference(frame, ["a/0"], ["b/0"], frame_srcc, n=200)
-    a, b = (frame.assign(score=frame[name]) for name in ("a/0", "b/0"))
-    assert (found["difference"], found["lo"], found["hi"]) == pytest.approx(
-        paired_difference(a, b, frame_srcc, n=200)
-    )
-
-
 def test_a_difference_that_is_there_is_found_and_none_is_not():
-    better = seed_difference(
-        scored(gain=3.0), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], frame_srcc, n=200
-    )
-    same = seed_difference(scored(), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], frame_srcc, n=200)
+    better = difference(scored(gain=3.0), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], n=200)
+    same = difference(scored(), ["a/0", "a/1", "a/2"], ["b/0", "b/1", "b/2"], n=200)
     assert better["lo"] > 0.1 and same["lo"] < 0 < same["hi"]
 
 
 def test_seeds_that_disagree_widen_the_interval():
     frame = scored(seeds=2, noise=0.5)
     frame["b/1"], frame["a/1"] = frame["b/0"], -frame["a/0"]  # one of two seeds went wrong
-    agree = seed_difference(frame, ["a/0", "a/0"], ["b/0", "b/1"], frame_srcc, n=200)
-    differ = seed_difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], frame_srcc, n=200)
+    agree = difference(frame, ["a/0", "a/0"], ["b/0", "b/1"], n=200)
+    differ = difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], n=200)
     assert differ["hi"] - differ["lo"] > 3 * (agree["hi"] - agree["lo"])
 
 
 def test_a_run_without_scores_leaves_no_interval():
     frame = scored(seeds=2)
     frame["a/1"] = np.nan
-    found = seed_difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], frame_srcc, n=50)
-    assert all(np.isnan(found[key]) for key in ("mean", "difference", "lo", "hi")) and found["mean_than"] > 0
+    found = difference(frame, ["a/0", "a/1"], ["b/0", "b/1"], n=50)
+    assert (
+        all(np.isnan(found[key]) for key in ("mean", "difference", "lo", "hi")) and found["mean_baseline"] > 0
+    )
 
 
 def test_the_interval_is_made_of_both_parts():
     """Three gaps of 1, 2 and 3, photographs that do not matter: 2 -+ t sd / sqrt(3) = 2 -+ 4.3027 * 1 /
     sqrt(3).
     """
-    frame = pd.DataFrame(
-        {"reference": list("abcd"), "mos": 1.0, "a/0": 1.0, "a/1": 2.0, "a/2": 3.0, "b/0": 0.0}
-    )
-    found = seed_difference(frame, ["a/0", "a/1", "a/2"], ["b/0"] * 3, mean_score, n=20)
-    assert (found["mean"], found["mean_than"], found["difference"]) == (2.0, 0.0, 2.0)
+    frame = pd.DataFrame({"reference": list("abcd"), "a/0": 1.0, "a/1": 2.0, "a/2": 3.0, "b/0": 0.0})
+    found = difference(frame, ["a/0", "a/1", "a/2"], ["b/0"] * 3, np.mean, [], n=20)
+    assert (found["mean"], found["mean_baseline"], found["difference"]) == (2.0, 0.0, 2.0)
     assert (found["lo"], found["hi"]) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
     with pytest.raises(ValueError, match="3 runs cannot be paired with 1: give one column per seed"):
-        seed_difference(frame, ["a/0", "a/1", "a/2"], ["b/0"], mean_score)
-
-
-def mean_score(columns):
-    return float(np.mean(columns["score"]))
+        difference(frame, ["a/0", "a/1", "a/2"], ["b/0"])
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -365,21 +350,31 @@ def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, wh
         gaps = rng.normal(0, of_seeds * seeds**0.5, (1, seeds)) + rng.normal(
             0, of_photographs * 24**0.5, (24, 1)
         )
-        frame = pd.DataFrame(gaps, columns=runs).assign(reference=range(24), mos=0.0, zero=0.0)
-        found = seed_difference(frame, runs, ["zero"] * seeds, mean_score, n=200)
+        frame = pd.DataFrame(gaps, columns=runs).assign(reference=range(24), zero=0.0)
+        found = difference(frame, runs, ["zero"] * seeds, np.mean, [], n=200)
         hits += found["lo"] <= 0 <= found["hi"]
     assert 183 <= hits <= 198, why
 
 
-def test_stored_differences_are_those_of_the_stored_scores():
-    runs = EMBEDDED / "runs"
-    stored = (
-        pd.read_csv(runs / "controls-differences.csv", comment="#")
-        .query("set == 'sim-kadid' and statistic == 'srcc'")
-        .reset_index(drop=True)
+@pytest.mark.parametrize("name", ["controls", "demo"])
+def test_stored_differences_are_those_of_the_stored_scores(name, tmp_path):
+    """Every line, byte for byte; only the line of provenance may differ."""
+    runs, files = EMBEDDED / "runs", [f"{name}.csv", f"{name}-scores.csv.gz"]
+    for file in files:
+        (tmp_path / file).write_bytes((runs / file).read_bytes())
+    write_differences(tmp_path / files[0], STUDIES[name])
+    made, stored = (
+        (folder / f"{name}-differences.csv").read_text(encoding="utf-8").split("\n")[1:]
+        for folder in (tmp_path, runs)
     )
-    made = compared(runs / "controls.csv", list(zip(stored["variant"], stored["than"])), "sim-kadid")
-    pd.testing.assert_frame_equal(made, stored[list(made)], atol=1e-4, rtol=0)
+    assert made == stored
+
+
+def test_rows_of_removed_code_are_those_of_no_variant():
+    rows, gaps = (read_table(EMBEDDED / "runs" / f"removed{end}.csv") for end in ("", "-differences"))
+    assert list(rows) == STUDY_COLUMNS and set(rows["variant"]) == set(gaps["variant"])
+    for study_name, own in rows.groupby("study"):
+        assert not set(own["variant"]) & set(STUDIES[study_name].variants)
 
 
 # --- the claim's controls -----------------------------------------------------------------------
@@ -391,9 +386,7 @@ def test_what_must_not_learn_quality_did_not(variant):
     SRCC; the demo's reward does.
     """
     runs = EMBEDDED / "runs"
-    rows = pd.read_csv(runs / "controls-differences.csv", comment="#").set_index(
-        ["variant", "set", "statistic"]
-    )
+    rows = read_table(runs / "controls-differences.csv").set_index(["variant", "set", "statistic"])
     assert rows.loc[variant, "sim-kadid", "srcc_within_level"]["lo"] <= 0
-    demo = pd.read_csv(runs / "demo-differences.csv", comment="#").set_index(["variant", "set", "statistic"])
+    demo = read_table(runs / "demo-differences.csv").set_index(["variant", "set", "statistic"])
     assert demo.loc["ranking", "sim-kadid", "srcc_within_level"]["lo"] > 0

@@ -5,13 +5,13 @@ import re
 
 import pandas as pd
 import pytest
-from test_readers import BUILD, METHODS, sheet, text
+from test_public_sets import BUILD, METHODS, sheet, text
 
 from vqr1.cli import main
 from vqr1.distortions import distort
 from vqr1.experiments import table2
 from vqr1.experiments.table2 import NAMES, cost, found_sets, published, side_by_side
-from vqr1.metrics import per_content_srcc, plcc, srcc
+from vqr1.metrics import plcc, srcc, srcc_by
 
 NAN = math.nan
 
@@ -187,9 +187,7 @@ def test_what_is_measured_is_what_the_scores_say(out):
             plcc(bid["score"], bid["mos"])
         )
         row = measured.loc["sriqa-bench", thinking]
-        assert row["srcc"] == pytest.approx(
-            per_content_srcc(sriqa["score"], sriqa["mos"], sriqa["reference"])
-        )
+        assert row["srcc"] == pytest.approx(srcc_by(sriqa["score"], sriqa["mos"], sriqa["reference"]))
         assert row["srcc_pooled"] == pytest.approx(srcc(sriqa["score"], sriqa["mos"])) and math.isnan(
             row["plcc_fit"]
         )

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from vqr1.data.manifests import EMBEDDED
 from vqr1.experiments import toy_networks as imaging
 from vqr1.experiments import yardstick as progress
-from vqr1.experiments.pretraining import dead_leaves, pink_textures
+from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
+from vqr1.records import read_table
 from vqr1.scoring import Scorer
 
 
 @pytest.fixture(scope="module")
 def photos() -> dict[str, Image.Image]:
-    return dict(list(progress.photographs("val").items())[:3])
+    return dict(list(progress.middles("val").items())[:3])
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +243,9 @@ def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, mon
     runs = EMBEDDED / "runs"
     monkeypatch.setattr(progress, "measure_part", lambda *a: pytest.fail("scored again"))
     (tmp_path / progress.PICTURES).write_bytes((runs / progress.PICTURES).read_bytes())
-    policies = progress.read_table(runs / progress.PICTURES)["policy"].unique()
+    policies = read_table(runs / progress.PICTURES)["policy"].unique()
     progress.study(policies, tmp_path)
-    written, stored = (progress.read_table(folder / "progress.csv") for folder in (tmp_path, runs))
+    written, stored = (read_table(folder / "progress.csv") for folder in (tmp_path, runs))
     pd.testing.assert_frame_equal(written, stored, check_exact=False, atol=2e-4)
 
 
@@ -257,7 +258,7 @@ def test_measuring_again_replaces_a_part_alone(tmp_path, monkeypatch, photos, sc
     monkeypatch.setattr(progress, "paintings", lambda *a: rows[:1])
     for part in ("retouching", "painting", "retouching"):
         progress.measure_part(part, "tiny-policy", scorer, tmp_path)
-    table = progress.read_table(tmp_path / progress.PICTURES)
+    table = read_table(tmp_path / progress.PICTURES)
     assert table["part"].value_counts().to_dict() == {"retouching": 3, "painting": 1}
     assert (
         set(table["policy"]) == {"tiny-policy"}

@@ -12,7 +12,7 @@ QoMEX 2019).
 
 With these two standard deviations the oracles come out as on the real ratings, where one that knows
 type and level reaches SRCC 0.942 and one that knows the level alone 0.676: 81 simulated photographs give
-0.944 and 0.676 (``python -m vqr1.data.observers`` prints them).
+0.944 and 0.676.
 
 Thurstone's law of comparative judgment: an observer's internal response to a picture is normal around
 the picture's value, with the published standard deviation of its (type, level). The response is
@@ -192,31 +192,3 @@ def oracle_scores(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
             f"no oracle for distortion {bad[0]!r} at level {bad[1]!r}: not one of KADID-10k's 125 pairs"
         )
     return both, cells.groupby("level").mos_mean.mean().reindex(frame["level"]).to_numpy()
-
-
-def oracle_srcc(frame: pd.DataFrame) -> tuple[float, float]:
-    """Return the SRCC of both oracles with ``frame.mos``: (type and level, level alone).
-
-    On KADID-10k's real ratings they are 0.942 and 0.676.
-    """
-    mos = frame["mos"].rank().to_numpy()
-    return tuple(float(np.corrcoef(pd.Series(s).rank(), mos)[0, 1]) for s in oracle_scores(frame))
-
-
-def main() -> None:
-    """Print how the simulated ratings of 81 imaginary photographs compare with the published human ones."""
-    frame, cells = rate([f"imaginary-{i}" for i in range(81)]), human_cells()
-    both, level = oracle_srcc(frame)
-    bias = (
-        frame.groupby(["distortion", "level"], sort=False).mos.mean().to_numpy() - cells.mos_mean.to_numpy()
-    )
-    print("81 imaginary photographs, simulated observers")
-    print(f"oracle SRCC: type and level {both:.3f} (people 0.942), level alone {level:.3f} (people 0.676)")
-    print(f"cell means minus published means: average {bias.mean():+.3f}, largest {abs(bias).max():.3f}")
-    print(
-        f"observers' std: simulated {frame['std'].mean():.3f}, published {cells.observer_std_mean.mean():.3f}"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """The simulated sets: photographs under KADID-10k's distortions, rated by simulated observers
 (`vqr1.data.observers`), not by people.
 
-``python -m vqr1.data.simulated`` writes their manifests into the data folder again, bit for bit.
+``vqr1 data --rebuild`` (`build_sim_sets`) writes their manifests again, bit for bit.
 """
 
 from pathlib import Path
@@ -11,8 +11,9 @@ import pandas as pd
 from PIL import Image
 
 from vqr1.data.images import upright_size
-from vqr1.data.manifests import COLUMNS, CROP, EMBEDDED, HELD_OUT, TRAINED, UNRATED
+from vqr1.data.manifests import COLUMNS, CROP, EMBEDDED, HELD_OUT, TRAINED
 from vqr1.data.observers import SEED, photograph_rng, rate
+from vqr1.data.photographs import photograph_splits
 from vqr1.distortions import distort
 
 MIX_STAGES = (
@@ -89,11 +90,11 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
     sim-elo: rows of sim-kadid, rated on other scales (`mixture_set`), each photograph in one of them.
     """
     root = Path(root or EMBEDDED)
-    photos = pd.read_csv(root / "photos.csv", dtype=str)
-    sizes = {name: upright_size(root / name, str(root / "photos.csv")) for name in photos["image"]}
-    rows = pd.concat([_all_cells(name, sizes[name], seed) for name in photos["image"]])
-    rows["split"] = rows["image"].map(photos.set_index("image")["split"])
-    test = photos.loc[photos["split"] == "test", "image"]
+    splits = photograph_splits(root)
+    sizes = {name: upright_size(root / name, str(root / "photos.csv")) for name in splits.index}
+    rows = pd.concat([_all_cells(name, sizes[name], seed) for name in splits.index])
+    rows["split"] = rows["image"].map(splits)
+    test = splits.index[splits == "test"]
     unseen = rows[rows["distortion"].isin(HELD_OUT) & (rows["split"] == "test")]
     kadid = rows[rows["distortion"].isin(TRAINED)]
     sets = {
@@ -101,9 +102,9 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
         "sim-unseen": unseen,
         "sim-mixed": pd.DataFrame([row for name in test for row in _mixed_rows(name, sizes[name], seed)]),
     }
-    turn = photos.groupby("split").cumcount() % len(MIXTURE)  # the photographs of each split are dealt out
+    turn = splits.groupby(splits).cumcount() % len(MIXTURE)  # the photographs of each split are dealt out
     for i, name in enumerate(MIXTURE):
-        sets[name] = mixture_set(kadid[kadid["image"].isin(photos.loc[turn == i, "image"])], name)
+        sets[name] = mixture_set(kadid[kadid["image"].isin(splits.index[turn == i])], name)
     return {
         name: frame.assign(dataset=name, reference=frame["image"])[list(COLUMNS)]
         for name, frame in sets.items()
@@ -203,15 +204,3 @@ def _mixed_rows(photograph: str, size: tuple[int, int], seed: int) -> list[dict]
                 }
             )
     return rows
-
-
-def main() -> None:
-    """Write the manifests and print how many rows each has."""
-    for name, rows in build_sim_sets().items():
-        print(
-            f"{name}: {rows} rows, {'ordered by dominance' if name in UNRATED else 'rated by simulated observers'}"
-        )
-
-
-if __name__ == "__main__":
-    main()

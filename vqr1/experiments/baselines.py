@@ -2,9 +2,10 @@
 supervised fine-tuning.
 
 Except for the classical measures each learns from the same rows, as a regressor of the MOS or as a ranker
-of pairs. ``python -m vqr1.experiments.baselines`` makes the small CNN again.
+of pairs. ``vqr1 pretrain --cnn`` (`pretrain_cnn`) makes the small CNN again.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -23,11 +24,18 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from vqr1.data.manifests import CROP, EMBEDDED, TRAINED, one_set_batches
-from vqr1.experiments.pretraining import Answers, Pictures, looked, naming_loss, perception_batch
+from vqr1.experiments.pretraining import (
+    Answers,
+    DistortionStream,
+    naming_loss,
+    perception_batch,
+    pool_tokens,
+)
 from vqr1.policy import base_of
+from vqr1.records import write_table
 from vqr1.scoring import Scorer
 from vqr1.thurstone import comparative_probability, fidelity, true_preference
-from vqr1.training import freeze, machine_line
+from vqr1.training import freeze
 
 CNN = EMBEDDED / "cnn" / "model.safetensors"
 """The pretrained CNN."""
@@ -137,30 +145,38 @@ def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float)
 
 
 def perception_pictures(seed: int, **options) -> Iterable[dict]:
-    """Yield the pictures of `pretraining.Pictures` that have the simulated sets' size, as `pixels`."""
+    """Yield the pictures of `pretraining.DistortionStream` that have the simulated sets' size, as `pixels`."""
     whole = SimpleNamespace(
         image_processor=lambda images, **_: {
             "pixel_values": pixels(images),
             "image_grid_thw": torch.ones(1, 3),
         }
     )
-    return (row for row in Pictures(whole, seed, **options) if row["pixel_values"].shape[-1] == CROP)
+    return (row for row in DistortionStream(whole, seed, **options) if row["pixel_values"].shape[-1] == CROP)
 
 
 def pretrain_cnn(
-    output: Path,
-    log: Path,
+    output: Path = CNN,
+    log: Path = EMBEDDED / "runs" / "pretrain-cnn.csv",
     steps: int = 400,
     batch: int = 32,
     lr: float = 2e-3,
     every: int = 50,
     seed: int = 0,
 ) -> None:
-    """Teach the CNN to name distortion and strength, as the vision tower was taught, and write its weights
-    in fp16.
+    """Teach the CNN to name distortion and strength, as the vision tower was taught; write weights in fp16.
 
     It sees steps x batch pictures of the stream that taught the tower, 12,800 by default; the tower saw
-    76,800. The log has the accuracies on 256 such pictures of the validation photographs.
+    76,800.
+
+    Args:
+        output: file of the weights.
+        log: table of the loss, and of the accuracies on 256 such pictures of the validation photographs.
+        steps: optimizer steps.
+        batch: pictures per step.
+        lr: highest learning rate.
+        every: steps between two rows of the log.
+        seed: of weights and pictures.
     """
     torch.manual_seed(seed)
     model, stream = SmallCNN(len(TRAINED) + 7), perception_pictures(seed + 1)
@@ -182,20 +198,12 @@ def pretrain_cnn(
                     | naming_accuracy(model, unseen)
                 )
                 rows[-1]["seconds"] = round(time.time() - start, 1)
-                log.write_text(
-                    f"# {machine_line(seed)}\n{pd.DataFrame(rows).to_csv(index=False, float_format='%.4f')}",
-                    encoding="utf-8",
-                )
+                write_table(log, pd.DataFrame(rows), seed)
 
     fit(model, losses(), steps, lr)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            name: tensor.half() if tensor.is_floating_point() else tensor
-            for name, tensor in model.state_dict().items()
-        },
-        output,
-    )
+    weights = model.state_dict().items()
+    save_file({name: own.half() if own.is_floating_point() else own for name, own in weights}, output)
 
 
 def naming_accuracy(model: nn.Module, seen: dict) -> dict[str, float]:
@@ -258,7 +266,7 @@ def tower_features(policy: tuple, images: list[Image.Image]) -> torch.Tensor:
         processor.image_processor(images=[image], return_tensors="pt").to(model.device) for image in images
     ]
     with torch.no_grad():
-        return torch.cat([looked(base_of(model).model.visual, **one) for one in seen]).cpu()
+        return torch.cat([pool_tokens(base_of(model).model.visual, **one) for one in seen]).cpu()
 
 
 def train_head(
@@ -329,7 +337,7 @@ def rating_losses(
     """
     mos = torch.tensor(frame["mos"].to_numpy(), dtype=torch.float32)
     chunks = int((frame["dataset"].value_counts() // batch).sum())
-    order = one_set_batches(frame, batch, seed, -(-steps // max(1, chunks)))
+    order = one_set_batches(frame, batch, seed, math.ceil(steps / max(1, chunks)))
     for start in range(0, steps * batch, batch):
         rows = order[start : start + batch]
         scores = predict(rows)[:, 0]
@@ -406,12 +414,3 @@ def supervised(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model, processor
-
-
-def main() -> None:
-    """Make data/cnn/model.safetensors and its log again."""
-    pretrain_cnn(CNN, EMBEDDED / "runs" / "pretrain-cnn.csv")
-
-
-if __name__ == "__main__":
-    main()

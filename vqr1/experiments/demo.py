@@ -9,22 +9,22 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqr1.config import load_config
-from vqr1.data.manifests import UNRATED
 from vqr1.evaluation import (
-    SETS,
+    EVALUATION_SETS,
     Rows,
     evaluate,
     evaluation_rows,
     gain,
-    markdown,
     naming,
     oracles,
+    protocol,
     save_scores,
 )
 from vqr1.plots import gallery, jpeg, scatter, training_figure
 from vqr1.policy import load_policy
+from vqr1.records import machine_line, markdown, read_table
 from vqr1.runs import resume_from
-from vqr1.training import machine_line, train
+from vqr1.training import train
 
 
 def demo(
@@ -34,10 +34,14 @@ def demo(
     steps: int | None = None,
     limit: int | None = None,
 ) -> str:
-    """Evaluate the policy, train it by RL to rank, evaluate again; write everything into `output`, return
-    the report.
+    """Evaluate the policy, train it by RL to rank, evaluate again; return the report.
 
-    steps, limit: fewer training steps and test rows than the configuration's, for a quick look.
+    Args:
+        output: folder that gets everything: run, scores, figures, report.md.
+        config: name or path of the configuration.
+        resume: go on with the run that is in the folder.
+        steps: fewer training steps than the configuration's, for a quick look.
+        limit: at most so many test rows of each set, for a quick look.
     """
     output, settings = Path(output), load_config(config)
     resume_from(output, resume)  # before minutes of evaluation
@@ -45,7 +49,7 @@ def demo(
         settings["grpo"]["max_steps"] = steps
     start = time.time()
     print("Rendering the test pictures and scoring them before training.", flush=True)
-    sets = evaluation_rows(SETS, limit=limit)
+    sets = evaluation_rows(EVALUATION_SETS, limit=limit)
     before, old = evaluate(settings["policy"], sets)
     evaluated = time.time()
     print(
@@ -81,23 +85,23 @@ def demo_report(
         "plcc_fit",
         "dominance",
     ]
-    rated = {key: table for key, table in old.items() if key[0] not in UNRATED}
+    rated = {key: table for key, table in old.items() if protocol(table) != "dominance"}
     lines = [
         {"set": name, "thinking": thinking} | gain(new[name, estimate, thinking], table)
         for (name, estimate, thinking), table in rated.items()
     ]
     known = {name: table for (name, _, _), table in rated.items()}
-    gold = [
+    oracle_rows = [
         {"set": name, "oracle": oracle} | row
         for name, table in known.items()
         for oracle, row in oracles(table).items()
     ]
+    thoughts = {
+        which: tables["sim-kadid", "expected", True] for which, tables in (("before", old), ("after", new))
+    }
     names = [
         {"policy": which, "well_formed": table["well_formed"].mean()} | naming(table)
-        for which, table in (
-            ("before", old["sim-kadid", "expected", True]),
-            ("after", new["sim-kadid", "expected", True]),
-        )
+        for which, table in thoughts.items()
     ]
     parts = [
         "# From photographs to a trained ranker",
@@ -110,7 +114,7 @@ def demo_report(
         "## Gain, paired over the same photographs (95% intervals)",
         markdown(pd.DataFrame(lines)),
         "## What knowing the level, or type and level, would give",
-        markdown(pd.DataFrame(gold)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
+        markdown(pd.DataFrame(oracle_rows)[["set", "oracle", "srcc", "srcc_within_level", "plcc"]]),
         "## What the reasoning names",
         markdown(pd.DataFrame(names).drop(columns="named_rows")),
         "![curves](training.png)",
@@ -121,10 +125,8 @@ def demo_report(
 
 
 def figures(output: Path, rows: Rows, old: dict, new: dict, thinking: bool) -> None:
-    """Write training.png, scatter.png and pictures.jpg: six pictures of `sim-kadid` with what was thought of
-    them before and after.
-    """
-    training_figure(pd.read_csv(output / "log.csv", comment="#")).savefig(output / "training.png")
+    """Write training.png, scatter.png, and pictures.jpg: six pictures with what was thought of them."""
+    training_figure(read_table(output / "log.csv")).savefig(output / "training.png")
     key = ("sim-kadid", "expected", thinking)
     one, two = old[key], new[key]
     figure = scatter_pair(one, two)

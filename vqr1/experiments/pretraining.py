@@ -12,21 +12,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageDraw
-from scipy import ndimage
+from PIL import Image
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import load_state_dict
 
-from vqr1.data.manifests import CROP, EMBEDDED, TRAINED
-from vqr1.distortions import distort
+from vqr1.data.manifests import CROP, TRAINED
+from vqr1.data.photographs import photographs
+from vqr1.distortions import distort, true_strength
+from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
 from vqr1.policy import build_policy, own_names, start_from_energies
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
 from vqr1.runs import last_checkpoint, same_settings, save_settings, step_of
-
-STRENGTH = {"mean_shift": (3, 2, 0, 2, 3), "contrast_change": (4, 3, 2, 2, 3)}
-"""Strength of levels 1..5 where the level is not the strength."""
 
 INVISIBLE_DB = 45.0
 """Above this PSNR a distorted picture is called clean."""
@@ -37,53 +35,6 @@ SCORE_NOISE = 0.35
 
 REGIONS = ("flat areas", "textures", "edges")
 PLACES = ("in the flat areas", "in the textures", "along the edges")
-
-
-def dead_leaves(rng: np.random.Generator, textures: np.ndarray, size: int) -> np.ndarray:
-    """Return a procedural picture (size, size, 3) in 0..1: overlapping shapes with 1/f texture and gradients.
-
-    Occlusion and scale invariance give it the edges and the spectrum of photographs (Lee, Mumford and
-    Huang, 2001).
-    """
-    count = int(rng.integers(20, 200))
-    leaves = Image.new("L", (size, size))
-    draw = ImageDraw.Draw(leaves)
-    radii = size * 0.5 * (1 - rng.random(count)) ** 1.5 + 2
-    for i, (x, y, r, kind) in enumerate(
-        zip(*rng.uniform(0, size, (2, count)), np.sort(radii)[::-1], rng.random(count))
-    ):
-        corners = r * np.exp(1j * (rng.uniform(0, 6.3) + np.sort(rng.uniform(0, 6.3, 5))))
-        if kind < 0.4:
-            draw.ellipse((x - r, y - r * rng.uniform(0.3, 1), x + r, y + r * rng.uniform(0.3, 1)), fill=i)
-        elif kind < 0.9:
-            draw.polygon([(x + c.real, y + c.imag) for c in corners], fill=i)
-        else:
-            draw.line([(x + c.real, y + c.imag) for c in corners], fill=i, width=int(rng.integers(1, 5)))
-    index = np.asarray(leaves)
-    hue = rng.normal(0, rng.uniform(0.03, 0.2), (count, 3)).astype(np.float32)
-    base = rng.beta(1.2, 1.4, (count, 1)).astype(np.float32) * rng.uniform(0.6, 1) + hue
-    ramp = rng.normal(0, 0.3, (2, count)).astype(np.float32)
-    grain = (rng.random(count) ** 2 * rng.uniform(0, 0.3)).astype(np.float32)
-    t = textures[rng.integers(len(textures))]
-    dy, dx = rng.integers(0, t.shape[0] - size + 1, 2)
-    line = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-    shade = (
-        ramp[0][index] * line[:, None]
-        + ramp[1][index] * line[None]
-        + grain[index] * t[dy : dy + size, dx : dx + size]
-    )
-    picture = np.clip(base[index] + shade[..., None], 0, 1)
-    soft = rng.uniform(0.3, 0.6)  # a lens: hard steps would give every distortion away
-    return ndimage.gaussian_filter(picture, (soft, soft, 0)) if rng.random() < 0.8 else picture
-
-
-def pink_textures(rng: np.random.Generator, count: int = 12, size: int = 512) -> np.ndarray:
-    """Return 1/f noise fields of unit deviation, (count, size, size)."""
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
-    f[0, 0] = 1
-    slope = rng.uniform(0.6, 1.4, (count, 1, 1))
-    fields = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(count, size, size))) / f**slope)
-    return (fields / fields.std((1, 2), keepdims=True)).astype(np.float32)
 
 
 def where(clean: np.ndarray, distorted: np.ndarray) -> str:
@@ -120,16 +71,6 @@ def reasoning(name: str, strength: int, place: str) -> str:
     return f"{SEVERITY[strength - 1]} {PHRASES[name]} {place}" if strength else CLEAN
 
 
-def true_strength(name: str, level: int) -> int:
-    """Return how strong a distortion of a level looks, 1..5; 0 for the level of mean shift that changes
-    nothing.
-
-    >>> true_strength("jpeg", 4), true_strength("mean_shift", 5)
-    (4, 3)
-    """
-    return STRENGTH.get(name, (1, 2, 3, 4, 5))[level - 1]
-
-
 def answer(strength: int, rng: np.random.Generator) -> str:
     """Return the warm start's answer: a score from the strength alone, with a little noise."""
     return f"<answer>{np.clip(rng.normal(SCORES[strength], SCORE_NOISE), 1, 5):.2f}</answer>"
@@ -145,12 +86,10 @@ def corpus() -> list[str]:
 
 @lru_cache(maxsize=1)
 def _photographs(splits: tuple[str, ...]) -> list[np.ndarray]:
-    table = pd.read_csv(EMBEDDED / "photos.csv")
-    names = table.image[table.split.isin(splits)]
-    return [np.asarray(Image.open(EMBEDDED / name).convert("RGB")) for name in names]
+    return [np.asarray(image) for image in photographs(*splits).values()]
 
 
-class Pictures(IterableDataset):
+class DistortionStream(IterableDataset):
     """An endless stream of distorted pictures, each with what a perfect observer would see.
 
     Clean pictures are crops of the photographs of `splits` (flipped, turned, channels swapped) or dead
@@ -210,7 +149,7 @@ def perception_batch(rows: list[dict]) -> dict:
     }
 
 
-def looked(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+def pool_tokens(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
     """Return the mean and the maximum of each picture's tokens from a vision tower, (B, 2 * width)."""
     tokens = visual(pixel_values, image_grid_thw).pooler_output.float()  # (tokens of all pictures, width)
     pictures = tokens.split((image_grid_thw.prod(1) // visual.spatial_merge_unit).tolist())
@@ -234,7 +173,7 @@ class Perception(nn.Module):
         self.visual, self.head = visual, nn.Linear(2 * width, len(TRAINED) + 7)
 
     def forward(self, pixel_values, image_grid_thw, kind, strength) -> dict:
-        logits = self.head(looked(self.visual, pixel_values, image_grid_thw))
+        logits = self.head(pool_tokens(self.visual, pixel_values, image_grid_thw))
         return {"loss": naming_loss(logits, kind, strength), "logits": logits}
 
 
@@ -272,7 +211,14 @@ class Answers:
 
 
 def _train(
-    model: nn.Module, pictures: Pictures, collate, output: Path, steps: int, batch: int, lr: float, seed: int
+    model: nn.Module,
+    stream: DistortionStream,
+    collate,
+    output: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
 ) -> None:
     found = last_checkpoint(output)
     done = step_of(found)
@@ -281,7 +227,7 @@ def _train(
             load_state_dict(f"{found}/model.safetensors"), strict=False
         )  # tied weights are there once
         return
-    pictures.seed += 1000 * done  # go on with new pictures
+    stream.seed += 1000 * done  # go on with new pictures
     bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -306,7 +252,7 @@ def _train(
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=pictures, data_collator=collate)
+    trainer = Trainer(model=model, args=arguments, train_dataset=stream, data_collator=collate)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     pd.DataFrame(trainer.state.log_history).to_csv(output / "log.csv", index=False)
 
@@ -325,16 +271,25 @@ def pretrain(
         same_settings(output, settings)
     save_settings(output, settings)
     model, processor = build_policy(corpus(), seed)
-    rows = [row for row, _ in zip(Pictures(processor, seed, procedural=1.0), range(64))]
+    rows = [row for row, _ in zip(DistortionStream(processor, seed, procedural=1.0), range(64))]
     start_from_energies(model, _stack(rows)["pixel_values"])
     torch.manual_seed(seed)
     tower, collate = Perception(model.model.visual), Answers(processor, seed)
     _train(
-        tower, Pictures(processor, seed + 1), perception_batch, output / "see", steps[0], batch, 1e-3, seed
+        tower,
+        DistortionStream(processor, seed + 1),
+        perception_batch,
+        output / "see",
+        steps[0],
+        batch,
+        1e-3,
+        seed,
     )
     model.model.visual.requires_grad_(False)
     own_names(model)
-    _train(model, Pictures(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed)
+    _train(
+        model, DistortionStream(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed
+    )
     model.half().save_pretrained(output / "policy")
     processor.save_pretrained(output / "policy")
     return output / "policy"

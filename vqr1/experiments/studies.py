@@ -7,12 +7,10 @@ and validation as training went). Seeds vary the RL stage; the embedded policy i
 another is in the studies `pretraining…`.
 """
 
-import gzip
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,15 +19,16 @@ import pandas as pd
 import torch
 
 from vqr1.config import check_config, load_config
-from vqr1.data.manifests import EMBEDDED, UNRATED, realigned, render_rows
-from vqr1.data.simulated import MIXTURE
-from vqr1.evaluation import SETS, Rows, agreement, evaluate, evaluation_rows, naming
+from vqr1.data.manifests import EMBEDDED, realigned, render_rows
+from vqr1.evaluation import STATISTICS, Rows, agreement, evaluate, evaluation_rows, naming
 from vqr1.experiments.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
-from vqr1.metrics import Statistic, frame_srcc, frame_within_level_srcc, over_sets, seed_difference
+from vqr1.experiments.study_plans import STUDIES, Study
+from vqr1.metrics import Statistic, difference, srcc, srcc_by
 from vqr1.policy import load_policy, lora_config
-from vqr1.training import grpo_config, images_per_step, machine_line, set_rows, train
+from vqr1.records import read_table, write_table
+from vqr1.training import grpo_config, images_per_step, set_rows, train
 
-COLUMNS = [
+STUDY_COLUMNS = [
     "study",
     "variant",
     "seed",
@@ -60,142 +59,6 @@ RESAMPLES = 300
 """Of photographs and seeds, for the interval of a difference: there are many differences."""
 POOL = 480
 """Training rows of a short run: a fixed sample, the same for all variants and seeds."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A line of a study: its number of seeds (0: rows that are kept and not made again), what differs from
-    the study's configuration
-    (`changed`), and how it comes to scores.
-    """
-
-    seeds: int = 3
-    change: dict = field(default_factory=dict)
-    method: str = "rl"
-
-
-@dataclass(frozen=True)
-class Study:
-    """config: name of the configuration; sets: what is scored, and at most how many rows of each; than: the
-    variant that all are compared with; minutes: of one run, about, on one core.
-    """
-
-    config: str
-    sets: dict[str, int | None]
-    than: str
-    variants: dict[str, Variant]
-    minutes: float = 1.3
-
-
-def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1) -> dict:
-    """Return the changes for `images` compared at a time with `k` answers, `per_step` such comparisons per
-    optimizer step.
-    """
-    keys = {
-        "per_device_train_batch_size": images * k,
-        "num_generations": k,
-        "gradient_accumulation_steps": per_step,
-        "steps_per_generation": 1,
-    }
-    return {"grpo": keys | ({"max_steps": steps} if steps else {})}
-
-
-FULL = dict.fromkeys(SETS)
-ALL = {"sets": list(MIXTURE)}
-AGAIN = {"policy": "runs/pretrain-1/policy"}
-"""A second pretraining seed, of half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out
-runs/pretrain-1
-"""
-# Rows of data/runs/ whose header names a commit before the configurations became bounded are by the paper's
-# reward, which is
-# not: a row that is made again is compared with those only after all of its study is.
-STUDIES = {
-    "demo": Study(
-        "cpu", FULL, "before", {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20
-    ),
-    "controls": Study(
-        "cpu-study",
-        {"sim-kadid": 288},
-        "before",
-        {
-            "before": Variant(1, method="before"),
-            "permuted": Variant(3, {"rows": "permuted"}),
-            "format": Variant(3, {"reward": "format"}),
-        },
-    ),
-    "mixture": Study(
-        "cpu-study",
-        dict.fromkeys(MIXTURE, 104),
-        "mixture",
-        {
-            "before": Variant(1, method="before"),
-            "mixture": Variant(5, ALL),
-            **{f"alone-{name}": Variant(3, {"sets": [name]}) for name in MIXTURE},
-            "threshold-raw": Variant(3, ALL | {"reward": "threshold"}),
-            "threshold-realigned": Variant(5, ALL | {"reward": "threshold", "rows": "realigned"}),
-            "across": Variant(3, ALL | {"rows": "across"}),
-        },
-    ),
-    "comparison": Study(
-        "cpu-study",
-        {"sim-kadid": 288, "sim-unseen": 96},
-        "ranking",
-        {
-            "before": Variant(1, method="before"),
-            "before, non-thinking": Variant(1, {"thinking": False}, method="before"),
-            "BRISQUE": Variant(1, method="brisque"),
-            "PIQE": Variant(1, method="piqe"),
-            "CNN regressor": Variant(5, method="cnn regressor"),
-            "CNN ranker": Variant(5, method="cnn ranker"),
-            "tower regressor": Variant(5, method="tower regressor"),
-            "tower ranker": Variant(5, method="tower ranker"),
-            "supervised": Variant(5, method="supervised"),
-            "threshold": Variant(5, {"reward": "threshold"}),
-            "ranking": Variant(5),
-            "binary": Variant(5, {"variant": {"binary": True}}),
-            "average": Variant(3, {"variant": {"average": True}}),
-            "variance one": Variant(3, {"variant": {"variance": 1.0}}),
-            "K = 2": Variant(3, _batch(16, 2)),
-            "K = 4": Variant(3, _batch(16, 4)),
-            "K = 8": Variant(3, _batch(16, 8)),
-            "B = 4, 4 a step": Variant(3, _batch(4, per_step=4)),
-            "B = 8, 2 a step": Variant(3, _batch(8, per_step=2)),
-            "non-thinking": Variant(3, {"thinking": False}),
-            "KL 0.04": Variant(5, {"grpo": {"beta": 0.04}}),
-            "not scaled": Variant(5, {"grpo": {"scale_rewards": "none"}}),
-            "B = 32, half the steps": Variant(
-                5, _batch(32, steps=10) | {"validation": {"rows": 57, "every": 2}}
-            ),
-            "B = 32, K = 3": Variant(5, _batch(32, 3)),
-            "B = 8, K = 12": Variant(5, _batch(8, 12)),
-            "remembered": Variant(
-                0
-            ),  # compared with the last 64 images as well: did not win, and was removed; its rows stay
-            "undecided": Variant(0),  # the half of the rows that the untrained policy orders worst: likewise
-            "learning rate x 2": Variant(5, {"grpo": {"learning_rate": 2e-3}}),
-        },
-    ),
-    "pretraining": Study(
-        "cpu-study",
-        {"sim-kadid": 288, "sim-unseen": 96},
-        "before",
-        {
-            "before": Variant(1, AGAIN, method="before"),
-            "ranking": Variant(3, AGAIN),
-        },
-    ),
-    "pretraining-long": Study(
-        "cpu",
-        dict.fromkeys(("sim-kadid", "sim-unseen")),
-        "before",
-        {
-            "before": Variant(1, AGAIN, method="before"),
-            "ranking": Variant(2, AGAIN | {"variant": {"bounded": False}}),
-            "bounded": Variant(2, AGAIN),
-        },
-        minutes=9,
-    ),
-}
 
 
 def changed(config: dict, change: dict, seed: int) -> dict:
@@ -244,64 +107,79 @@ ROWS = {
 one name, so that their raw MOS are compared."""
 
 
-def _cnn(policy, frame, images, ranker: bool, seed: int) -> Callable:
-    model = train_cnn(frame, images, ranker=ranker, steps=120, seed=seed)
-    return lambda pictures: score_cnn(model, pictures)
+def _rl(config: dict, frame: pd.DataFrame, output: Path) -> tuple:
+    return load_policy(train(config, output, resume=True, frame=frame))
 
 
-def _tower(policy, frame, images, ranker: bool, seed: int) -> Callable:
-    head = train_head(policy, frame, images, ranker=ranker, steps=300, seed=seed)
-    return lambda pictures: score_head(policy, head, pictures)
-
-
-SCORERS = {"brisque": brisque, "piqe": piqe}
-NETWORKS = {
-    f"{name} {how}": partial(make, ranker=how == "ranker")
-    for name, make in (("cnn", _cnn), ("tower", _tower))
-    for how in ("regressor", "ranker")
-}
-METHODS = ("rl", "before", "supervised", *SCORERS, *NETWORKS)
-"""How a variant comes to scores."""
-
-
-def _learned(method: str, config: dict, rows: str | None, output: Path, pool: int | None) -> tuple | Callable:
-    """Return what a variant's training leaves: a policy (model, processor), or a function from pictures to
-    scores.
-
-    Raises ValueError for a method that is none of `METHODS`.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
-    if method == "before":
-        return load_policy(config["policy"])
-    if method in SCORERS:
-        return SCORERS[method]
-    frame, seed = training_frame(config, rows, pool), config["grpo"]["seed"]
-    if method == "rl":
-        return load_policy(train(config, output, resume=True, frame=frame))
+def _supervised(config: dict, frame: pd.DataFrame, output: Path) -> tuple:
     policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
-    if method == "supervised":
-        return supervised(policy, frame, images, steps=150, seed=seed, adapter=lora_config(**config["lora"]))
-    return NETWORKS[method](policy, frame, images, seed=seed)
+    adapter = lora_config(**config["lora"])
+    return supervised(policy, frame, images, steps=150, seed=config["grpo"]["seed"], adapter=adapter)
+
+
+def _cnn(config: dict, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
+    images = render_rows(frame, workers=1)
+    model = train_cnn(frame, images, ranker=ranker, steps=120, seed=config["grpo"]["seed"])
+    return partial(score_cnn, model)
+
+
+def _tower(config: dict, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
+    policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
+    head = train_head(policy, frame, images, ranker=ranker, steps=300, seed=config["grpo"]["seed"])
+    return partial(score_head, policy, head)
+
+
+UNTRAINED = {
+    "before": lambda config: load_policy(config["policy"]),
+    "brisque": lambda config: brisque,
+    "piqe": lambda config: piqe,
+}
+"""Method -> what scores without training, from the configuration: a policy, or a function from pictures to
+scores."""
+TRAINED = {
+    "rl": _rl,
+    "supervised": _supervised,
+    "cnn regressor": partial(_cnn, ranker=False),
+    "cnn ranker": partial(_cnn, ranker=True),
+    "tower regressor": partial(_tower, ranker=False),
+    "tower ranker": partial(_tower, ranker=True),
+}
+"""Method -> what its training leaves, from configuration, rows and the run's folder: the same kinds."""
+METHODS = (*UNTRAINED, *TRAINED)
 
 
 def run(
     plan: Study, variant: str, seed: int, output: Path, steps: int | None = None
 ) -> dict[str, pd.DataFrame]:
-    """Make one row of a study: train, score the test rows, and return {"rows", "scores", "log"}.
+    """Make one row of a study: train, and score the test rows.
 
-    steps: fewer than the configuration's, for a quick look.
+    Args:
+        plan: the study.
+        variant: name of its line.
+        seed: of the run.
+        output: folder of the training run.
+        steps: fewer than the configuration's, for a quick look.
+
+    Returns:
+        rows, one for each set; scores of every test row; log of the training, empty for what is no RL.
+
+    Raises:
+        ValueError: the variant's method, or a key of its changes, is unknown.
     """
     line = plan.variants[variant]
+    if line.method not in METHODS:
+        raise ValueError(f"method {line.method!r} is unknown; use one of {', '.join(METHODS)}")
     config = changed(load_config(plan.config), line.change, seed)
     if steps:
         config["grpo"] |= {"max_steps": steps}
     check_config(config, f"variant {variant}")
-    start = time.process_time()
-    learned = _learned(
-        line.method, config, line.change.get("rows"), output, POOL if plan.config == "cpu-study" else None
-    )
-    seconds = time.process_time() - start if line.method not in ("before", *SCORERS) else np.nan
+    start, seconds = time.process_time(), np.nan
+    if line.method in UNTRAINED:
+        learned = UNTRAINED[line.method](config)
+    else:
+        pool = POOL if plan.config == "cpu-study" else None
+        learned = TRAINED[line.method](config, training_frame(config, line.change.get("rows"), pool), output)
+        seconds = time.process_time() - start
     sets = _test_rows(tuple(plan.sets.items()))
     if isinstance(learned, tuple):
         tables = evaluate(learned, sets, modes=(config["thinking"],))[1]
@@ -315,10 +193,12 @@ def run(
         name | {"set": key[0], "estimate": key[1], "seconds": seconds} | agreement(table) | _words(table)
         for key, table in tables.items()
     ]
-    scores = pd.concat(
-        [table.assign(set=key[0])[[*ROW, "score"]] for key, table in tables.items()], ignore_index=True
-    )
-    return {"rows": pd.DataFrame(rows), "scores": scores, "log": _log(config, output / "log.csv", name)}
+    scores = [table.assign(set=key[0])[[*ROW, "score"]] for key, table in tables.items()]
+    return {
+        "rows": pd.DataFrame(rows),
+        "scores": pd.concat(scores, ignore_index=True),
+        "log": _log(config, output / "log.csv", name),
+    }
 
 
 def _words(table: pd.DataFrame) -> dict:
@@ -336,7 +216,7 @@ def _log(config: dict, path: Path, name: dict) -> pd.DataFrame:
         * args.gradient_accumulation_steps
         // args.steps_per_generation
     )
-    return pd.read_csv(path, comment="#").assign(**name, rollouts=lambda log: log["step"] * per_step)
+    return read_table(path).assign(**name, rollouts=lambda log: log["step"] * per_step)
 
 
 def study(
@@ -348,12 +228,21 @@ def study(
     steps: int | None = None,
     processes: int = 2,
 ) -> pd.DataFrame:
-    """Make what is missing of a study's rows, `processes` runs at a time, and return all of them.
+    """Make what is missing of a study's rows, and return all of them.
 
-    seeds, variants: only these, default all of the study's. csv: where the rows are kept, default
-    data/runs/NAME.csv of the project. A row is written as soon as it is made; stopped, the same command
-    goes on. Raises ValueError for a study, variant or seed that there is not, and for `steps` without a
-    `csv`: short runs are no rows of the study.
+    A row is written as soon as it is made; stopped, the same command goes on.
+
+    Args:
+        name: of the study.
+        seeds: only these, default all of the study's.
+        output: folder of the training runs.
+        csv: where the rows are kept, default data/runs/NAME.csv of the project.
+        variants: only these, default all of the study's.
+        steps: fewer than the configuration's; needs a `csv`, because short runs are no rows of the study.
+        processes: runs at a time.
+
+    Raises:
+        ValueError: there is no such study, variant or seed, or `steps` has no `csv`.
     """
     plan = _plan(name)
     _check_wanted(name, plan, variants, seeds)
@@ -373,30 +262,25 @@ def study(
         and (seeds is None or seed in seeds)
         and (variant, seed) not in done
     ]
-    print(
-        f"{len(todo)} of {sum(line.seeds for line in plan.variants.values())} runs to make, about {len(todo) * plan.minutes / processes / 60:.1f} hours",
-        flush=True,
+    runs, hours = (
+        sum(line.seeds for line in plan.variants.values()),
+        len(todo) * plan.minutes / processes / 60,
     )
+    print(f"{len(todo)} of {runs} runs to make, about {hours:.1f} hours", flush=True)
     if not todo:
         return made
-    with ProcessPoolExecutor(
-        min(processes, len(todo)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:  # a process for every core
-        jobs = {
-            pool.submit(run, plan, variant, seed, _folder(Path(output), name, variant, seed), steps): (
-                variant,
-                seed,
-            )
-            for variant, seed in todo
-        }
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(todo)), spawn, torch.set_num_threads, (1,)) as pool:
+        jobs = {}
+        for variant, seed in todo:
+            folder = _folder(Path(output), name, variant, seed)
+            jobs[pool.submit(run, plan, variant, seed, folder, steps)] = variant, seed
         for job in as_completed(jobs):
+            variant, seed = jobs[job]
             made = _keep(csv, jobs[job], job.result(), made)
-            last = made[(made["variant"] == jobs[job][0]) & (made["seed"] == jobs[job][1])]
-            print(
-                f"{jobs[job][0]}, seed {jobs[job][1]}: "
-                + ", ".join(f"{row.set} {row.srcc:.3f}" for row in last.itertuples()),
-                flush=True,
-            )
+            last = made[(made["variant"] == variant) & (made["seed"] == seed)]
+            found = ", ".join(f"{row.set} {row.srcc:.3f}" for row in last.itertuples())
+            print(f"{variant}, seed {seed}: {found}", flush=True)
     write_differences(csv, plan)
     return made
 
@@ -427,78 +311,85 @@ def _folder(output: Path, study: str, variant: str, seed: int) -> Path:
 
 def read_study(csv: str | Path) -> pd.DataFrame:
     """Return a study's rows, or none."""
-    return pd.read_csv(csv, comment="#") if Path(csv).is_file() else pd.DataFrame(columns=COLUMNS)
+    return read_table(csv, columns=STUDY_COLUMNS)
 
 
 def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) -> pd.DataFrame:
     """Add a run to the study's three files; the rows come last, so that what they say is there."""
-    csv.parent.mkdir(parents=True, exist_ok=True)
-    scores, column = csv.with_name(f"{csv.stem}-scores.csv.gz"), "{}/{}".format(*which)
-    known = pd.read_csv(scores, comment="#") if scores.is_file() else found["scores"][ROW]
-    _write(scores, known.assign(**{column: found["scores"]["score"].round(3)}), "%.10g", which[1])
+    variant, seed = which
+    path = csv.with_name(f"{csv.stem}-scores.csv.gz")
+    scores = read_table(path) if path.is_file() else found["scores"][ROW]
+    write_table(
+        path, scores.assign(**{f"{variant}/{seed}": found["scores"]["score"].round(3)}), seed, "%.10g"
+    )
     if len(found["log"]):
-        log = csv.with_name(f"{csv.stem}-log.csv")
-        known = pd.read_csv(log, comment="#") if log.is_file() else pd.DataFrame()
-        _write(log, pd.concat([known, found["log"]], ignore_index=True), "%.5g", which[1])
+        path = csv.with_name(f"{csv.stem}-log.csv")
+        logs = [read_table(path)] if path.is_file() else []
+        write_table(path, pd.concat([*logs, found["log"]], ignore_index=True), seed, "%.5g")
     rows = found["rows"].assign(study=csv.stem)
-    made = (pd.concat([made, rows], ignore_index=True) if len(made) else rows).reindex(columns=COLUMNS)
-    _write(csv, made, "%.4f", ", ".join(map(str, sorted(set(made["seed"])))))
+    made = (pd.concat([made, rows], ignore_index=True) if len(made) else rows).reindex(columns=STUDY_COLUMNS)
+    write_table(csv, made, ", ".join(map(str, sorted(set(made["seed"])))))
     return made
 
 
-def _write(csv: Path, table: pd.DataFrame, numbers: str, seeds: int | str) -> None:
-    partial = csv.with_suffix(".tmp")
-    content = f"# {machine_line(seeds)}\n{table.to_csv(index=False, float_format=numbers)}".encode()
-    partial.write_bytes(gzip.compress(content, mtime=0) if csv.suffix == ".gz" else content)
-    partial.replace(csv)
-
-
 def write_differences(csv: Path, plan: Study) -> None:
-    """Write NAME-differences.csv: of every variant and the one that all are compared with, in SRCC and
-    within-level SRCC, for each rated set and their mean SRCC.
+    """Write NAME-differences.csv: every variant minus the baseline.
+
+    In SRCC and within-level SRCC for each rated set, and in their mean SRCC.
     """
     made = set(read_study(csv)["variant"])
-    variants = [name for name in plan.variants if name in made and name != plan.than]
-    if not variants or plan.than not in made:
+    variants = [name for name in plan.variants if name in made and name != plan.baseline]
+    if not variants or plan.baseline not in made:
         return
-    wanted = [
-        (name, *kind)
-        for name in plan.sets
-        if name not in UNRATED
-        for kind in (("srcc", frame_srcc), ("srcc_within_level", frame_within_level_srcc))
-    ]
+    pairs = [(name, plan.baseline) for name in variants]
+    rated = set(_scores(csv).dropna(subset=["mos"])["set"])
+    wanted = [(name, *kind) for name in plan.sets if name in rated for kind in STATISTICS]
     tables = [
-        compared(csv, [(name, plan.than) for name in variants], name_of_set, statistic).assign(
-            set=name_of_set, statistic=label
-        )
-        for name_of_set, label, statistic in [*wanted, ("mean", "srcc", over_sets)]
+        compared(csv, pairs, name, statistic, columns).assign(set=name, statistic=label)
+        for name, label, statistic, columns in [*wanted, ("mean", "srcc", srcc_by, ["mos", "set"])]
     ]
-    _write(csv.with_name(f"{csv.stem}-differences.csv"), pd.concat(tables), "%.4f", "see the column seeds")
+    path = csv.with_name(f"{csv.stem}-differences.csv")
+    write_table(path, pd.concat(tables), "see the column seeds")
 
 
 def compared(
-    csv: str | Path, pairs: list[tuple[str, str]], set_name: str, statistic: Statistic = frame_srcc
+    csv: str | Path,
+    pairs: list[tuple[str, str]],
+    set_name: str,
+    statistic: Statistic = srcc,
+    columns: Sequence[str] = ("mos",),
 ) -> pd.DataFrame:
-    """Return for each pair of variants the mean of both over their seeds, and their difference with its 95%
-    interval.
+    """Return how far variants are above their baselines, with 95% intervals over photographs and seeds.
 
-    set_name: "mean" for the rows of all sets and a statistic that keeps them apart (`metrics.over_sets`).
-    Columns: variant, than, seeds, and those of `seed_difference`: over the same photographs, and over the
-    seeds that both have. A variant of one run (before, BRISQUE) is paired with every seed of the other.
+    A variant of one run (before, BRISQUE) is paired with every seed of the other.
+
+    Args:
+        csv: of the study, with NAME-scores.csv.gz beside it.
+        pairs: (variant, baseline).
+        set_name: "mean" for the rows of all sets, with `srcc_by` and the columns mos and set.
+        statistic: as for `metrics.difference`.
+        columns: what the statistic takes after the scores.
+
+    Returns:
+        One row per pair: variant, baseline, seeds (how many), and what `metrics.difference` gives.
+
+    Raises:
+        ValueError: there are no scores of a variant.
     """
-    table = pd.read_csv(Path(csv).with_name(f"{Path(csv).stem}-scores.csv.gz"), comment="#")
+    table = _scores(csv)
     table = table[(table["set"] == set_name) | (set_name == "mean")].reset_index(drop=True)
     rows = []
     for one, two in pairs:
         a, b = (_columns(table, variant) for variant in (one, two))
         seeds = sorted(set(a) & set(b)) if len(a) > 1 and len(b) > 1 else sorted(a if len(a) > 1 else b)
-        columns = [[side.get(seed, next(iter(side.values()))) for seed in seeds] for side in (a, b)]
-        needed = table[list(dict.fromkeys([*ROW, *columns[0], *columns[1]]))]
-        rows.append(
-            {"variant": one, "than": two, "seeds": len(seeds)}
-            | seed_difference(needed, *columns, statistic, n=RESAMPLES)
-        )
+        runs = [[side.get(seed, next(iter(side.values()))) for seed in seeds] for side in (a, b)]
+        found = difference(table, *runs, statistic, columns, n=RESAMPLES)
+        rows.append({"variant": one, "baseline": two, "seeds": len(seeds)} | found)
     return pd.DataFrame(rows)
+
+
+def _scores(csv: str | Path) -> pd.DataFrame:
+    return read_table(Path(csv).with_name(f"{Path(csv).stem}-scores.csv.gz"))
 
 
 def _columns(table: pd.DataFrame, variant: str) -> dict[int, str]:

@@ -9,11 +9,11 @@ import torch
 
 from vqr1.data.manifests import EMBEDDED, data_root
 from vqr1.data.public_sets import SETS
-from vqr1.evaluation import Rows, agreement, evaluation_rows, markdown, save_scores, score_rows, unread
-from vqr1.metrics import bootstrap, frame_plcc
+from vqr1.evaluation import Rows, agreement, evaluation_rows, save_scores, score_frame, unread
+from vqr1.metrics import bootstrap, plcc
 from vqr1.policy import load_policy
+from vqr1.records import machine_line, markdown, read_table
 from vqr1.scoring import Scorer
-from vqr1.training import machine_line
 
 NAMES = ("bid", "clive", "koniq-10k", "spaq", "liu13", "sriqa-bench", "min19", "agiqa-3k")
 """The sets of Table 2, in its order."""
@@ -26,7 +26,7 @@ def published(table: int) -> pd.DataFrame:
     >>> published(2).query("metric == 'srcc' and method == 'VisualQuality-R1'")["koniq-10k"].item()
     0.83
     """
-    return pd.read_csv(EMBEDDED / f"table{table}.csv", comment="#")
+    return read_table(EMBEDDED / f"table{table}.csv")
 
 
 def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[str, Rows], dict[str, str]]:
@@ -45,12 +45,19 @@ def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[
 def measure(
     policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), out: Path | None = None
 ) -> pd.DataFrame:
-    """Return one row per set, estimate and mode: agreement with intervals, seconds per picture, peak memory
-    in GiB.
+    """Return one row per set, estimate and mode: agreement with intervals, and what it cost.
 
-    policy: what `Scorer` takes. Scores are written into ``out`` as every set is done. Memory is what torch
-    had at most on the GPU while the set was scored; without a GPU, what the whole process had at most until
-    then.
+    Args:
+        policy: what `Scorer` takes.
+        sets: rows with their pictures, by name.
+        estimates: of the Scorer.
+        modes: thinking (True), not thinking (False).
+        out: folder that gets the scores as soon as a set is done.
+
+    Returns:
+        Columns of `evaluation.agreement`; seconds per picture; memory in GiB, torch's peak on the GPU while
+        the set was scored, or without a GPU the process's peak until then; unread, how many pictures cannot
+        be read.
     """
     pair, rows = policy if isinstance(policy, tuple) else load_policy(policy), []
     for thinking in modes:
@@ -60,16 +67,17 @@ def measure(
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
-                table = score_rows(scorer, own, f"{name}, {_mode(thinking)}, {estimate}")
+                table = score_frame(scorer, own, f"{name}, {_mode(thinking)}, {estimate}")
                 cost = {"seconds": (time.perf_counter() - start) / len(table), "memory": peak_memory()}
-                low, high = bootstrap(table[["score", "mos", "reference"]], frame_plcc)
-                row = (
-                    {"plcc_lo": low, "plcc_hi": high}
-                    | agreement(table)
-                    | cost
-                    | {"unread": len(unread(table))}
-                )  # of a set per content, its own interval
-                rows.append({"set": name, "thinking": thinking, "estimate": estimate} | row)
+                low, high = bootstrap(table, plcc)  # a set per content has an interval of its own
+                row = {
+                    "set": name,
+                    "thinking": thinking,
+                    "estimate": estimate,
+                    "plcc_lo": low,
+                    "plcc_hi": high,
+                }
+                rows.append(row | agreement(table) | cost | {"unread": len(unread(table))})
                 if out:
                     save_scores({(name, estimate, thinking): table}, out)
     return pd.DataFrame(rows)

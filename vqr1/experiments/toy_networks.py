@@ -2,8 +2,7 @@
 assumed.
 
 An `Upscaler` (super-resolution) learned from training photographs, a `Painter` (generation) from dead
-leaves. Their weights are in data/progress/ (fp16); ``python -m vqr1.experiments.yardstick`` trains them
-again.
+leaves. Their weights are in data/progress/ (fp16); ``vqr1 study progress`` trains them again.
 """
 
 import time
@@ -19,7 +18,8 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from vqr1.data.manifests import EMBEDDED
-from vqr1.experiments.pretraining import dead_leaves, pink_textures
+from vqr1.data.photographs import photographs
+from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -55,7 +55,7 @@ class Upscaler(nn.Module):
 
 
 class Block(nn.Module):
-    """Look around (5x5, each channel for itself), hear the time, mix channels; added to the input."""
+    """A residual block: convolve each channel (5x5), add the time's embedding, mix the channels (1x1)."""
 
     def __init__(self, width: int, times: int = 16):
         super().__init__()
@@ -98,8 +98,8 @@ def upscaler_batches(
     """Yield (enlarged, original), (B, 3, size, size) each: pieces of training photographs, at a random
     scale.
     """
-    rng, table = np.random.default_rng(seed), pd.read_csv(EMBEDDED / "photos.csv")
-    photos = [Image.open(EMBEDDED / name).convert("RGB") for name in table.image[table.split == "train"]]
+    rng = np.random.default_rng(seed)
+    photos = list(photographs("train").values())
     while True:
         pieces, scale = [], int(rng.choice(SCALES))
         for photo in (photos[i] for i in rng.integers(len(photos), size=batch)):
@@ -179,10 +179,15 @@ def train_network(name: str, folder: Path, stored: tuple[int, ...], seed: int = 
 
 
 def load_network(name: str, step: int, seed: int = 0) -> nn.Module:
-    """Return "upscaler" or "painter" as it was after so many training steps, in fp32; 0: as its seed
-    started it.
+    """Return a network as it was after some training steps, in fp32.
 
-    Raises FileNotFoundError for a step that is not stored.
+    Args:
+        name: "upscaler" or "painter".
+        step: one of `STORED`; 0: before training, as its seed started it.
+        seed: of the weights at step 0.
+
+    Raises:
+        FileNotFoundError: this step is not stored.
     """
     path = EMBEDDED / "progress" / f"{name}-{step}.safetensors"
     if step and not path.is_file():
@@ -215,7 +220,7 @@ def enlarge(picture: Image.Image, scale: int, method: str | Upscaler = "bicubic"
     if isinstance(method, str):
         return picture.resize(size, FILTERS[method])
     with torch.no_grad():
-        return _pictures(method(_tensor(picture.resize(size, Image.Resampling.BICUBIC))))[0]
+        return to_pil(method(_tensor(picture.resize(size, Image.Resampling.BICUBIC))))[0]
 
 
 def paint(network: Painter, noise: torch.Tensor, steps: int) -> list[Image.Image]:
@@ -229,7 +234,7 @@ def paint(network: Painter, noise: torch.Tensor, steps: int) -> list[Image.Image
         for now, then in zip(times[:-1], times[1:]):
             guess = network(x, now.expand(len(x)))
             x = guess + (then / now) * (x - guess)
-    return _pictures((x + 1) / 2)
+    return to_pil((x + 1) / 2)
 
 
 def leaf_picture(rng: np.random.Generator, textures: np.ndarray, size: int) -> Image.Image:
@@ -241,7 +246,8 @@ def _tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)[None]  # (1, 3, H, W)
 
 
-def _pictures(x: torch.Tensor) -> list[Image.Image]:
+def to_pil(x: torch.Tensor) -> list[Image.Image]:
+    """Return pictures from (B, 3, H, W) in 0..1."""
     pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(one) for one in pixels.numpy()]
 

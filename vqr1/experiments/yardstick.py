@@ -15,7 +15,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqr1.data.manifests import CROP, EMBEDDED
-from vqr1.experiments.pretraining import pink_textures
+from vqr1.data.photographs import photograph_splits, photographs
+from vqr1.experiments.dead_leaves import pink_textures
 from vqr1.experiments.toy_networks import (
     FILTERS,
     SCALES,
@@ -29,9 +30,9 @@ from vqr1.experiments.toy_networks import (
     train_network,
 )
 from vqr1.metrics import bootstrap, content_agreement, srcc
+from vqr1.records import read_table, write_table
 from vqr1.scoring import Scorer
 from vqr1.thurstone import comparative_probability
-from vqr1.training import machine_line
 
 
 def likeness(picture: Image.Image, original: Image.Image) -> tuple[float, float]:
@@ -52,18 +53,13 @@ def likeness(picture: Image.Image, original: Image.Image) -> tuple[float, float]
     )
 
 
-def photographs(split: str) -> dict[str, Image.Image]:
+def middles(split: str) -> dict[str, Image.Image]:
     """Return the middle 192x192 px of every photograph of a split, by name."""
-    table = pd.read_csv(EMBEDDED / "photos.csv")
-    return {
-        name: _middle(Image.open(EMBEDDED / name).convert("RGB"))
-        for name in table.image[table.split == split]
-    }
-
-
-def _middle(photo: Image.Image) -> Image.Image:
-    x, y = ((side - CROP) // 2 for side in photo.size)
-    return photo.crop((x, y, x + CROP, y + CROP))
+    found = {}
+    for name, image in photographs(split).items():
+        x, y = ((side - CROP) // 2 for side in image.size)
+        found[name] = image.crop((x, y, x + CROP, y + CROP))
+    return found
 
 
 # Rows of pictures to be measured: dicts with reference, scale, method, amount, picture, original
@@ -189,35 +185,40 @@ def in_order(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def agreement_with(table: pd.DataFrame, name: str, yardstick: str = "score") -> dict[str, float]:
-    """Return how well a yardstick ("score", "psnr", "ssim") finds the order ``name`` in measured rows.
+    """Return how well a yardstick finds an order in measured rows.
 
-    srcc: the mean over photographs (or noises) of Spearman's correlation between yardstick and place, with
-    its 95% bootstrap interval; means: the same between the places and the mean over all photographs, with
-    the interval of that.
+    Args:
+        table: measured rows.
+        name: of `ORDERS`.
+        yardstick: "score", "psnr" or "ssim".
+
+    Returns:
+        srcc, the mean over photographs (or noises) of Spearman's correlation between yardstick and place;
+        means, that between the mean yardstick of all photographs and the place; 95% bootstrap intervals of
+        both; photographs, rows and unparseable, how many there are.
     """
     rows = in_order(table, name)
     rows = rows.assign(score=rows[yardstick].replace(np.inf, 200))  # an original is above all, and has a rank
-    found = content_agreement(rows[["reference", "score", "mos"]])
-    low, high = bootstrap(rows[["reference", "score", "mos"]], means_srcc)
-    counts = {
+    found = content_agreement(rows)
+    low, high = bootstrap(rows, means_srcc)
+    return {
         "photographs": rows["reference"].nunique(),
         "rows": len(rows),
         "unparseable": int(rows["score"].isna().sum()),
+        **{key: found[key] for key in ("srcc", "srcc_lo", "srcc_hi")},
+        "means": means_srcc(rows["score"], rows["mos"]),
+        "means_lo": low,
+        "means_hi": high,
     }
-    return (
-        counts
-        | {key: found[key] for key in ("srcc", "srcc_lo", "srcc_hi")}
-        | {"means": means_srcc(rows), "means_lo": low, "means_hi": high}
-    )
 
 
-def means_srcc(columns) -> float:
-    """Return Spearman's correlation between the places in ``mos`` and the mean ``score`` at each place.
+def means_srcc(score, place) -> float:
+    """Return Spearman's correlation between the places of an order and the mean score at each place.
 
-    >>> means_srcc({"mos": [0, 0, 1, 1], "score": [1, 4, 3, 3]})
+    >>> means_srcc([1, 4, 3, 3], [0, 0, 1, 1])
     1.0
     """
-    score, place = np.asarray(columns["score"], dtype=float), np.asarray(columns["mos"])
+    score, place = np.asarray(score, dtype=float), np.asarray(place)
     return srcc([np.nanmean(score[place == value]) for value in np.unique(place)], np.unique(place))
 
 
@@ -227,8 +228,7 @@ def means(table: pd.DataFrame, by: str | list[str], column: str = "score") -> pd
     """
     rows = {}
     for value, own in table.groupby(by, sort=False):
-        average = lambda columns: float(np.nanmean(columns[column]))  # noqa: E731
-        rows[value] = (average(own), *bootstrap(own[["reference", column]], average))
+        rows[value] = (np.nanmean(own[column]), *bootstrap(own, np.nanmean, [column]))
     return pd.DataFrame(rows, index=["mean", "low", "high"]).T
 
 
@@ -243,15 +243,11 @@ def preferred(one: pd.DataFrame, two: pd.DataFrame) -> tuple[float, float, float
         raise ValueError(
             f"{len(one)} and {len(two)} rows, but {len(pairs)} references in both: compare the same photographs"
         )
-    mean, std, others, other_std = (
-        torch.tensor(pairs[key].to_numpy()) for key in ("score", "std", "score_two", "std_two")
-    )
-    pairs["p"] = (
-        comparative_probability(mean[:, None], std**2, others, other_std**2)[..., 0].diagonal().numpy()
-    )
-    return float(pairs["p"].mean()), *bootstrap(
-        pairs[["reference", "p"]], lambda columns: float(np.mean(columns["p"]))
-    )
+    columns = ("score", "std", "score_two", "std_two")
+    mean, std, others, other_std = (torch.tensor(pairs[key].to_numpy()) for key in columns)
+    p = comparative_probability(mean[:, None], std**2, others, other_std**2)  # (pairs, pairs, 1)
+    pairs["p"] = p[..., 0].diagonal().numpy()
+    return float(pairs["p"].mean()), *bootstrap(pairs, np.mean, ["p"])
 
 
 def climb(
@@ -315,17 +311,7 @@ def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
     try:
         for name, stored in STORED.items():
             if not all((folder / f"{name}-{step}.safetensors").is_file() for step in stored):
-                old = read_table(log)
-                _write(
-                    log,
-                    pd.concat(
-                        [
-                            old[old["network"] != name] if len(old) else old,
-                            train_network(name, folder, stored, seed),
-                        ]
-                    ),
-                    seed,
-                )
+                _replace(log, train_network(name, folder, stored, seed), {"network": name}, seed)
     finally:
         torch.set_num_threads(threads)
 
@@ -335,23 +321,23 @@ def measure_part(part: str, name: str, scorer: Scorer, runs: Path) -> None:
     rounds.
     """
     if part == "reward":
-        rounds = climb(scorer, photographs("val"))
-        _add(runs / ROUNDS, rounds, part, name)
-        rows = retouched(photographs("test"), rounds[rounds["kept"]].iloc[-1][list(STRENGTHS)].to_dict())
+        rounds = climb(scorer, middles("val"))
+        _replace(runs / ROUNDS, rounds, {"part": part, "policy": name})
+        rows = retouched(middles("test"), rounds[rounds["kept"]].iloc[-1][list(STRENGTHS)].to_dict())
     elif part == "upscaling":
-        rows = upscalings(photographs("test")) + upscalings(photographs("val"), scales=(3,))
+        rows = upscalings(middles("test")) + upscalings(middles("val"), scales=(3,))
     else:
-        rows = paintings() if part == "painting" else retouchings(photographs("test"))
-    splits = pd.read_csv(EMBEDDED / "photos.csv").set_index("image")["split"]
+        rows = paintings() if part == "painting" else retouchings(middles("test"))
     table = measured(rows, scorer)
-    _add(runs / PICTURES, table.assign(split=table["reference"].map(splits)), part, name)
+    table["split"] = table["reference"].map(photograph_splits())
+    _replace(runs / PICTURES, table, {"part": part, "policy": name})
 
 
-def _add(path: Path, table: pd.DataFrame, part: str, name: str) -> None:
-    """Add rows to a table on disk, in place of those of the same policy and part."""
-    old = read_table(path)
-    others = [old[(old["policy"] != name) | (old["part"] != part)]] if len(old) else []
-    _write(path, pd.concat([*others, table.assign(part=part, policy=name)]))
+def _replace(path: Path, table: pd.DataFrame, key: dict[str, str], seed: int = 0) -> None:
+    """Put rows into a table on disk, with the columns of `key`, instead of those that have the same key."""
+    old = read_table(path, columns=list(key))
+    others = old[(old[list(key)] != pd.Series(key)).any(axis=1)]
+    write_table(path, pd.concat([own for own in (others, table.assign(**key)) if len(own)]), seed)
 
 
 def study_rows(pictures: pd.DataFrame) -> pd.DataFrame:
@@ -359,17 +345,15 @@ def study_rows(pictures: pd.DataFrame) -> pd.DataFrame:
     original.
     """
     test = dict(list(pictures[pictures["split"] != "val"].groupby("policy", sort=False)))
-    yardsticks = [(policy, "score", own) for policy, own in test.items()] + [
-        (name, name, next(iter(test.values()))) for name in ("psnr", "ssim")
+    yardsticks = [(policy, "score", own) for policy, own in test.items()]
+    yardsticks += [(name, name, next(iter(test.values()))) for name in ("psnr", "ssim")]
+    rows = [
+        _row(variant, order, own, column)
+        for variant, column, own in yardsticks
+        for order in ORDERS
+        if in_order(own, order)[column].notna().any()  # what is generated has no PSNR
     ]
-    return pd.DataFrame(
-        [
-            _row(variant, order, own, column)
-            for variant, column, own in yardsticks
-            for order in ORDERS
-            if in_order(own, order)[column].notna().any()  # what is generated has no PSNR
-        ]
-    )
+    return pd.DataFrame(rows)
 
 
 def _row(variant: str, order: str, pictures: pd.DataFrame, yardstick: str) -> dict:
@@ -390,28 +374,13 @@ def study(policies: Sequence[str] = POLICIES, runs: Path | None = None) -> pd.Da
     """
     runs = runs or EMBEDDED / "runs"
     make_networks(EMBEDDED / "progress", runs / TRAINING)
-    done = read_table(runs / PICTURES)
-    todo = {(name, part) for name in policies for part in PARTS} - set(
-        zip(done.get("policy", []), done.get("part", []))
-    )
+    done = read_table(runs / PICTURES, columns=["policy", "part"])
+    todo = {(name, part) for name in policies for part in PARTS} - set(zip(done["policy"], done["part"]))
     print(f"{len(todo)} parts to be scored: about {len(todo)} minutes on two cores", flush=True)
     for name in (name for name in policies if any(policy == name for policy, _ in todo)):
         scorer = Scorer(policy_path(name), thinking=True)
         for part in (part for part in PARTS if (name, part) in todo):
             measure_part(part, name, scorer, runs)
     rows = study_rows(read_table(runs / PICTURES))
-    _write(runs / "progress.csv", rows)
+    write_table(runs / "progress.csv", rows)
     return rows
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Return a table of the study, empty if it is not there yet."""
-    return pd.read_csv(path, comment="#") if path.is_file() else pd.DataFrame()
-
-
-def _write(path: Path, table: pd.DataFrame, seed: int = 0) -> None:
-    part = path.with_suffix(".tmp")
-    part.write_text(
-        f"# {machine_line(seed)}\n{table.to_csv(index=False, float_format='%.4f')}", encoding="utf-8"
-    )
-    part.replace(path)
