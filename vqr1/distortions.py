@@ -134,7 +134,7 @@ def _motion_blur(x, p, rng):
 
 
 def _color_diffusion(x, p, rng):
-    """Blur a and b of Lab by sigma = 1.5 p + 2 px and multiply them by p (blurred at a quarter of the size)."""
+    """Blur a and b of Lab by sigma = 1.5 p + 2 px, at a quarter of the size; multiply them by p."""
     lightness, *ab = _to_lab(x)
     h, w = lightness.shape
     small = (math.ceil(w / 4), math.ceil(h / 4))
@@ -399,7 +399,7 @@ def distort(image: Image.Image, name: str, level: int, seed: int = 0) -> Image.I
 
 
 def true_strength(name: str, level: int) -> int:
-    """Return how strong a distortion of a level looks, 1..5; 0 for the level of mean shift that changes nothing.
+    """Return how strong a distortion looks at a level, 1..5; 0 where nothing changes (mean shift, level 3).
 
     >>> true_strength("jpeg", 4), true_strength("mean_shift", 5)
     (4, 3)

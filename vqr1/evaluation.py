@@ -54,7 +54,8 @@ def evaluation_rows(
         rows = frame[frame["split"] == split] if split != "all" else frame
         if rows.empty:
             raise ValueError(
-                f"set {str(name)!r} has no rows with split {split!r}; it has {sorted(frame['split'].unique())}"
+                f"set {str(name)!r} has no rows with split {split!r}; "
+                f"it has {sorted(frame['split'].unique())}"
             )
         rows = _sample(rows, limit) if limit and limit < len(rows) else rows
         rows = rows.reset_index(drop=True)
@@ -228,7 +229,8 @@ def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
         alone = sorted(map(str, set(after["reference"]) ^ set(before["reference"])))[:5]
         where = f"; in one of them only: {', '.join(alone)}" if alone else ""
         raise ValueError(
-            f"a gain needs the same rows in the same order; these are {len(after)} and {len(before)} others{where}"
+            f"a gain needs the same rows in the same order; "
+            f"these are {len(after)} and {len(before)} others{where}"
         )
     both = both.assign(after=after["score"].to_numpy(), before=before["score"].to_numpy())
     row = {}

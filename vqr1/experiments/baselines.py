@@ -145,7 +145,7 @@ def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float)
 
 
 def perception_pictures(seed: int, **options) -> Iterable[dict]:
-    """Yield the pictures of `pretraining.DistortionStream` that have the simulated sets' size, as `pixels`."""
+    """Yield the pictures of `pretraining.DistortionStream` of the simulated sets' size, as `pixels`."""
     whole = SimpleNamespace(
         image_processor=lambda images, **_: {
             "pixel_values": pixels(images),
@@ -280,12 +280,21 @@ def train_head(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a linear head trained on rated rows, on top of the policy's frozen vision tower: the same
-    eyes, no words.
+    """Return a linear head trained on rated rows, on the policy's frozen vision tower: same eyes, no words.
 
     Each picture is looked at once. 300 steps do: on 480 rows of sim-kadid, seed 0, SRCC on 190 validation
-    rows was 0.64 (regressor) and 0.66
-    (ranker) after 100 steps, 0.675 (both) after 300, no better by more than 0.005 after 1000 or with lr 1e-3. See `rating_losses` for ranker and errors.
+    rows was 0.64 (regressor) and 0.66 (ranker) after 100 steps, 0.675 (both) after 300, no better by more
+    than 0.005 after 1000 or with lr 1e-3.
+
+    Args:
+        policy: its tower looks.
+        frame: rated rows.
+        images: their pictures.
+        ranker: `rating_losses` of pairs, or of the MOS.
+        steps: optimizer steps.
+        batch: pictures per step.
+        lr: highest learning rate.
+        seed: of weights and batches.
     """
     torch.manual_seed(seed)
     seen = tower_features(policy, images)

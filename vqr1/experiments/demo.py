@@ -53,7 +53,8 @@ def demo(
     before, old = evaluate(settings["policy"], sets)
     evaluated = time.time()
     print(
-        f"Rendered and evaluated in {evaluated - start:.0f} s. Training for {settings['grpo']['max_steps']} steps.",
+        f"Rendered and evaluated in {evaluated - start:.0f} s. "
+        f"Training for {settings['grpo']['max_steps']} steps.",
         flush=True,
     )
     policy = train(settings, output, resume=resume)
@@ -105,7 +106,8 @@ def demo_report(
     ]
     parts = [
         "# From photographs to a trained ranker",
-        "Ratings are simulated (`sim-`): made from published human means of KADID-10k's types and levels, not from people who saw these pictures.",
+        "Ratings are simulated (`sim-`): made from published human means of KADID-10k's types and levels, "
+        "not from people who saw these pictures.",
         f"{machine_line(settings['grpo']['seed'])}; training {seconds:.0f} s",
         "## Before",
         markdown(before.reindex(columns=columns)),

@@ -80,8 +80,8 @@ def corpus() -> list[str]:
     """Return texts that hold every word of the reasoning, for the tokenizer."""
     places = [f"{a}, {b} intact" for a in PLACES for b in REGIONS] + ["all over the picture"]
     texts = [reasoning(n, s, p) for n in PHRASES for s in range(6) for p in places]
-    chat = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|im_start|>assistant\n"
-    return texts + [chat.replace("<|im_start|>", " ").replace("<|im_end|>", " ")] * 100
+    chat = " system\nYou are a helpful assistant. \n user\n assistant\n"  # without the special tokens
+    return texts + [chat] * 100
 
 
 @lru_cache(maxsize=1)
@@ -157,7 +157,7 @@ def pool_tokens(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: t
 
 
 def naming_loss(logits: torch.Tensor, kind: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of the distortion plus that of the strength 0..5; logits are (B, kinds + 6)."""
+    """Return the cross-entropy of distortion plus that of strength 0..5; logits are (B, kinds + 6)."""
     return nn.functional.cross_entropy(logits[:, :-6], kind) + nn.functional.cross_entropy(
         logits[:, -6:], strength
     )

@@ -171,7 +171,8 @@ def table2(
     sets, missing = found_sets(root, limit)
     if not sets:
         raise FileNotFoundError(
-            f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} (`vqr1 data --list` says where each is)"
+            f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} "
+            "(`vqr1 data --list` says where each is)"
         )
     pair = policy if isinstance(policy, tuple) else load_policy(policy)
     label = "the given policy" if isinstance(policy, tuple) else Path(policy).name
@@ -209,21 +210,24 @@ def _report(
     not_run = "\n".join(f"- {name} ({SETS[name].title}): {why}" for name, why in missing.items())
     parts = [
         "# Table 2 of the paper, and what was measured here",
-        'Rows that start with "paper:" are its authors\' (arXiv 2505.14460 v2, Tables 2 and 5; data/table2.csv, data/table5.csv). '
+        'Rows that start with "paper:" are its authors\' (arXiv 2505.14460 v2, Tables 2 and 5; '
+        "data/table2.csv, data/table5.csv). "
         f"Measured: {label}; {machine_line(0)}.{sample}",
-        "In brackets: 95% bootstrap intervals over references. PLCC is raw, plcc_fit after the 4-parameter logistic; the paper does not say which "
-        "it has. sriqa-bench is evaluated per content, as it is scaled; pooled values are in the last table. A set that the policy was trained on "
-        "is not zero-shot.",
+        "In brackets: 95% bootstrap intervals over references. PLCC is raw, plcc_fit after the 4-parameter "
+        "logistic; the paper does not say which it has. sriqa-bench is evaluated per content, as it is "
+        "scaled; pooled values are in the last table. A set that the policy was trained on is not zero-shot.",
         "## SRCC",
         markdown(side_by_side(measured, "srcc", label)),
         "## PLCC",
         markdown(side_by_side(measured, "plcc", label)),
         "## Cost per picture",
         markdown(cost(measured, label, parameters)),
-        "The paper's: 512x384 pixels, hardware not restated. Measured: reading included, pictures of each set as they are; memory: peak of the "
+        "The paper's: 512x384 pixels, hardware not restated. Measured: reading included, pictures of each "
+        "set as they are; memory: peak of the "
         f"{'GPU' if torch.cuda.is_available() else 'whole process'}.",
         "## Measured, set by set",
-        "unparseable: rows without a score, left out of the correlations; unread, among them: pictures that cannot be read (error in the score tables).",
+        "unparseable: rows without a score, left out of the correlations; unread, among them: pictures that "
+        "cannot be read (error in the score tables).",
         markdown(measured.reindex(columns=order).dropna(axis=1, how="all")),
         "## Not run",
         not_run or "None: all eight were there.",

@@ -34,10 +34,10 @@ STORED = {"upscaler": (50, 200, 1000, 3000), "painter": (200, 1000, 6000)}
 
 
 class Upscaler(nn.Module):
-    """Add to a picture that bicubic interpolation enlarged what it lacks, at any scale; untrained it adds
-    nothing.
+    """Add what a bicubically enlarged picture lacks, at any scale; untrained it adds nothing.
 
-    (B, 3, H, W) in 0..1 to the same. Residual super-resolution as in Kim, Lee and Lee, VDSR (2016), with 8,611 weights.
+    (B, 3, H, W) in 0..1 to the same. Residual super-resolution as in Kim, Lee and Lee, VDSR (2016), with
+    8,611 weights.
     """
 
     def __init__(self, width: int = 16):
@@ -130,7 +130,7 @@ def upscaler_loss(network: Upscaler, batch: tuple[torch.Tensor, torch.Tensor]) -
 
 
 def painter_loss(network: Painter, pictures: torch.Tensor) -> torch.Tensor:
-    """Return the squared error of the guess over t^2: that of the velocity noise - picture (flow matching)."""
+    """Return the squared error of the guess over t^2: the error of the velocity (flow matching)."""
     t, noise = torch.rand(len(pictures)), torch.randn_like(pictures)
     share = t[:, None, None, None]
     guess = network((1 - share) * pictures + share * noise, t)

@@ -241,7 +241,8 @@ def preferred(one: pd.DataFrame, two: pd.DataFrame) -> tuple[float, float, float
     pairs = one.merge(two, on="reference", validate="one_to_one", suffixes=("", "_two"))
     if not len(pairs) == len(one) == len(two):
         raise ValueError(
-            f"{len(one)} and {len(two)} rows, but {len(pairs)} references in both: compare the same photographs"
+            f"{len(one)} and {len(two)} rows, but {len(pairs)} references in both: "
+            "compare the same photographs"
         )
     columns = ("score", "std", "score_two", "std_two")
     mean, std, others, other_std = (torch.tensor(pairs[key].to_numpy()) for key in columns)
