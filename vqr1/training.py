@@ -356,6 +356,7 @@ def train(
     trainer.processing_class.save_pretrained(output / "policy")
     if trainer.is_world_process_zero():
         (output / "policy" / "README.md").write_text(
-            model_card(config, pd.DataFrame(log.rows, columns=list(LOG)), log.header), encoding="utf-8"
+            model_card(config, pd.DataFrame(log.rows, columns=list(LOG)), machine_line(log.scorer.seed)),
+            encoding="utf-8",
         )
     return output / "policy"

@@ -50,7 +50,7 @@ def test_the_papers_cost_is_as_printed():
 
 def test_both_tables_say_where_they_come_from():
     for number in (2, 5):
-        head = (table2.DATA / f"table{number}.csv").read_text(encoding="utf-8").splitlines()[0]
+        head = (table2.EMBEDDED / f"table{number}.csv").read_text(encoding="utf-8").splitlines()[0]
         assert (
             f"Table {number} of VisualQuality-R1 (arXiv 2505.14460 v2)" in head
             and "not measured here" in head
