@@ -16,7 +16,7 @@ from vqr1.data.manifests import load_ratings, one_set_batches, pictures_of, prom
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
-from vqr1.records import read_table, write_table
+from vqr1.records import machine_line, read_table, write_table
 from vqr1.rewards import (
     RankingReward,
     ThresholdReward,
