@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	start=$$(date +%s); \
 	[ -x $(BIN)/python ] || "$$python" -m venv --clear .venv || { \
 	  echo "'$$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[notebooks,dev,scale]' \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[notebooks,dev,scale,excel]' \
 	  | awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ {sub(/https?:[^ ]*\//, ""); print; fflush()} \
 	         /^Installing collected/ {print "  Installing " NF - 3 " packages"; fflush()}' || exit 1; \
 	touch $@; \

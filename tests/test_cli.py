@@ -4,7 +4,9 @@ import csv
 import importlib
 import io
 import os
+import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from PIL import Image
 from vqr1 import training
 from vqr1.cli import _parser, main
 from vqr1.config import load_config
-from vqr1.data.manifests import COLUMNS
+from vqr1.data.manifests import MANIFEST_COLUMNS
 from vqr1.experiments import demo
+from vqr1.experiments.baselines import CNN
 from vqr1.runs import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +106,7 @@ def test_what_cannot_be_used_is_named(arguments, said, capsys):
 
 
 WORKERS = [
-    (["demo", "--out", "o", "--steps", "3"], "demo.demo", ("o", "cpu", False, 3, None)),
+    (["demo", "--out", "o", "--steps", "3"], "experiments.demo.demo", ("o", "cpu", False, 3, None)),
     (
         ["train", "--seed", "5", "--out", "o"],
         "training.train",
@@ -115,16 +118,27 @@ WORKERS = [
     (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", ("tiny-policy",)),
     (
         ["evaluate", "--suite", "table2", "--root", "r"],
-        "table2.table2",
+        "experiments.table2.table2",
         ("tiny-policy", "r", ["expected"], None, None),
     ),
-    (["data", "sim-unseen"], "data.load_ratings", ("sim-unseen", None)),
-    (["data", "kadid10k", "--root", "r"], "readers.read_public", ("kadid-10k", "r")),
+    (["data", "sim-unseen"], "data.describe.load_ratings", ("sim-unseen", None)),
+    (["data", "kadid10k", "--root", "r"], "data.describe.read_public", ("kadid-10k", "r")),
+    (["data", "--rebuild"], "data.simulated.build_sim_sets", ()),
     (["sheet", str(PHOTO)], "distortions.contact_sheet", ()),
-    (["pretrain", "--out", "o", "--steps", "2", "1"], "pretraining.pretrain", ("o",)),
-    (["study", "demo", "--seeds", "1"], "studies.study", ("demo", [1], "runs/study", None, None, None)),
-    (["study", "progress"], "progress.study", (("tiny-policy", "ranker"),)),
-    (["study", "progress", "--variants", "ranker"], "progress.study", (["ranker"],)),
+    (["pretrain", "--out", "o", "--steps", "2", "1"], "experiments.pretraining.pretrain", ("o",)),
+    (["pretrain", "--cnn"], "experiments.baselines.pretrain_cnn", (CNN,)),
+    (
+        ["score", str(PHOTO.parent), "--actors", "2", "--gpus", "1", "--out", os.devnull + ".csv"],
+        "serving.cluster.pictures_in",
+        (str(PHOTO.parent),),
+    ),
+    (
+        ["study", "demo", "--seeds", "1"],
+        "experiments.studies.study",
+        ("demo", [1], "runs/study", None, None, None),
+    ),
+    (["study", "progress"], "experiments.yardstick.study", (("tiny-policy", "ranker"),)),
+    (["study", "progress", "--variants", "ranker"], "experiments.yardstick.study", (["ranker"],)),
 ]
 """A call, the function that does its work, and what that is given first."""
 
@@ -139,7 +153,7 @@ def test_every_command_hands_its_arguments_to_its_worker(arguments, worker, give
     def work(*args, **kwargs):
         raise Called(*args)
 
-    module, name = worker.split(".")
+    module, _, name = worker.rpartition(".")
     monkeypatch.setattr(importlib.import_module(f"vqr1.{module}"), name, work)
     monkeypatch.setattr(sys, "argv", ["vqr1", *arguments])
     with pytest.raises(Called) as called:
@@ -228,6 +242,43 @@ def test_score_writes_the_same_rows_into_a_file(pictures, tmp_path, capsys):
     assert (tmp_path / "scores.csv").read_text(encoding="utf-8") == shown
 
 
+def test_on_a_terminal_the_scores_are_a_table(pictures, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["score", pictures[0], pictures[1]]) == 1
+    head, good, missing = capsys.readouterr().out.splitlines()
+    assert head.split() == ["score", "picture"]
+    assert re.fullmatch(rf"\d\.\d\d ± \d\.\d\d +{re.escape(pictures[0])}", good)
+    assert re.fullmatch(rf"none +{re.escape(pictures[1])} is missing.*", missing)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--actors", "2"], ["other", "--actors", "2", "--out", "a.csv"], ["--actors", "2", "--shard", "1/2"]],
+)
+def test_a_cluster_takes_one_folder_and_a_file(more, capsys):
+    assert "--actors takes one folder or bucket" in refused(["score", "photos", *more], capsys)
+
+
+def test_a_suite_has_its_own_sets(capsys):
+    said = refused(["evaluate", "--suite", "table2", "--sets", "sim-unseen"], capsys)
+    assert "give --suite or --sets" in said
+
+
+def test_what_needs_no_policy_starts_without_torch():
+    """Whole processes: this one has imported all of it."""
+    code = (
+        "import sys; from vqr1.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    for arguments in (["--help"], ["score", "--help"], ["data"], ["data", "sim-unseen"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout, (arguments, done.stderr[-2000:])
+
+
 def test_score_with_thinking_gives_the_reasoning(pictures, capsys):
     assert main(["score", pictures[-1], "--thinking", "--estimate", "greedy"]) == 0
     [row] = read_rows(capsys.readouterr().out)
@@ -249,7 +300,7 @@ def test_sheet_draws_a_png(pictures, tmp_path, capsys):
 # --- manifests ----------------------------------------------------------------------------------
 
 
-def manifest(folder: Path, rows: list[dict], columns=COLUMNS) -> str:
+def manifest(folder: Path, rows: list[dict], columns=MANIFEST_COLUMNS) -> str:
     """Write a manifest of the user's own and its pictures; return its path."""
     for number in range(4):
         Image.effect_noise((64, 64), 20 * number + 5).convert("RGB").save(folder / f"{number}.png")
@@ -283,7 +334,7 @@ def test_evaluate_names_the_line_of_a_bad_manifest(change, value, tmp_path, caps
 
 
 def test_evaluate_names_a_missing_column(tmp_path, capsys):
-    path = manifest(tmp_path, own_rows(), [name for name in COLUMNS if name != "mos"])
+    path = manifest(tmp_path, own_rows(), [name for name in MANIFEST_COLUMNS if name != "mos"])
     assert f"{path}, line 1: column 'mos' is missing" in refused(["evaluate", "--sets", path], capsys)
 
 
@@ -292,7 +343,7 @@ def test_evaluate_names_a_picture_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "2.png").write_text("a cat on a mat", encoding="utf-8")
     assert main(["evaluate", "--sets", path, "--estimates", "expected"]) == 1  # the others are scored
     said = capsys.readouterr()
-    assert "2.png cannot be read as a picture" in said.err and len(said.err.splitlines()) == 1
+    assert said.err.count("2.png cannot be read as a picture") == 1  # beside the bar
     assert said.out.count("| expected | True | 4 | 4 | 1 |") == 1  # photographs, rows, unparseable
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vqr1 import evaluation
-from vqr1.data.manifests import COLUMNS, open_picture
+from vqr1.data.manifests import MANIFEST_COLUMNS, open_picture
 from vqr1.evaluation import (
     Rows,
     agreement,
@@ -207,7 +207,7 @@ def manifest(tmp_path):
         Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
         split = "train" if number == 7 else "test"
         rows.append([f"{number}.png", "mine", 1 + number / 2, "", f"{number}.png", "", "", "", "", split])
-    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(tmp_path / "mine.csv", index=False)
+    pd.DataFrame(rows, columns=list(MANIFEST_COLUMNS)).to_csv(tmp_path / "mine.csv", index=False)
     return str(tmp_path / "mine.csv")
 
 

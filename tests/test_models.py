@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vqr1 import policy, training
 from vqr1.cards import model_card
 from vqr1.config import CONFIGS, load_config
-from vqr1.data.manifests import COLUMNS, load_ratings
+from vqr1.data.manifests import MANIFEST_COLUMNS, load_ratings
 from vqr1.policy import (
     CHAT_TEMPLATE,
     SPECIAL,
@@ -525,7 +525,7 @@ def test_sets_in_several_folders_are_trained_on_together(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64), (gray,) * 3).save(tmp_path / name / "a.png")
         row = {"image": "a.png", "dataset": name, "mos": 3, "split": "train"}
-        pd.DataFrame([row], columns=COLUMNS).to_csv(tmp_path / name / "rows.csv", index=False)
+        pd.DataFrame([row], columns=MANIFEST_COLUMNS).to_csv(tmp_path / name / "rows.csv", index=False)
     config = {"sets": [str(tmp_path / name / "rows.csv") for name in ("one", "two")], "root": None}
     frame = set_rows(config, "train")
     assert [image.getpixel((0, 0))[0] for image in training.pictures_of(frame)] == [10, 200]

@@ -6,7 +6,7 @@ import pytest
 from vqr1.cli import main
 from vqr1.data.manifests import load_comparisons, load_ratings, render
 from vqr1.data.people_sets import TWINS
-from vqr1.data.public_sets import SETS, home, read_public
+from vqr1.data.public_sets import PUBLIC_SETS, find_folder, read_public
 from vqr1.metrics import srcc
 
 
@@ -16,7 +16,7 @@ def whole(real_sets):
 
     def read(name: str):
         try:
-            folder = home(name, real_sets)
+            folder = find_folder(name, real_sets)
         except FileNotFoundError as error:
             pytest.skip(str(error))
         frame = read_public(name, folder, strict=False)
@@ -83,7 +83,9 @@ def test_pcuid_is_read_with_its_comparisons(whole):
 def test_srij_is_read_with_its_originals(whole):
     _, frame, _ = whole("srij")
     original = frame["distortion"] == ""
-    assert len(frame) == SETS["srij"].rows and original.sum() == 32 and frame["reference"].nunique() == 32
+    assert (
+        len(frame) == PUBLIC_SETS["srij"].rows and original.sum() == 32 and frame["reference"].nunique() == 32
+    )
     means = frame.groupby("level")["mos"].mean()
     assert means[["", "2", "3", "4"]].is_monotonic_decreasing and means[""] == pytest.approx(79.36, abs=0.01)
     assert frame["mos"][~original].agg(["min", "max"]).round(1).tolist() == [25.5, 76.6]

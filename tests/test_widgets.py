@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vqr1 import widgets
-from vqr1.config import load_config
-from vqr1.data.manifests import EMBEDDED, load_ratings, render_rows
-from vqr1.data.observers import pairwise_votes
+from vqr1.data.manifests import load_ratings, render_rows
+from vqr1.places import EMBEDDED
 from vqr1.prompts import parse_score
 from vqr1.scoring import Score, Scorer
-from vqr1.training import train
+from vqr1.votes import Ballot, vote_agreement
 
 
 @pytest.fixture(scope="module")
@@ -168,21 +167,6 @@ def test_curves_are_the_scores_normal_ones_with_the_samples_below():
 # --- folders ------------------------------------------------------------------------------------
 
 
-def test_folder_rows_are_manifest_rows_that_render(folder):
-    frame = widgets.folder_rows(folder)
-    assert frame["image"].tolist() == ["bad.png", "broken.jpg", "good.png"] and frame.attrs["root"] == str(
-        folder
-    )
-    assert [image.size for image in render_rows(frame.iloc[[0, 2]], folder)] == [(192, 192)] * 2
-
-
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no pictures"):
-        widgets.folder_rows(tmp_path)
-    with pytest.raises(ValueError, match="'nowhere' is not a folder"):
-        widgets.folder_rows("nowhere")
-
-
 def test_rank_folder_names_the_files_and_puts_the_unreadable_last(scorer, folder):
     ranked = widgets.rank_folder(scorer, folder)
     score = {name: scorer.score([folder / name])[0].score for name in ("good.png", "bad.png")}
@@ -214,105 +198,6 @@ def test_board_with_pictures_escapes_what_files_are_called(scorer, folder):
     table = widgets.board(widgets.rank_folder(scorer, folder), folder)
     assert sorted(table["image"])[0] == "&lt;b&gt;good.png"
     assert [cell[:14] for cell in table[""]] == ['<img src="data'] * 2 + [""]
-
-
-# --- votes --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [2, 3, 6, 7])
-def test_blind_pairs_are_all_pairs_once_and_connected_after_the_first_round(n):
-    pairs = widgets.blind_pairs(n, seed=1)
-    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == n * (n - 1) // 2
-    reached = {0}
-    for _ in range(n):
-        reached |= {i for pair in pairs[:n] if set(pair) & reached for i in pair}
-    assert reached == set(range(n))
-
-
-def test_blind_pairs_tell_nothing_by_their_side():
-    left = [i < j for seed in range(40) for i, j in widgets.blind_pairs(6, seed)]
-    assert 0.4 < np.mean(left) < 0.6
-    assert widgets.blind_pairs(6, 1) == widgets.blind_pairs(6, 1) != widgets.blind_pairs(6, 2)
-    with pytest.raises(ValueError, match="at least 2"):
-        widgets.blind_pairs(1)
-
-
-def test_a_ballot_counts_votes_until_all_pairs_had_one():
-    ballot = widgets.Ballot(3)
-    (a, b), (c, d), (e, f) = ballot.pairs
-    for choice in ("first", "second", "same"):
-        ballot.vote(choice)
-    expected = np.zeros((3, 3))
-    expected[a, b], expected[d, c], expected[e, f], expected[f, e] = 1, 1, 0.5, 0.5
-    assert (ballot.wins == expected).all() and ballot.pair is None
-    with pytest.raises(ValueError, match="all 3 pairs"):
-        ballot.vote("first")
-    with pytest.raises(ValueError, match="'left' is unknown"):
-        widgets.Ballot(3).vote("left")
-
-
-def test_scale_votes_finds_the_order_and_narrows_with_votes():
-    few, many = (widgets.scale_votes(pairwise_votes([4.0, 3.0, 2.0, 1.0], n)) for n in (4, 64))
-    assert few["quality"].is_monotonic_decreasing and many["quality"].is_monotonic_decreasing
-    assert (many["standard_error"] < few["standard_error"] / 3).all() and few["votes"].tolist() == [12] * 4
-
-
-def test_too_few_votes_and_disconnected_pictures_are_refused():
-    ballot = widgets.Ballot(4)
-    ballot.vote("first")
-    with pytest.raises(ValueError, match="1 votes on 4 pictures: .* at least 3; vote on more pairs"):
-        widgets.scale_votes(ballot.wins)
-    apart = np.zeros((4, 4))
-    apart[0, 1] = apart[2, 3] = 5
-    with pytest.raises(ValueError, match=r"items \[0, 1\] and \[2, 3\].*; vote on more pairs"):
-        widgets.scale_votes(apart)
-
-
-def test_vote_agreement_counts_ties_half_and_nan_wrong():
-    wins = [[0, 3, 3], [1, 0, 3], [1, 1, 0]]
-    assert widgets.vote_agreement(wins, [3, 2, 1])["votes"] == 0.75
-    assert widgets.vote_agreement(wins, [1, 2, 3]) == {"srcc": -1.0, "votes": 0.25}
-    assert widgets.vote_agreement(wins, [1, 1, 1])["votes"] == 0.5
-    assert widgets.vote_agreement(wins, [3, 2, np.nan])["votes"] == 3 / 12
-
-
-def test_votes_become_a_manifest_of_the_same_pictures(rated, tmp_path):
-    wins = pairwise_votes(rated["mos"], 5, seed=0)
-    saved = widgets.save_votes(rated, wins, tmp_path / "new" / "votes.csv", "simulated-votes")
-    assert np.allclose(saved["mos"], widgets.scale_votes(wins)["quality"], atol=1e-4)
-    assert saved["dataset"].unique().tolist() == ["simulated-votes"] and saved["std"].isna().all()
-    again = load_ratings(tmp_path / "new" / "votes.csv", EMBEDDED)
-    assert [i.tobytes() for i in render_rows(again)] == [i.tobytes() for i in render_rows(rated)]
-
-
-def test_votes_on_a_folder_become_a_manifest(folder):
-    (folder / "broken.jpg").unlink()
-    frame = widgets.folder_rows(folder)
-    saved = widgets.save_votes(frame, [[0, 3], [1, 0]], folder / "votes.csv")
-    assert (
-        saved["image"].tolist() == ["bad.png", "good.png"] and saved["mos"].iloc[0] > 0 > saved["mos"].iloc[1]
-    )
-    assert len(render_rows(saved)) == 2
-
-
-def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
-    """Blind pairs -> votes -> scale -> manifest -> two training steps."""
-    observer, ballot = pairwise_votes(rated["mos"], 1, seed=0), widgets.Ballot(len(rated))
-    while ballot.pair:
-        ballot.vote("first" if observer[ballot.pair] else "second")
-    assert (ballot.wins == observer).all()
-    frame = widgets.save_votes(rated, ballot.wins, tmp_path / "votes.csv", "simulated-votes")
-    config = load_config("cpu")
-    config["grpo"] |= {
-        "max_steps": 2,
-        "per_device_train_batch_size": 6,
-        "num_generations": 2,
-        "logging_steps": 1,
-    }
-    config["validation"] = {"rows": 4, "every": 2}
-    assert (train(config, tmp_path / "run", frame=frame) / "adapter_config.json").is_file()
-    log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
-    assert log["ranking"].dropna().between(0.01, 1.01).sum() == 2
 
 
 # --- the applications ---------------------------------------------------------------------------
@@ -373,7 +258,7 @@ def test_the_leaderboard_ranks_a_folder_and_refuses_others(scorer, folder, tmp_p
 
 
 def test_voting_by_click_and_key_then_scaling_and_saving(scorer, rated, tmp_path):
-    ballot = widgets.Ballot(len(rated))
+    ballot = Ballot(len(rated))
     app = widgets.rating(ballot, rated, scorer, tmp_path / "votes.csv")
     images, pictures = render_rows(rated), [part for part in parts(app) if isinstance(part, w.Image)]
     shown = [Image.open(io.BytesIO(picture.value)).tobytes() for picture in pictures]
@@ -395,7 +280,7 @@ def test_voting_by_click_and_key_then_scaling_and_saving(scorer, rated, tmp_path
 
     named(app, "finish").click()
     model = [score.score for score in scorer.score(images)]
-    assert f"{widgets.vote_agreement(ballot.wins, model)['srcc']:.2f}" in named(app, "scale").value
+    assert f"{vote_agreement(ballot.wins, model)['srcc']:.2f}" in named(app, "scale").value
     assert named(app, "scale").value.count("<img") == 6 and named(app, "message").value == ""
     named(app, "save").click()
     assert len(load_ratings(tmp_path / "votes.csv", EMBEDDED)) == 6

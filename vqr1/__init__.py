@@ -1,20 +1,78 @@
 """vqr1: image quality assessment by reinforcement learning to rank, after VisualQuality-R1.
 
-Import the room you need, as in ``from vqr1.scoring import Scorer``. This file imports none of them, so that
-``import vqr1`` is instant and needs no torch; it only quiets the libraries.
+    from vqr1 import Scorer
+
+    print(Scorer()(["photo.jpg"]))  # 1 (very poor) to 5 (excellent)
+
+The names of `__all__` are looked up when they are first asked for, so ``import vqr1`` loads no torch. What is
+rarer stands in its own room, as in ``from vqr1.evaluation import evaluate``.
 """
 
-import logging
-import os
-import warnings
+from contextlib import contextmanager
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-# TRL's trainers ping a server when they are built.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# bitsandbytes warns at import that an optional kernel for 4-bit inference on CPUs is missing.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# TRL calls what transformers 5.23 renamed, around every generation.
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-# peft looks for the vocabulary of an adapter's base under its name, and the embedded policy's is no folder.
-warnings.filterwarnings("ignore", message="Could not find a config file in tiny-policy", category=UserWarning)
+
+def lazy(package: str, rooms: dict[str, str]) -> tuple:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported at first use.
+
+    package: its name.
+    rooms: module below it -> the names it offers there, separated by spaces.
+    """
+    room_of = {name: f"{package}.{room}" for room, names in rooms.items() for name in names.split()}
+
+    def look_up(name: str):
+        if name not in room_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(room_of[name]), name)
+
+    def names() -> list[str]:
+        return sorted([*vars(import_module(package)), *room_of])
+
+    return look_up, names, list(room_of)
+
+
+@contextmanager
+def quiet():
+    """Keep libraries from saying, while this lasts, what says nothing to us; a context, or a decorator.
+
+    bitsandbytes, which peft and TRL import, logs that an optional kernel for CPUs is missing. TRL calls what
+    transformers 5.23 renamed, around every generation. peft looks for the vocabulary of an adapter's base
+    under its name, and the embedded policy's is no folder. TRL's trainers ping a server when they are built.
+    """
+    import logging
+    import sys
+    import warnings
+
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    hub = sys.modules.get("huggingface_hub.constants")
+    before = kernels.level, hub and hub.HF_HUB_DISABLE_TELEMETRY
+    kernels.setLevel(logging.ERROR)
+    if hub:
+        hub.HF_HUB_DISABLE_TELEMETRY = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", "Could not find a config file in tiny-policy", UserWarning)
+            yield
+    finally:
+        kernels.setLevel(before[0])
+        if hub:
+            hub.HF_HUB_DISABLE_TELEMETRY = before[1]
+
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "scoring": "Scorer Score",
+        "rewards": "RankingReward format_reward",
+        "thurstone": "ranking_reward comparative_probability fidelity thurstone_scale",
+        "prompts": "parse_score",
+        "policy": "load_policy",
+        "data": "load_ratings",
+        "distortions": "distort",
+        "metrics": "srcc plcc plcc_fit",
+        "training": "train",
+    },
+)

@@ -1,197 +1,16 @@
-"""The command line: vqr1 demo, train, score, compare, describe, evaluate, data, sheet, pretrain, study."""
+"""The command line: vqr1 demo, train, score, compare, describe, evaluate, data, sheet, pretrain, study.
+
+Each command is two functions: what it takes (`_score_options`) and what it does (`_score`), which imports
+what it needs itself, so that ``vqr1 --help``, ``data`` and ``sheet`` start without torch.
+"""
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-SCORE_HELP = """\
-With --out, rows are on disk as soon as they are scored: after a kill, Ctrl-C or a full disk the same command goes on
-where it stopped and scores no picture twice. Rows with an error are kept too; delete such a row to try its picture again.
-Parquet cannot grow, so its rows wait in NAME.parquet.partial.jsonl until all are there.
-
-examples:
-  vqr1 score photos --out scores.csv                      a folder and all below it
-  vqr1 score 'shoot/**/*.tif' portrait.jpg --thinking     a glob and a file, to the terminal
-  find /data -name '*.jpg' -mtime -1 | vqr1 score - --out scores.parquet
-
-on several machines, each with the same pictures, then together again, as if one had done it all:
-  vqr1 score photos --shard 1/2 --out part1.csv           vqr1 score photos --shard 2/2 --out part2.csv
-  awk 'NR == 1 || FNR > 1' part1.csv part2.csv > scores.csv
-  (JSONL: cat part1.jsonl part2.jsonl > scores.jsonl; Parquet: pandas.read_parquet of the folder of parts)
-  Sampled answers depend on the pictures in the same batch: --estimate sample needs --batch-size 1 for the same scores.
-
-exit code: 0 all have a score, 1 some have not (their rows say why), 2 wrong usage, 130 interrupted"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vqr1", description="Image quality assessment by reinforcement learning to rank."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, text: str, more: str | None = None) -> argparse.ArgumentParser:
-        shape = argparse.RawDescriptionHelpFormatter if more else argparse.HelpFormatter
-        return commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=shape)
-
-    demo = command(
-        "demo", "Evaluate the embedded policy, train it by RL to rank, evaluate again; write a report."
-    )
-    demo.add_argument(
-        "--out", default="runs/demo", help="folder for log, checkpoints, plots and report.md (%(default)s)"
-    )
-    demo.add_argument("--config", default="cpu", help="name or path of a configuration (%(default)s)")
-    demo.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted demo from its last checkpoint"
-    )
-    demo.add_argument("--steps", type=_count, help="train fewer steps than the configuration says")
-    demo.add_argument("--limit", type=_count, help="evaluate at most so many rows of each set")
-
-    train = command("train", "Train a policy by RL to rank.")
-    train.add_argument("--config", default="cpu", help="name or path of a configuration (%(default)s)")
-    train.add_argument("--out", default="runs/train", help="folder of the run (%(default)s)")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
-    train.add_argument("--steps", type=_count, help="train fewer steps than the configuration says")
-    train.add_argument("--seed", type=int, help="another seed than the configuration's")
-
-    score = command(
-        "score", "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation.", SCORE_HELP
-    )
-    score.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="pictures, folders, 'globs' (** for any depth), or - for a list on standard input",
-    )
-    _policy(score)
-    score.add_argument(
-        "--estimate",
-        choices=("expected", "greedy", "sample"),
-        default="expected",
-        help="how the score is read off (%(default)s)",
-    )
-    score.add_argument(
-        "--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)"
-    )
-    score.add_argument("--thinking", action="store_true", help="let the policy reason first")
-    score.add_argument(
-        "--batch-size", type=int, default=16, help="pictures at a time; fewer need less memory (%(default)s)"
-    )
-    score.add_argument("--out", help="add rows to this .csv, .jsonl or .parquet file instead of printing CSV")
-    score.add_argument(
-        "--shard",
-        default="1/1",
-        metavar="I/N",
-        help="only the i-th of n blocks of the pictures (%(default)s)",
-    )
-
-    compare = command("compare", "Print the probability that the first picture looks better than the second.")
-    compare.add_argument("images", nargs=2, metavar="IMAGE", help="picture files")
-    _policy(compare)
-
-    describe = command("describe", "Print what the policy thinks of a picture.")
-    describe.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
-    _policy(describe)
-
-    evaluate = command("evaluate", "Score rated sets and print SRCC, PLCC and intervals beside the oracles.")
-    _policy(evaluate)
-    what = evaluate.add_mutually_exclusive_group()
-    what.add_argument(
-        "--sets",
-        nargs="+",
-        default=["sim-kadid", "sim-unseen", "sim-mixed"],
-        help="names or manifests (%(default)s)",
-    )
-    what.add_argument(
-        "--suite",
-        choices=("table2",),
-        help="the paper's rows beside those of the public sets that are there, all splits",
-    )
-    _root(evaluate)
-    evaluate.add_argument("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
-    evaluate.add_argument(
-        "--estimates",
-        nargs="+",
-        choices=("expected", "greedy", "sample"),
-        help="how scores are read off (all three; of a suite: expected)",
-    )
-    evaluate.add_argument("--limit", type=_count, help="at most so many rows of each set, a fixed sample")
-    evaluate.add_argument("--out", help="write the tables into this folder")
-
-    data = command(
-        "data", "Check a data set: rows, range, splits, missing pictures; or list the public sets."
-    )
-    data.add_argument(
-        "name", nargs="?", metavar="NAME", help="a public or embedded set, or the path of a manifest"
-    )
-    twins = "find biq2021's near twins again: prints data/biq2021_twins.csv"
-    data.add_argument("--twins", action="store_true", help=twins)
-    data.add_argument(
-        "--list", action="store_true", help="say where each public set can be had, its size and licence"
-    )
-    _root(data)
-
-    sheet = command("sheet", "Draw all 25 distortions at 5 levels of a picture.")
-    sheet.add_argument("images", nargs=1, metavar="IMAGE", help="picture file")
-    sheet.add_argument("--out", default="sheet.png", help="the PNG to write (%(default)s)")
-
-    pretrain = command(
-        "pretrain", "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself."
-    )
-    pretrain.add_argument("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
-    pretrain.add_argument(
-        "--steps", type=_count, nargs=2, metavar=("SEE", "SPEAK"), help="optimizer steps of the two stages"
-    )
-    pretrain.add_argument("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
-
-    study = command(
-        "study", "Make the rows of a study, one per variant, seed and set; rows that are there are kept."
-    )
-    study.add_argument(
-        "name",
-        choices=("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress"),
-        help="which; data/runs/NAME.csv has its rows",
-    )
-    study.add_argument("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
-    study.add_argument(
-        "--variants",
-        nargs="+",
-        metavar="VARIANT",
-        help="only these (default: all of the study's); of progress: policies",
-    )
-    study.add_argument(
-        "--steps",
-        type=_count,
-        help="train fewer steps than the study says, for a look; needs a --csv of its own",
-    )
-    study.add_argument("--out", default="runs/study", help="folder of the runs (%(default)s)")
-    study.add_argument("--csv", help="table to add to (data/runs/NAME.csv)")
-    return parser
-
-
-def _count(text: str) -> int:
-    """Return a number of steps or rows: 0 would be taken for none given."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
-def _policy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--policy",
-        default="tiny-policy",
-        help="tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)",
-    )
-
-
-def _root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--root",
-        metavar="DIR",
-        help="where the public sets are: a set's folder, or one that holds folders of sets (VQR1_DATA)",
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,18 +23,78 @@ def main(arguments: list[str] | None = None) -> int:
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of loading and saving weights; the training's bar stays
-        return globals()[f"_{args.command}"](args)
+        return args.run(args)
     except KeyboardInterrupt:
-        trains = args.command in ("demo", "train")
-        print(
-            "\nInterrupted."
-            + " What was saved up to the last checkpoint is kept: --resume goes on from there." * trains,
-            file=sys.stderr,
-        )
+        saved = "What was saved up to the last checkpoint is kept: --resume goes on from there."
+        print("\nInterrupted.", saved if args.command in ("demo", "train") else "", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:  # what the user gave cannot be used; the text says what and why
         print(f"vqr1 {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vqr1", description="Image quality assessment by reinforcement learning to rank."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text, options, run, more in (
+        ("demo", DEMO, _demo_options, _demo, None),
+        ("train", "Train a policy by RL to rank.", _train_options, _train, None),
+        ("score", SCORE, _score_options, _score, SCORE_HELP),
+        ("compare", COMPARE, _compare_options, _compare, None),
+        ("describe", "Print what the policy thinks of a picture.", _describe_options, _describe, None),
+        ("evaluate", EVALUATE, _evaluate_options, _evaluate, None),
+        ("data", DATA, _data_options, _data, None),
+        ("sheet", "Draw all 25 distortions at 5 levels of a picture.", _sheet_options, _sheet, None),
+        ("pretrain", PRETRAIN, _pretrain_options, _pretrain, None),
+        ("study", STUDY, _study_options, _study, None),
+    ):
+        shape = argparse.RawDescriptionHelpFormatter if more else argparse.HelpFormatter
+        command = commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=shape)
+        options(command.add_argument)
+        command.set_defaults(run=run)
+    return parser
+
+
+Add = Callable[..., argparse.Action]
+"""A parser's add_argument."""
+
+
+def _count(text: str) -> int:
+    """Return a number of steps or rows: 0 would be taken for none given."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
+
+
+def _policy(add: Add) -> None:
+    kinds = "tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)"
+    add("--policy", default="tiny-policy", help=kinds)
+
+
+def _root(add: Add) -> None:
+    where = "where the public sets are: a set's folder, or one that holds folders of sets (VQR1_DATA)"
+    add("--root", metavar="DIR", help=where)
+
+
+def _run_options(add: Add) -> None:
+    add("--config", default="cpu", help="name or path of a configuration (%(default)s)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    add("--steps", type=_count, help="train fewer steps than the configuration says")
+
+
+# Training
+
+
+DEMO = "Evaluate the embedded policy, train it by RL to rank, evaluate again; write a report."
+
+
+def _demo_options(add: Add) -> None:
+    what = "folder for log, checkpoints, plots and report.md (%(default)s)"
+    add("--out", default="runs/demo", help=what)
+    _run_options(add)
+    add("--limit", type=_count, help="evaluate at most so many rows of each set")
 
 
 def _demo(args) -> int:
@@ -224,6 +103,12 @@ def _demo(args) -> int:
     print(demo(args.out, args.config, args.resume, args.steps, args.limit))
     print(f"Written to {args.out}: report.md, log.csv, policy/, training.png, scatter.png, pictures.jpg")
     return EXIT_OK
+
+
+def _train_options(add: Add) -> None:
+    add("--out", default="runs/train", help="folder of the run (%(default)s)")
+    _run_options(add)
+    add("--seed", type=int, help="another seed than the configuration's")
 
 
 def _train(args) -> int:
@@ -238,41 +123,111 @@ def _train(args) -> int:
     return EXIT_OK
 
 
+# Scoring
+
+
+SCORE = "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation."
+SCORE_HELP = """\
+On a terminal the scores are a table to read; into a pipe they are written as rows of CSV.
+
+With --out, rows are on disk as soon as they are scored: after a kill, Ctrl-C or a full disk the same command
+goes on where it stopped and scores no picture twice. Rows with an error are kept too; delete such a row to
+try its picture again. Parquet cannot grow: its rows wait in NAME.parquet.partial.jsonl until all are there.
+
+examples:
+  vqr1 score photos --out scores.csv                      a folder and all below it
+  vqr1 score 'shoot/**/*.tif' portrait.jpg --thinking     a glob and a file
+  find /data -name '*.jpg' -mtime -1 | vqr1 score - --out scores.parquet
+
+on a Ray cluster, whose nodes all need vqr1 and the policy, or in several processes here (extra "scale"):
+  vqr1 score s3://bucket/pictures --actors 8 --gpus 1 --out scores.parquet
+
+on several machines, each with the same pictures, then together again, as if one had done it all:
+  vqr1 score photos --shard 1/2 --out part1.csv           vqr1 score photos --shard 2/2 --out part2.csv
+  awk 'NR == 1 || FNR > 1' part1.csv part2.csv > scores.csv
+  (JSONL: cat part1.jsonl part2.jsonl > scores.jsonl; Parquet: pandas.read_parquet of the folder of parts)
+  Sampled answers depend on the pictures in the same batch: for the same scores, --estimate sample needs
+  --batch-size 1.
+
+exit code: 0 all have a score, 1 some have not (their rows say why), 2 wrong usage, 130 interrupted"""
+
+
+def _score_options(add: Add) -> None:
+    what = "pictures, folders, 'globs' (** for any depth), or - for a list on standard input"
+    add("paths", nargs="+", metavar="PATH", help=what)
+    _policy(add)
+    kinds = ("expected", "greedy", "sample")
+    add("--estimate", choices=kinds, default="expected", help="how the score is read off (%(default)s)")
+    add("--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)")
+    add("--thinking", action="store_true", help="let the policy reason first")
+    what = "pictures at a time; fewer need less memory (%(default)s)"
+    add("--batch-size", type=int, default=16, help=what)
+    add("--out", help="add rows to this .csv, .jsonl or .parquet file instead of printing them")
+    what = "only the i-th of n blocks of the pictures (%(default)s)"
+    add("--shard", default="1/1", metavar="I/N", help=what)
+    what = "score a folder or a bucket by so many processes of a Ray cluster, each with a policy; needs --out"
+    add("--actors", type=_count, metavar="N", help=what)
+    add("--gpus", type=float, default=0, help="GPUs of each of the --actors (%(default)s)")
+
+
 def _score(args) -> int:
     import warnings
 
-    from vqr1.scoring import WINDOW, Scorer
-    from vqr1.serving.bulk import RowFile, find_pictures, shard
-
-    warnings.filterwarnings(
-        "ignore", module="PIL"
-    )  # what it says of damaged or large files stands in their rows
-    pictures = shard(find_pictures(args.paths), args.shard, WINDOW * args.batch_size)
     settings = {
         "policy": args.policy,
         "estimate": args.estimate,
         "k": args.k if args.estimate == "sample" else 1,
         "thinking": args.thinking,
     }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged or large files; their rows say it
+        return (_score_on_cluster if args.actors else _score_here)(args, settings)
+
+
+def _score_here(args, settings: dict) -> int:
+    from vqr1.data.folders import find_pictures
+    from vqr1.scoring import WINDOW, Scorer
+    from vqr1.serving.bulk import RowFile, score_rows, shard
+
+    pictures = shard(find_pictures(args.paths), args.shard, WINDOW * args.batch_size)
 
     def scorer() -> Scorer:
         return Scorer(args.policy, args.thinking, args.estimate, args.k, args.batch_size)
 
     if not args.out:
-        return _print_scores(scorer(), pictures, settings)
+        return _print_scores(score_rows(scorer(), pictures, settings))
     with RowFile(args.out, settings) as file:
-        return _write_scores(file, scorer, pictures)
+        return _write_scores(file, pictures, lambda left: score_rows(scorer(), left, settings))
 
 
-def _print_scores(scorer, pictures: list[str], settings: dict) -> int:
-    from vqr1.serving.bulk import COLUMNS, score_rows, to_csv
+def _score_on_cluster(args, settings: dict) -> int:
+    from vqr1.serving.bulk import RowFile
+    from vqr1.serving.cluster import pictures_in, scored
 
+    if len(args.paths) > 1 or not args.out or args.shard != "1/1":
+        raise ValueError("--actors takes one folder or bucket, and --out, and no --shard")
+    source = args.paths[0].rstrip("/") or "/"
+    pictures = [f"{source}/{name}" for name in pictures_in(source)]
+
+    def rows(left: list[str]):
+        names = [picture.removeprefix(f"{source}/") for picture in left]
+        return scored(source, names, settings, args.batch_size, args.actors, args.gpus)
+
+    with RowFile(args.out, settings) as file:
+        return _write_scores(file, pictures, rows)
+
+
+def _print_scores(rows) -> int:
+    """Print rows as they come: a table for people on a terminal, CSV for programs."""
+    from vqr1.serving.bulk import CSV_HEAD, TABLE_HEAD, to_csv, to_table
+
+    head, form = (TABLE_HEAD, to_table) if sys.stdout.isatty() else (CSV_HEAD, to_csv)
     failed = False
     try:
-        print(",".join(COLUMNS))
-        for rows in score_rows(scorer, pictures, settings):
-            print(to_csv(rows), end="", flush=True)
-            failed |= any(row["error"] for row in rows)
+        print(head, end="")
+        for some in rows:
+            print(form(some), end="", flush=True)
+            failed |= any(row["error"] for row in some)
     except OSError as error:  # the disk is full, or who reads has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
@@ -281,39 +236,42 @@ def _print_scores(scorer, pictures: list[str], settings: dict) -> int:
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _write_scores(file, scorer, pictures: list[str]) -> int:
+def _write_scores(file, pictures: list[str], score: Callable) -> int:
+    """Score the pictures that have no row in the file yet; score: their list -> iterator of lists of rows."""
     from tqdm import tqdm
 
-    from vqr1.serving.bulk import plain, score_rows
+    from vqr1.serving.bulk import utf8_name
 
-    left = [picture for picture in pictures if plain(picture) not in file.done]
+    left = [picture for picture in pictures if utf8_name(picture) not in file.done]
     here = len(pictures) - len(left)
-    model = scorer() if left else None
+    scored = score(left) if left else ()
     try:
         with tqdm(total=len(pictures), initial=here, unit=" images", dynamic_ncols=True) as bar:
-            for rows in score_rows(model, left, file.settings) if left else ():
+            for rows in scored:
                 file.write(rows)
                 bar.update(len(rows))
         file.finish()
     except KeyboardInterrupt:
-        print(
-            f"\nInterrupted. {len(file.done)} rows are in {file.log}; the same command goes on from there.",
-            file=sys.stderr,
-        )
+        kept = f"{len(file.done)} rows are in {file.log}; the same command goes on from there."
+        print(f"\nInterrupted. {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        print(
-            f"\nvqr1 score: {file.path}: {error.strerror}. The rows in {file.log} are whole; the same command goes on from there.",
-            file=sys.stderr,
-        )
+        kept = f"The rows in {file.log} are whole; the same command goes on from there."
+        print(f"\nvqr1 score: {file.path}: {error.strerror}. {kept}", file=sys.stderr)
         return EXIT_FAILED
-    failed = sum(file.done[plain(picture)] for picture in pictures)
+    failed = sum(file.done[utf8_name(picture)] for picture in pictures)
     before = f", {here} of them from before" if here else ""
-    print(
-        f"{file.path}: {len(pictures)} pictures{before}; {failed} without a score"
-        + (" (see column error)" if failed else "")
-    )
+    column = " (see column error)" if failed else ""
+    print(f"{file.path}: {len(pictures)} pictures{before}; {failed} without a score{column}")
     return EXIT_FAILED if failed else EXIT_OK
+
+
+COMPARE = "Print the probability that the first picture looks better than the second."
+
+
+def _compare_options(add: Add) -> None:
+    add("images", nargs=2, metavar="IMAGE", help="picture files")
+    _policy(add)
 
 
 def _compare(args) -> int:
@@ -324,11 +282,36 @@ def _compare(args) -> int:
     return EXIT_OK
 
 
+def _describe_options(add: Add) -> None:
+    add("image", metavar="IMAGE", help="picture file")
+    _policy(add)
+
+
 def _describe(args) -> int:
     from vqr1.scoring import Scorer
 
-    print(Scorer(args.policy).describe(args.images[0]))
+    print(Scorer(args.policy).describe(args.image))
     return EXIT_OK
+
+
+# Evaluation, studies
+
+
+SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
+EVALUATE = "Score rated sets and print SRCC, PLCC and intervals beside the oracles."
+
+
+def _evaluate_options(add: Add) -> None:
+    _policy(add)
+    add("--sets", nargs="+", help=f"names or manifests ({', '.join(SETS)})")
+    what = "instead of --sets: the paper's rows beside those of the public sets that are there, all splits"
+    add("--suite", choices=("table2",), help=what)
+    _root(add)
+    add("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
+    what = "how scores are read off (all three; of a suite: expected)"
+    add("--estimates", nargs="+", choices=("expected", "greedy", "sample"), help=what)
+    add("--limit", type=_count, help="at most so many rows of each set, a fixed sample")
+    add("--out", help="write the tables into this folder")
 
 
 def _evaluate(args) -> int:
@@ -337,23 +320,21 @@ def _evaluate(args) -> int:
     from vqr1.evaluation import FAMILY, evaluate, evaluation_rows, oracles, save_scores, unread
     from vqr1.records import markdown
 
+    if args.suite and args.sets:
+        raise ValueError("--suite has its own sets; give --suite or --sets")
     if args.suite:
         from vqr1.experiments.table2 import table2
 
         print(table2(args.policy, args.root, args.estimates or ["expected"], args.limit, args.out))
         return EXIT_OK
-    sets = evaluation_rows(args.sets, args.split, args.limit, args.root)
+    sets = evaluation_rows(args.sets or SETS, args.split, args.limit, args.root)
     result, tables = evaluate(args.policy, sets, args.estimates or ["expected", "greedy", "sample"])
     known = {name: rows.frame for name, rows in sets.items() if rows.frame["distortion"].isin(FAMILY).all()}
     rated = {name: frame for name, frame in known.items() if frame["mos"].notna().all()}
-    gold = pd.DataFrame(
-        [
-            {"set": name, "estimate": oracle} | row
-            for name, frame in rated.items()
-            for oracle, row in oracles(frame).items()
-        ]
-    )
-    print(markdown(pd.concat([result, gold], ignore_index=True)))
+    oracle_rows = []
+    for name, frame in rated.items():
+        oracle_rows += [{"set": name, "estimate": oracle} | row for oracle, row in oracles(frame).items()]
+    print(markdown(pd.concat([result, pd.DataFrame(oracle_rows)], ignore_index=True)))
     if args.out:
         save_scores(tables, Path(args.out))
         result.to_csv(Path(args.out) / "result.csv", index=False)
@@ -363,87 +344,19 @@ def _evaluate(args) -> int:
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _data(args) -> int:
-    from vqr1.data.manifests import data_root, load_ratings
-    from vqr1.data.public_sets import SETS, public_name, read_public
-
-    if args.list or not args.name:
-        print(
-            *(
-                f"{name}: {s.title}; {s.rows} pictures\n    where: {s.source}\n    size: {s.size}; licence: {s.licence}\n    expected: {s.layout}\n"
-                f"    {s.note}"
-                for name, s in SETS.items()
-            ),
-            sep="\n",
-        )
-        return EXIT_OK
-    known = public_name(args.name)
-    public = SETS.get(known)
-    if args.twins:
-        return _twins(known, args.root or data_root())
-    frame = (
-        read_public(known, args.root or data_root(), strict=False)
-        if public
-        else load_ratings(args.name, args.root)
-    )
-    missing = frame.attrs.get("missing", [])
-    splits = frame["split"].replace("", "none").value_counts()
-    print(f"{known or args.name}, in {frame.attrs['root']}")
-    print(
-        f"pictures    {len(frame) - len(missing)}"
-        + (f", {len(missing)} missing" if missing else "")
-        + (f"; published: {public.rows}" if public else "")
-    )
-    print(f"mos         {frame['mos'].min():.4g} to {frame['mos'].max():.4g}, higher is better")
-    print(
-        f"std         {frame['std'].min():.4g} to {frame['std'].max():.4g}"
-        if frame["std"].notna().any()
-        else "std         none"
-    )
-    print(f"references  {frame['reference'].nunique()}")
-    print("splits      " + ", ".join(f"{split} {count}" for split, count in splits.items()))
-    if "subset" in frame:
-        counts = frame["subset"].value_counts().sort_index().items()
-        print("subsets     " + ", ".join(f"{name} {count}" for name, count in counts))
-    if public:
-        print(f"note        {public.note}")
-    for name in missing[:10]:
-        print(f"missing: {name}")
-    if missing:
-        print(f"expected: {public.layout}", file=sys.stderr)
-    return EXIT_FAILED if missing else EXIT_OK
+STUDY = "Make the rows of a study, one per variant, seed and set; rows that are there are kept."
 
 
-def _twins(name: str | None, root: str | Path) -> int:
-    from vqr1.data.people_sets import TWIN_BITS, TWIN_CORRELATION, near_twins
-    from vqr1.data.public_sets import read_public
-
-    if name != "biq2021":
-        raise ValueError("--twins is for biq2021 alone: its official split is known to have them")
-    frame = read_public(name, root)
-    paths = [Path(frame.attrs["root"], image) for image in frame["image"]]
-    twins = near_twins(paths, frame["name"], frame["part"] == "train")
-    rule = f"dHash <= {TWIN_BITS} of 256 bits, thumbnails' correlation > {TWIN_CORRELATION}"
-    print(f"# near twins of BIQ2021: {rule}; nearest: training picture; made by vqr1 data biq2021 --twins")
-    print(twins.to_csv(index=False, lineterminator="\n"), end="")
-    return EXIT_OK
-
-
-def _sheet(args) -> int:
-    from vqr1.data.manifests import open_picture
-    from vqr1.distortions import contact_sheet
-
-    contact_sheet(open_picture(args.images[0])).save(args.out)
-    print(f"Drawn: {args.out}")
-    return EXIT_OK
-
-
-def _pretrain(args) -> int:
-    from vqr1.experiments.pretraining import pretrain
-
-    options = {"steps": tuple(args.steps)} if args.steps else {}
-    print(f"The policy is in {pretrain(args.out, seed=args.seed, **options)}")
-    return EXIT_OK
+def _study_options(add: Add) -> None:
+    names = ("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress")
+    add("name", choices=names, help="which; data/runs/NAME.csv has its rows")
+    add("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
+    what = "only these (default: all of the study's); of progress: policies"
+    add("--variants", nargs="+", metavar="VARIANT", help=what)
+    what = "train fewer steps than the study says, for a look; needs a --csv of its own"
+    add("--steps", type=_count, help=what)
+    add("--out", default="runs/study", help="folder of the runs (%(default)s)")
+    add("--csv", help="table to add to (data/runs/NAME.csv)")
 
 
 def _study(args) -> int:
@@ -463,9 +376,91 @@ def _progress(args) -> int:
 
     if args.seeds or args.steps or args.csv:
         raise ValueError(
-            "study progress has neither seeds, steps nor another table; only --variants, the policies, can be given"
+            "study progress has neither seeds, steps nor another table; it takes --variants, policies"
         )
     print(markdown(study(args.variants or POLICIES)))
+    return EXIT_OK
+
+
+# Data
+
+
+DATA = "Check a data set: rows, range, splits, missing pictures; or list the public sets."
+
+
+def _data_options(add: Add) -> None:
+    what = "a public or embedded set, or the path of a manifest"
+    add("name", nargs="?", metavar="NAME", help=what)
+    what = "say where each public set can be had, its size and licence"
+    add("--list", action="store_true", help=what)
+    _root(add)
+    what = "find biq2021's near twins again: prints data/biq2021_twins.csv"
+    add("--twins", action="store_true", help=what)
+    what = "write the simulated sets, data/sim-*.csv, again: the same bytes"
+    add("--rebuild", action="store_true", help=what)
+
+
+def _data(args) -> int:
+    from vqr1.data.describe import describe_rows, list_sets, twins_table
+
+    if args.rebuild:
+        from vqr1.data.simulated import build_sim_sets
+
+        for name, rows in build_sim_sets().items():
+            print(f"{name}: {rows} rows")
+        return EXIT_OK
+    if args.list or not args.name:
+        print(list_sets())
+        return EXIT_OK
+    if args.twins:
+        print(twins_table(args.name, args.root), end="")
+        return EXIT_OK
+    text, expected = describe_rows(args.name, args.root)
+    print(text)
+    if expected:
+        print(f"expected: {expected}", file=sys.stderr)
+    return EXIT_FAILED if expected else EXIT_OK
+
+
+def _sheet_options(add: Add) -> None:
+    add("image", metavar="IMAGE", help="picture file")
+    add("--out", default="sheet.png", help="the PNG to write (%(default)s)")
+
+
+def _sheet(args) -> int:
+    from vqr1.data.images import open_picture
+    from vqr1.distortions import contact_sheet
+
+    contact_sheet(open_picture(args.image)).save(args.out)
+    print(f"Drawn: {args.out}")
+    return EXIT_OK
+
+
+PRETRAIN = "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself."
+
+
+def _pretrain_options(add: Add) -> None:
+    add("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
+    what = "optimizer steps of the two stages"
+    add("--steps", type=_count, nargs=2, metavar=("SEE", "SPEAK"), help=what)
+    add("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
+    what = "instead: make the small CNN of the comparison again, data/cnn, with its log"
+    add("--cnn", action="store_true", help=what)
+
+
+def _pretrain(args) -> int:
+    if args.cnn:
+        from vqr1.experiments.baselines import CNN, pretrain_cnn
+        from vqr1.places import EMBEDDED
+
+        pretrain_cnn(CNN, EMBEDDED / "runs" / "pretrain-cnn.csv")
+        print(f"The CNN is in {CNN}")
+        return EXIT_OK
+
+    from vqr1.experiments.pretraining import pretrain
+
+    options = {"steps": tuple(args.steps)} if args.steps else {}
+    print(f"The policy is in {pretrain(args.out, seed=args.seed, **options)}")
     return EXIT_OK
 
 

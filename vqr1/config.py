@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
-from trl import GRPOConfig
 
+from vqr1 import quiet
 from vqr1.data.public_sets import public_name
 from vqr1.policy import lora_config
 from vqr1.rewards import RankingReward
 from vqr1.thurstone import ranking_reward
+
+with quiet():
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+    from trl import GRPOConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 

@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from vqr1.data.manifests import UNRATED, RenderedPictures, dominance_pairs, load_ratings
+from vqr1.data.manifests import UNRATED, RenderedImages, dominance_pairs, load_ratings
 from vqr1.data.observers import oracle_scores
 from vqr1.data.public_sets import PER_CONTENT
 from vqr1.distortions import FAMILIES, true_strength
@@ -76,7 +76,7 @@ def _images_of(rows: pd.DataFrame) -> Sequence[Image.Image | Path]:
     """Return the rows' pictures; paths where nothing is rendered: a public set would not fit into memory."""
     if rows["seed"].isna().all() and (rows["crop"] == "").all():
         return [Path(rows.attrs["root"]) / image for image in rows["image"]]
-    return RenderedPictures(rows)
+    return RenderedImages(rows)
 
 
 def score_frame(scorer: Scorer, rows: Rows, label: str = "scoring") -> pd.DataFrame:

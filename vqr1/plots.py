@@ -12,7 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
-from transformers import TrainerCallback
+
+from vqr1 import quiet
+
+with quiet():
+    from transformers import TrainerCallback
 
 from vqr1.records import read_table
 

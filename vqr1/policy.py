@@ -8,11 +8,9 @@ from collections import Counter
 from functools import partial, wraps
 from pathlib import Path
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -31,8 +29,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import is_torchvision_available
 
+from vqr1 import quiet
 from vqr1.places import EMBEDDED
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
+
+with quiet():
+    import bitsandbytes as bnb
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 LOG = logging.getLogger(__name__)
 TINY = EMBEDDED / "tiny-policy"

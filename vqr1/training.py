@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import ProcessorMixin, ProgressCallback, TrainerCallback
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from trl import GRPOConfig, GRPOTrainer
 
+from vqr1 import quiet
 from vqr1.cards import model_card
 from vqr1.config import TRL_DEFAULTS, check_config
-from vqr1.data.manifests import load_ratings, one_set_batches, pictures_of, prompt_rows
+from vqr1.data.batches import one_set_batches, prompt_rows
+from vqr1.data.manifests import load_ratings, pictures_of
 from vqr1.evaluation import naming
 from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
@@ -27,6 +26,12 @@ from vqr1.rewards import (
 from vqr1.runs import resume_from, save_settings, step_of
 from vqr1.scoring import Scorer
 from vqr1.sharing import SHARED, process_once, share
+
+with quiet():
+    from transformers import ProcessorMixin, ProgressCallback, TrainerCallback
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+    from trl import GRPOConfig, GRPOTrainer
+
 
 LOG = {
     "step": "step",
@@ -60,6 +65,7 @@ def config_for_device() -> str:
     )
 
 
+@quiet()
 def grpo_config(config: dict, output: Path) -> GRPOConfig:
     """Return TRL's settings for a configuration; ValueError for what TRL does not take, or a GPU that is not
     there.
@@ -249,6 +255,7 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
         base_of(model).model.visual.get_input_embeddings = lambda: None
 
 
+@quiet()
 def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:
     """Return the configured trainer: TRL's own, with our rewards, rows and settings.
 
@@ -317,6 +324,7 @@ def validation_rows(config: dict) -> pd.DataFrame:
     return frame.sample(min(len(frame), config["validation"]["rows"]), random_state=0)
 
 
+@quiet()
 def train(
     config: dict,
     output: str | Path,

@@ -20,23 +20,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vqr1.data.manifests import COLUMNS, CROP, open_picture, read_manifest, render_rows
+from vqr1.data.images import open_picture
+from vqr1.data.manifests import CROP, folder_rows, render_rows
 from vqr1.distortions import DISTORTIONS, distort
-from vqr1.metrics import srcc
 from vqr1.plots import bells, jpeg
 from vqr1.prompts import PHRASES, parse_reasoning, parse_score
 from vqr1.scoring import Score, Scorer
-from vqr1.serving.bulk import picture_endings
-from vqr1.thurstone import thurstone_scale
+from vqr1.votes import CHOICES, Ballot, save_votes, scale_votes, vote_agreement
 
 SIDE = 512
 """Uploads are shrunk to this many px: the distortions' parameters are in px of 512x384 pictures."""
-CHOICES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "same": (0.5, 0.5)}
-"""A vote -> what the first and the second picture of the pair get."""
-KEYS = {"1": "first", "2": "second", "0": "same"}
+VOTE_KEYS = {"1": "first", "2": "second", "0": "same"}
 
 
-# The functions behind the controls: pictures and scores
+# The functions behind the controls
 
 
 def read_upload(value) -> Image.Image:
@@ -104,28 +101,6 @@ def sampled_answers(score: Score) -> pd.DataFrame:
     )
 
 
-def folder_rows(folder: str | Path) -> pd.DataFrame:
-    """Return the pictures of a folder as unrated manifest rows, by name; ``attrs["root"]`` is the folder.
-
-    A file counts by its ending. Raises ValueError where there is no folder, or none of its files is a
-    picture.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is not a folder; give the path of one with pictures in it")
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in picture_endings()
-    )
-    if not names:
-        raise ValueError(f"{folder} holds no pictures (JPEG, PNG, WebP, …); give another folder")
-    frame = (
-        pd.DataFrame({"image": names}, columns=COLUMNS).fillna("").assign(mos=np.nan, std=np.nan, seed=pd.NA)
-    )
-    frame = frame.assign(dataset=folder.name, reference=names, split="train")
-    frame.attrs["root"] = str(folder)
-    return frame
-
-
 def rank_folder(scorer: Scorer, folder: str | Path) -> pd.DataFrame:
     """Return `Scorer.rank` of a folder's pictures, best first, with the file's name as ``image``.
 
@@ -134,113 +109,6 @@ def rank_folder(scorer: Scorer, folder: str | Path) -> pd.DataFrame:
     names = folder_rows(folder)["image"].to_numpy()
     table = scorer.rank([Path(folder) / name for name in names])
     return table.assign(image=names[table["image"]])
-
-
-# The functions behind the controls: votes
-
-
-def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Return all n (n - 1) / 2 pairs in an order for voting, left and right by chance.
-
-    Round after round: each picture beside its d-th neighbour in a shuffled circle. After the first n pairs
-    every picture was seen twice and all are connected, so one may stop at any time after. Raises ValueError
-    for n < 2.
-
-    >>> len(blind_pairs(6)), sorted(i for pair in blind_pairs(6)[:6] for i in pair)
-    (15, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
-    """
-    if n < 2:
-        raise ValueError(f"{n} picture(s): a comparison needs at least 2")
-    rng, pairs = np.random.default_rng(seed), []
-    circle = rng.permutation(n)
-    for d in range(1, n // 2 + 1):
-        starts = rng.permutation(n // 2 if 2 * d == n else n)
-        pairs += [(int(circle[i]), int(circle[(i + d) % n])) for i in starts]
-    return [pair if rng.random() < 0.5 else pair[::-1] for pair in pairs]
-
-
-class Ballot:
-    """Blind pairs of n pictures, and the votes: ``wins`` (n, n), wins[i, j] = how often i looked better than
-    j.
-    """
-
-    def __init__(self, n: int, seed: int = 0):
-        self.pairs = blind_pairs(n, seed)
-        self.wins, self.cast = np.zeros((n, n)), 0
-
-    @property
-    def pair(self) -> tuple[int, int] | None:
-        """The two pictures to show now; None when all pairs have had their vote."""
-        return self.pairs[self.cast] if self.cast < len(self.pairs) else None
-
-    def vote(self, choice: str) -> None:
-        """Count a vote on the pair (first, second, same: half a vote each) and go on to the next one.
-
-        >>> ballot = Ballot(2)
-        >>> ballot.vote("same")
-        >>> ballot.wins.tolist(), ballot.pair
-        ([[0.0, 0.5], [0.5, 0.0]], None)
-        """
-        if choice not in CHOICES:
-            raise ValueError(f"vote {choice!r} is unknown; use one of {', '.join(CHOICES)}")
-        if self.pair is None:
-            raise ValueError(f"all {len(self.pairs)} pairs have had their vote")
-        i, j = self.pair
-        self.wins[i, j] += CHOICES[choice][0]
-        self.wins[j, i] += CHOICES[choice][1]
-        self.cast += 1
-
-
-def scale_votes(wins) -> pd.DataFrame:
-    """Return Thurstone's scale of the votes: columns quality, standard_error and votes, one row per picture.
-
-    Raises ValueError, saying what is missing, for too few votes or pictures that no chain of votes connects.
-    """
-    wins = np.asarray(wins, dtype=float)
-    needed = len(wins) - 1
-    if wins.sum() < needed:
-        raise ValueError(
-            f"{wins.sum():.0f} votes on {len(wins)} pictures: a common scale needs at least {needed}; vote on more pairs"
-        )
-    try:
-        quality, error = thurstone_scale(wins)
-    except ValueError as problem:
-        raise ValueError(f"{problem}; vote on more pairs") from problem
-    return pd.DataFrame({"quality": quality, "standard_error": error, "votes": wins.sum(0) + wins.sum(1)})
-
-
-def vote_agreement(wins, scores) -> dict[str, float]:
-    """Return how well scores (n,) agree with votes: SRCC with their Thurstone scale, and the share of votes
-    ordered alike.
-
-    Equal scores count half, a NaN counts as wrong. Raises ValueError as `scale_votes` does.
-
-    >>> vote_agreement([[0, 3, 4], [1, 0, 2], [0, 2, 0]], [4.5, 3.0, 2.0])
-    {'srcc': 1.0, 'votes': 0.75}
-    """
-    wins, scores = np.asarray(wins, dtype=float), np.asarray(scores, dtype=float)
-    alike = (scores[:, None] > scores) + 0.5 * (scores[:, None] == scores)  # (n, n)
-    return {
-        "srcc": srcc(scores, scale_votes(wins)["quality"]),
-        "votes": float((wins * alike).sum() / wins.sum()),
-    }
-
-
-def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes") -> pd.DataFrame:
-    """Write the pictures with their scaled quality as ``mos``, a manifest that training reads; return it,
-    read again.
-
-    frame: the pictures' rows, in the order of ``wins``. The unit is Thurstone's, which is as good as any:
-    rewards compare within a set. The columns standard_error and votes are for people, std stays empty.
-    Raises ValueError as `scale_votes`.
-    """
-    scale = scale_votes(wins).round(4)
-    rows = frame.reset_index(drop=True).assign(dataset=name, mos=scale["quality"], std="")[list(COLUMNS)]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rows.join(scale[["standard_error", "votes"]]).to_csv(
-        path, index=False, lineterminator="\n", encoding="utf-8"
-    )
-    return read_manifest(path, frame.attrs.get("root"))
 
 
 # What is shown
@@ -395,7 +263,7 @@ def explorer(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
 
 
 def comparison(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
-    """Return the comparison: two pictures, each with its distortion and level, and P(A looks better than B)."""
+    """Return the comparison: two pictures with distortion and level, and P(A looks better than B)."""
     sides = [_Chooser(photographs, "jpeg", 2), _Chooser(photographs, "white_noise", 4)]
     text, plot, message = _html("preference"), w.Image(format="jpeg", width=440), _html("message")
 
@@ -415,7 +283,7 @@ def comparison(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
 
 
 def leaderboard(scorer: Scorer, folder: str | Path = "") -> w.VBox:
-    """Return the leaderboard: a folder's pictures from best to worst, with 95% intervals of score and rank."""
+    """Return the leaderboard: a folder's pictures, best first, with 95% intervals of score and rank."""
     path = w.Text(str(folder), description="folder", layout=w.Layout(width="480px"))
     rank, table, message = _button("Rank", "rank"), _html("board"), _html("message")
 
@@ -459,8 +327,8 @@ def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path
 
     def press(change):
         key.value = ""
-        if change["new"][-1:] in KEYS:
-            _guard(message, partial(vote, KEYS[change["new"][-1]]))()
+        if change["new"][-1:] in VOTE_KEYS:
+            _guard(message, partial(vote, VOTE_KEYS[change["new"][-1]]))()
 
     def finish():
         result.value = ""
@@ -471,7 +339,8 @@ def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path
             ["picture", "quality", "standard_error", "votes", "model"]
         ]
         alike = vote_agreement(ballot.wins, table["model"].sort_index())
-        head = f"SRCC with the model: {alike['srcc']:.2f}. It orders {alike['votes']:.0%} of your votes as you did."
+        head = f"SRCC with the model: {alike['srcc']:.2f}. "
+        head += f"It orders {alike['votes']:.0%} of your votes as you did."
         result.value = head + _table(table, escape=False)
 
     def store():

@@ -24,7 +24,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import vqr1  # noqa: E402, F401, I001  first: it quiets the libraries
 import bitsandbytes as bnb  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
@@ -32,6 +31,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
 
+from vqr1.config import load_config
 from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
 from vqr1.policy import (  # noqa: E402
     CHAT_TEMPLATE,
@@ -48,7 +48,6 @@ from vqr1.policy import (  # noqa: E402
 )
 from vqr1.records import machine_line, write_table  # noqa: E402
 from vqr1.scoring import Scorer  # noqa: E402
-from vqr1.config import load_config
 from vqr1.training import build_trainer  # noqa: E402
 
 CAPS = (None, 40, 22, 14.5)

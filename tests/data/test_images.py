@@ -289,7 +289,8 @@ def test_a_large_picture_needs_bounded_memory(kind, megabytes, tmp_path):
         "from vqr1.data.images import open_picture\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "image = open_picture(sys.argv[1])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *image.size, *image.getpixel((9, 9)), image.info['note'])"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *image.size, "
+        "*image.getpixel((9, 9)), image.info['note'])"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "large")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(maxsplit=6)

@@ -16,26 +16,25 @@ from vqr1 import policy
 from vqr1.data import manifests as data
 from vqr1.data import observers
 from vqr1.data import people_sets as people
+from vqr1.data.batches import one_set_batches, prompt_rows, realigned
+from vqr1.data.images import open_picture
 from vqr1.data.manifests import (
-    COLUMNS,
-    EMBEDDED,
+    MANIFEST_COLUMNS,
     NEEDED,
-    PicturesOnDisk,
-    RenderedPictures,
-    data_root,
+    LazyImages,
+    RenderedImages,
     dominance_pairs,
+    folder_rows,
     load_ratings,
-    one_set_batches,
-    open_picture,
     pictures_of,
-    prompt_rows,
     read_manifest,
-    realigned,
     render,
     render_rows,
 )
 from vqr1.experiments import baselines
 from vqr1.experiments.table2 import found_sets, published
+from vqr1.places import EMBEDDED, data_root
+from vqr1.prompts import messages
 
 ROOT = EMBEDDED
 
@@ -111,10 +110,10 @@ def test_pictures_without_a_seed_are_read_when_they_are_asked_for(tmp_path):
     ]
     for n in range(3):
         Image.effect_noise((32, 24), 10 * n).convert("RGB").save(tmp_path / f"{n}.png")
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(tmp_path / "rows.csv", index=False)
+    pd.DataFrame(rows, columns=MANIFEST_COLUMNS).to_csv(tmp_path / "rows.csv", index=False)
     frame = read_manifest(tmp_path / "rows.csv")
     lazy, now = pictures_of(frame), render_rows(frame)
-    assert type(lazy) is PicturesOnDisk and len(lazy) == 3
+    assert type(lazy) is LazyImages and len(lazy) == 3
     assert [p.tobytes() for p in lazy] == [p.tobytes() for p in lazy[0:3]] == [p.tobytes() for p in now]
     assert lazy[2] is lazy[2] and [picture.size for picture in lazy[1:]] == [(16, 24)] * 2
     again = pictures_of(frame)
@@ -122,9 +121,7 @@ def test_pictures_without_a_seed_are_read_when_they_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match="row 1 .*1.png is missing"):
         again[1]
     assert again[-1].tobytes() == now[-1].tobytes()
-    assert (
-        type(pictures_of(frame.assign(seed=pd.array([1, 2, 3], "Int64"), image="0.png"))) is RenderedPictures
-    )
+    assert type(pictures_of(frame.assign(seed=pd.array([1, 2, 3], "Int64"), image="0.png"))) is RenderedImages
 
 
 def test_rendered_pictures_are_kept_at_three_bytes_a_pixel():
@@ -212,7 +209,7 @@ def test_worker_processes_name_the_unreadable_picture(small, monkeypatch):
 def test_a_right_manifest_is_read_with_its_types(small):
     folder, rows = small
     frame = read_manifest(write(folder, [row | {"comment": "dropped"} for row in rows]))
-    assert tuple(frame.columns) == COLUMNS and frame.index.tolist() == [0, 1, 2]
+    assert tuple(frame.columns) == MANIFEST_COLUMNS and frame.index.tolist() == [0, 1, 2]
     assert (
         frame.mos.tolist() == [3.5, 3.5, 2.0]
         and frame.level.tolist() == [3, 5, 3]
@@ -272,7 +269,8 @@ def test_a_missing_column_is_named(small, column):
     path = write(folder, [{name: value for name, value in row.items() if name != column} for row in rows])
     with pytest.raises(
         ValueError,
-        match=rf"set\.csv, line 1: column '{column}' is missing from the header .*; needed are image,dataset,mos, also",
+        match=rf"set\.csv, line 1: column '{column}' is missing from the header .*; needed are "
+        rf"image,dataset,mos, also",
     ):
         read_manifest(path)
 
@@ -315,7 +313,7 @@ def test_image_dataset_and_mos_are_enough(own, text, encoding):
     path = own(text.replace("../own", f"../{own('').parent.name}"), encoding)
     frame = read_manifest(path)
     assert (
-        tuple(frame.columns) == COLUMNS
+        tuple(frame.columns) == MANIFEST_COLUMNS
         and frame["mos"].tolist() == [1.5, 4.0]
         and frame["dataset"].eq("mine").all()
     )
@@ -423,7 +421,7 @@ def test_a_text_file_named_jpg_is_refused_before_anything_is_rendered(small):
         (b"", "not a CSV"),
         (b"\xff\xfe\x00", "not a CSV"),
         (b"image,dataset\n1,2,3,4\n5,6\n", "4 fields under 2 names"),
-        (",".join(COLUMNS).encode() + b"\n", "no rows"),
+        (",".join(MANIFEST_COLUMNS).encode() + b"\n", "no rows"),
     ],
 )
 def test_files_that_are_no_manifest_are_refused(tmp_path, content, message):
@@ -468,15 +466,29 @@ def test_what_comes_with_the_project_has_one_folder():
     """
     places = [policy.TINY, observers.TABLE, baselines.CNN, people.TWINS]
     assert all(path.exists() and path.is_relative_to(EMBEDDED) for path in places)
-    package = Path(data.__file__).parent
-    texts = {path.name: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
+    package = Path(data.__file__).parents[1]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
     assert [name for name, text in texts.items() if "parent.parent" in text] == ["places.py"]
-    assert {name for name, text in texts.items() if "data_root()" in text} == {
-        "places.py",
-        "data.py",
-        "cli.py",
-        "table2.py",
-    }
+    asking = {name for name, text in texts.items() if "data_root()" in text}
+    assert asking == {"places.py", "manifests.py", "describe.py", "table2.py"}
+
+
+def test_folder_rows_are_manifest_rows_that_render(tmp_path, photo):
+    (tmp_path / "deep").mkdir()
+    for name in ("good.png", "deep/bad.JPG", ".hidden.png"):
+        photo.save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    frame = folder_rows(tmp_path)
+    assert frame["image"].tolist() == ["deep/bad.JPG", "good.png"]
+    assert frame.attrs["root"] == str(tmp_path) and set(frame["dataset"]) == {tmp_path.name}
+    assert [image.size for image in render_rows(frame)] == [photo.size] * 2
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no pictures"):
+        folder_rows(tmp_path)
+    with pytest.raises(ValueError, match="'nowhere' is not a folder"):
+        folder_rows("nowhere")
 
 
 # Rows and batches for TRL
@@ -504,7 +516,7 @@ def test_rows_are_read_one_by_one_in_lists_and_by_column(rows):
 def test_the_prompt_stays_a_chat_without_added_keys(rows):
     for thinking in (True, False):
         dataset = prompt_rows(*rows, thinking=thinking)
-        assert dataset[0]["prompt"] == dataset[[0]]["prompt"][0] == data.messages(thinking)
+        assert dataset[0]["prompt"] == dataset[[0]]["prompt"][0] == messages(thinking)
         assert {"type": "image"} in dataset[0]["prompt"][0]["content"]
 
 

@@ -5,6 +5,7 @@ rows and pictures of 8x6 pixels; `test_real_sets.py` reads real sets where they 
 """
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from vqr1.cli import main
-from vqr1.data.manifests import COLUMNS, load_comparisons, load_ratings
+from vqr1.data.manifests import MANIFEST_COLUMNS, load_comparisons, load_ratings
 from vqr1.data.observers import human_cells
-from vqr1.data.people_sets import TWINS, near_twins, screened_scores
-from vqr1.data.public_sets import PCUID_PAIRS, PER_CONTENT, SETS, read_public, seeded_split
+from vqr1.data.people_sets import PCUID_PAIRS, TWINS, near_twins, screened_scores
+from vqr1.data.public_sets import PER_CONTENT, PUBLIC_SETS, read_public, seeded_split
 from vqr1.distortions import DISTORTIONS
 
 NAN = float("nan")
@@ -381,11 +382,11 @@ def refused(name, root, message, error=ValueError):
 # What every reader gives
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_set_in_the_official_layout_is_read(name, made):
     folder, expected = made(name)
     frame = load_ratings(name, folder)
-    assert tuple(frame.columns) == COLUMNS + ("subset",) * (name == "biq2021")
+    assert tuple(frame.columns) == MANIFEST_COLUMNS + ("subset",) * (name == "biq2021")
     assert frame["dataset"].eq(name).all() and frame.attrs["root"] == str(folder)
     read = {row.image: (row.mos, row.std) for row in frame.itertuples()}
     assert set(read) == set(expected)
@@ -404,7 +405,7 @@ def test_a_set_in_the_official_layout_is_read(name, made):
     )
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_set_is_found_by_its_name_in_a_folder_of_sets(name, made):
     folder, expected = made(name)
     other = folder.with_name(name.replace("-", "").upper())
@@ -413,7 +414,7 @@ def test_a_set_is_found_by_its_name_in_a_folder_of_sets(name, made):
     assert load_ratings(name, other.parent).attrs["root"] == str(other)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_set_as_read_is_a_manifest(name, made):
     """It can be written as a CSV and read again: one's own folder and CSV work the same way."""
     folder, _ = made(name)
@@ -425,9 +426,9 @@ def test_a_set_as_read_is_a_manifest(name, made):
     )
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_missing_annotation_says_what_is_expected_and_where_it_can_be_had(name, tmp_path):
-    entry = SETS[name]
+    entry = PUBLIC_SETS[name]
     refused(
         name,
         tmp_path,
@@ -438,7 +439,7 @@ def test_a_missing_annotation_says_what_is_expected_and_where_it_can_be_had(name
     assert "**" not in entry.layout and "in /" not in entry.layout
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_missing_pictures_are_counted_and_named(name, made):
     folder, expected = made(name)
     gone = list(expected)[1:3]
@@ -455,13 +456,13 @@ def test_missing_pictures_are_counted_and_named(name, made):
 
 
 def test_every_entry_says_where_what_and_how():
-    for name, entry in SETS.items():
+    for name, entry in PUBLIC_SETS.items():
         assert entry.rows >= 300 and entry.source and entry.size and entry.licence and entry.note, name
         assert entry.split in ("seeded", "official", "test") and entry.scale[0] < entry.scale[1]
-    assert {name for name, entry in SETS.items() if entry.flip is not None} == {"csiq"} and PER_CONTENT == (
-        "sriqa-bench",
-    )
-    assert {name for name, entry in SETS.items() if "unknown" in entry.source} == {
+    assert {name for name, entry in PUBLIC_SETS.items() if entry.flip is not None} == {
+        "csiq"
+    } and PER_CONTENT == ("sriqa-bench",)
+    assert {name for name, entry in PUBLIC_SETS.items() if "unknown" in entry.source} == {
         "bid",
         "liu13",
         "min19",
@@ -490,7 +491,7 @@ def test_csiq_is_flipped_and_says_so(made):
     frame = load_ratings("csiq", made("csiq")[0]).set_index("image")["mos"]
     assert frame["dst_imgs/awgn/1600.AWGN.1.png"] == pytest.approx(1 - 0.062)
     assert frame["dst_imgs/awgn/1600.AWGN.5.png"] == pytest.approx(1 - 0.7)
-    assert "flipped" in SETS["csiq"].note
+    assert "flipped" in PUBLIC_SETS["csiq"].note
 
 
 def reverse_kadid(folder):
@@ -794,7 +795,7 @@ def test_the_seeded_split_is_by_reference(references, each, counts):
     assert (split != seeded_split(rows, seed=1)).any()
 
 
-@pytest.mark.parametrize("name", [name for name, entry in SETS.items() if entry.split == "seeded"])
+@pytest.mark.parametrize("name", [name for name, entry in PUBLIC_SETS.items() if entry.split == "seeded"])
 def test_no_reference_is_in_two_splits(name, made):
     frame = load_ratings(name, made(name)[0])
     assert frame.groupby("reference")["split"].nunique().max() == 1
@@ -1228,7 +1229,7 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(made):
 def test_vqr1_data_lists_every_public_set(capsys):
     assert main(["data", "--list"]) == 0
     said = capsys.readouterr().out
-    for name, entry in SETS.items():
+    for name, entry in PUBLIC_SETS.items():
         assert f"{name}: {entry.title}; {entry.rows} pictures" in said
         assert (
             f"where: {entry.source}" in said
@@ -1237,15 +1238,15 @@ def test_vqr1_data_lists_every_public_set(capsys):
         )
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_vqr1_data_describes_a_set(name, made, capsys, monkeypatch):
     folder, expected = made(name)
     assert main(["data", name, "--root", str(folder.parent)]) == 0
     said = capsys.readouterr().out
     assert (
         f"{name}, in {folder}" in said
-        and f"pictures    {len(expected)}; published: {SETS[name].rows}" in said
-        and SETS[name].note in said
+        and f"pictures    {len(expected)}; published: {PUBLIC_SETS[name].rows}" in said
+        and PUBLIC_SETS[name].note in said
     )
     mos = [numbers[0] for numbers in expected.values()]
     assert f"mos         {min(mos):.4g} to {max(mos):.4g}, higher is better" in said
@@ -1276,7 +1277,7 @@ def test_vqr1_data_names_what_is_wrong(made, capsys):
 
 def test_vqr1_data_describes_a_manifest_and_an_embedded_set(tmp_path, capsys):
     picture(tmp_path / "a.png")
-    text(tmp_path / "mine.csv", [",".join(COLUMNS), "a.png,mine,3.5,,a,,,,,"])
+    text(tmp_path / "mine.csv", [",".join(MANIFEST_COLUMNS), "a.png,mine,3.5,,a,,,,,"])
     assert main(["data", str(tmp_path / "mine.csv")]) == 0
     assert (
         "pictures    1\nmos         3.5 to 3.5" in (said := capsys.readouterr().out)
@@ -1285,3 +1286,17 @@ def test_vqr1_data_describes_a_manifest_and_an_embedded_set(tmp_path, capsys):
     )
     assert main(["data", "sim-unseen"]) == 0
     assert "splits      test 720" in capsys.readouterr().out
+
+
+def test_without_openpyxl_an_excel_set_says_what_to_install(made, monkeypatch):
+    folder, _ = made("spaq")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match=r"xlsx: Excel .* openpyxl, .*pip install 'vqr1\[excel\]'"):
+        load_ratings("spaq", folder)
+
+
+def test_pyiqas_name_of_a_set_is_known(made):
+    folder, _ = made("clive")
+    folder = folder.rename(folder.with_name("LIVEC"))
+    frame = load_ratings("livec", folder.parent)
+    assert set(frame["dataset"]) == {"clive"} and frame.attrs["root"] == str(folder)

@@ -4,19 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vqr1.data.manifests import (
-    EMBEDDED,
-    HELD_OUT,
-    TRAINED,
-    dominance_pairs,
-    load_ratings,
-    open_picture,
-    read_manifest,
-    render_rows,
-)
+from vqr1.data.images import open_picture
+from vqr1.data.manifests import HELD_OUT, TRAINED, dominance_pairs, load_ratings, read_manifest, render_rows
 from vqr1.data.observers import human_cells, oracle_scores
 from vqr1.data.simulated import MIX_STAGES, MIXTURE, build_sim_sets
 from vqr1.metrics import srcc
+from vqr1.places import EMBEDDED
 
 ROOT = EMBEDDED
 SETS = ("sim-kadid", "sim-unseen", "sim-mixed", *MIXTURE)

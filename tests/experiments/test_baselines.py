@@ -2,6 +2,8 @@
 should.
 """
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -67,6 +69,18 @@ def test_a_sharp_photograph_is_above_a_blurred_and_a_noisy_one(measure):
     scores = measure([Image.fromarray(picture) for picture in (clean, noisy, blurry)])
     assert scores.shape == (3,) and np.isfinite(scores).all()
     assert scores[0] > scores[1] + 5 and scores[0] > scores[2] + 5
+
+
+@pytest.mark.parametrize(("measure", "package"), [(brisque, "brisque"), (piqe, "pypiqe")])
+def test_without_libgl_a_classical_measure_says_what_to_install(measure, package, monkeypatch, tmp_path):
+    """What OpenCV's wheel does on a bare machine."""
+    broken = "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
+    (tmp_path / "cv2.py").write_text(broken)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("cv2", package)]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=rf"{package} cannot be imported .*apt-get install libgl1"):
+        measure([])
 
 
 # A regressor, a ranker

@@ -1,4 +1,4 @@
-"""Many pictures: which are found, who scores them, and that no row is lost or made twice, whatever happens."""
+"""Many pictures: which are found, who scores them, and that no row is lost or made twice."""
 
 import csv
 import io
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqr1.cli import main
-from vqr1.serving.bulk import COLUMNS, RowFile, find_pictures, picture_endings, plain, shard
+from vqr1.data.folders import find_pictures
+from vqr1.serving.bulk import ROW_COLUMNS, RowFile, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
@@ -66,42 +67,6 @@ def read(path: Path) -> list[dict]:
 # Which pictures
 
 
-def test_paths_stand_for_pictures_in_their_order_each_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    draw(
-        tmp_path,
-        "b.png",
-        "a b.JPG",
-        "deep/er/ü.webp",
-        "deep/z.tif",
-        "deep/.hidden.png",
-        ".cache/c.png",
-        "x[1].png",
-        "x1.png",
-    )
-    for name in ("notes.txt", "deep/clip.mpg", "deep/page.pdf"):
-        (tmp_path / name).touch()
-    assert find_pictures(["b.png", "deep", "./b.png", "deep/z.tif", "nowhere.png"]) == [
-        "b.png",
-        "deep/er/ü.webp",
-        "deep/z.tif",
-        "nowhere.png",
-    ]
-    assert find_pictures(["."]) == [
-        "./a b.JPG",
-        "./b.png",
-        "./deep/er/ü.webp",
-        "./deep/z.tif",
-        "./x1.png",
-        "./x[1].png",
-    ]
-    assert find_pictures(["*.png"]) == ["b.png", "x1.png", "x[1].png"]
-    assert find_pictures(["x[1].png"]) == ["x[1].png"]  # a file of that name comes before a glob
-    assert find_pictures(["**/*.t?f", "de*"]) == ["deep/z.tif", "deep/er/ü.webp"]
-    assert find_pictures(["https://example.org/a.jpg?size=1"]) == ["https://example.org/a.jpg?size=1"]
-    assert find_pictures(["notes.txt"]) == ["notes.txt"]  # named by hand: gets a row that says what it is
-
-
 def test_what_pillow_cannot_read_without_more_is_a_row_that_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     draw(tmp_path, "one.png")
@@ -114,29 +79,6 @@ def test_what_pillow_cannot_read_without_more_is_a_row_that_says_what_to_do(tmp_
     assert (
         "pip install 'vqr1[heic]'" in rows["IMG_0001.HEIC"]
         and "is an address; download the picture first" in rows["a.jpg?size=1"]
-    )
-
-
-def test_links_to_folders_are_followed_and_loops_end(tmp_path):
-    draw(tmp_path, "all/one.png", "elsewhere/two.png")
-    (tmp_path / "all" / "loop").symlink_to(tmp_path / "all")
-    (tmp_path / "all" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "all" / "twice").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "all" / "gone.png").symlink_to(tmp_path / "nowhere")
-    found = find_pictures([str(tmp_path / "all")])
-    assert [os.path.relpath(name, tmp_path / "all") for name in found] == [
-        "gone.png",
-        "link/two.png",
-        "one.png",
-    ]
-
-
-def test_standard_input_gives_one_file_per_line(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b.png\n\n*.png\r\ncaf\xe9.png\nlast")))
-    names = find_pictures(["first.png", "-"])
-    assert (
-        names == ["first.png", "a b.png", "*.png", "caf\udce9.png", "last"]
-        and plain(names[3]) == r"caf\xe9.png"
     )
 
 
@@ -155,25 +97,6 @@ def test_paths_without_a_picture_are_wrong_usage(path, said, tmp_path, monkeypat
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     assert main(["score", path]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_endings_are_those_that_pillow_decodes():
-    assert {
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".gif",
-        ".webp",
-        ".avif",
-        ".tif",
-        ".tiff",
-        ".bmp",
-        ".jp2",
-    } <= picture_endings()
-    assert not {".pdf", ".mpg", ".eps", ".h5", ".txt"} & picture_endings()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes nobody for a moment, which only root can")
@@ -253,7 +176,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 )
 @example([('a"b\n', '"'), ("\r", '\n"",\n'), ("\0", ",")], 0.6, ".csv")
 def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(pairs, cut, kind):
-    """A kill can end a write anywhere; names and texts hold quotes, line breaks and whatever else there is."""
+    """A kill can end a write anywhere; names and texts hold quotes, line breaks and the like."""
     rows = [row(name, reasoning=text, error=text[::-1]) for name, text in pairs]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"scores{kind}"
@@ -281,7 +204,7 @@ def test_a_finished_file_takes_more_rows(kind, tmp_path):
             )
             file.finish()
     found = read(path)
-    assert [list(r) for r in found] == [list(COLUMNS)] * 3 and [r["image"] for r in found] == [
+    assert [list(r) for r in found] == [list(ROW_COLUMNS)] * 3 and [r["image"] for r in found] == [
         "0.png",
         "1.png",
         "2.png",
@@ -312,7 +235,7 @@ def test_no_rows_make_an_empty_table(tmp_path):
             file.finish()
     assert (
         list(pd.read_parquet(tmp_path / "a.parquet"))
-        == list(COLUMNS)
+        == list(ROW_COLUMNS)
         == list(pd.read_csv(tmp_path / "a.csv"))
     )
 
@@ -339,7 +262,7 @@ def test_rows_of_other_settings_are_not_mixed(kind, change, tmp_path):
     [
         ("a.csv", b"image,score\na.png,3\n"),
         ("a.csv", b"not even a table"),
-        ("a.csv", ",".join(COLUMNS).encode() + b"\na.png,3\n"),
+        ("a.csv", ",".join(ROW_COLUMNS).encode() + b"\na.png,3\n"),
         ("a.jsonl", b'{"image": "a.png", "score": 3}\n'),
         ("a.jsonl", b'{"image": "a.png", oh\n'),
         ("a.jsonl", b"[1, 2]\n"),
@@ -494,8 +417,8 @@ def test_ctrl_c_says_what_is_kept(start, wait_until, tmp_path):
     rows = read(tmp_path / "scores.jsonl")
     assert process.returncode == 130 and "Traceback" not in said and 4 <= len(rows) < 60
     assert (
-        f"Interrupted. {len(rows)} rows are in {tmp_path / 'scores.jsonl'}; the same command goes on from there."
-        in said
+        f"Interrupted. {len(rows)} rows are in {tmp_path / 'scores.jsonl'}; the same command goes on "
+        "from there." in said
     )
     assert "images/s" in said and "<" in said  # the bar: speed, and time gone < time left
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from vqr1.cli import main
+from vqr1.data.folders import find_pictures
 from vqr1.scoring import Scorer
-from vqr1.serving.bulk import COLUMNS, RowFile, find_pictures, score_rows
-from vqr1.serving.cluster import Rater, main, pictures_in
+from vqr1.serving.bulk import ROW_COLUMNS, RowFile, score_rows
+from vqr1.serving.cluster import Rater, pictures_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
@@ -72,18 +74,18 @@ def test_two_actors_give_the_rows_of_one_process(ray, pictures, tmp_path, capsys
     out = tmp_path / "rows.csv"
     while True:
         try:
-            assert main([pictures, str(out), "--actors", "2", "--batch-size", "2"]) == 1
+            assert main(["score", pictures, "--out", str(out), "--actors", "2", "--batch-size", "2"]) == 1
             break
         except (
             Exception
         ) as error:  # Ray gives its own processes 30 s to start, which a loaded machine can miss
             if "timed out during startup" not in str(error):
                 raise
-    assert "11 pictures, 2 without a score" in capsys.readouterr().out and not ray.is_initialized()
+    assert "11 pictures; 2 without a score" in capsys.readouterr().out and not ray.is_initialized()
     rows = read(out)
     assert (
         len(rows) == 11
-        and tuple(rows[0]) == COLUMNS
+        and tuple(rows[0]) == ROW_COLUMNS
         and len({row["score"] for row in rows if row["score"]}) > 5
     )
     same(rows, single_run(pictures, tmp_path / "single.csv"))
@@ -106,8 +108,11 @@ def test_a_picture_that_cannot_be_fetched_is_a_row_with_its_error(pictures):
 
 def test_what_is_there_is_not_scored_again_and_ray_not_started(pictures, tmp_path, capsys):
     rows = single_run(pictures, tmp_path / "rows.csv")
-    assert main([pictures, str(tmp_path / "rows.csv")]) == 1
-    assert "11 pictures, 2 without a score" in capsys.readouterr().out and read(tmp_path / "rows.csv") == rows
+    assert main(["score", pictures, "--out", str(tmp_path / "rows.csv"), "--actors", "2"]) == 1
+    assert (
+        "11 pictures, 11 of them from before; 2 without a score" in capsys.readouterr().out
+        and read(tmp_path / "rows.csv") == rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,11 +125,12 @@ def test_what_is_there_is_not_scored_again_and_ray_not_started(pictures, tmp_pat
 )
 def test_what_cannot_be_used_is_named(source, out, message, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
-    assert main([source if "://" in source else str(tmp_path / "rows" / source), str(tmp_path / out)]) == 2
+    source = source if "://" in source else str(tmp_path / "rows" / source)
+    assert main(["score", source, "--out", str(tmp_path / out), "--actors", "2"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_without_ray_the_message_says_what_to_install(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert main([pictures, str(tmp_path / "rows.csv")]) == 2
+    assert main(["score", pictures, "--out", str(tmp_path / "rows.csv"), "--actors", "2"]) == 2
     assert "pip install 'vqr1[scale]'" in capsys.readouterr().err

@@ -9,18 +9,19 @@ import re
 import struct
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 File = str | os.PathLike | bytes | BinaryIO
 Picture = File | Image.Image | np.ndarray
 """One picture, as `read_picture` takes it; a tensor (3, H, W) too, which needs no import of torch here."""
 TAKEN = (
-    "a path, a file opened in binary mode, its bytes, a PIL image, a numpy array (H, W), (H, W, 3) or (H, W, 4), "
+    "a path, a file opened in binary mode, its bytes, a PIL image, a numpy array (H, W), (H, W, 3) "
+    "or (H, W, 4), "
     "or a tensor (3, H, W), of uint8 0..255 or floats 0..1"
 )
 HEIC_ENDINGS = (".heic", ".heics", ".heif", ".heifs", ".hif")
@@ -53,31 +54,23 @@ BROKEN = (
 """What Pillow raises on files that are damaged, of another kind or too large (the test flips bytes to see).
 """
 
-_TURN = Image.Transpose
-_TURNS = {
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_270,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_90,
-}
-_LYING = (_TURN.TRANSPOSE, _TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90)
-_ONE_LARGE = (
-    threading.Lock()
-)  # threads decode one large picture at a time, so that they need the memory of one
+_ORIENTATION = 0x0112  # the EXIF tag
+_LYING = (5, 6, 7, 8)  # its values for pictures that are stored on their side
+_ONE_LARGE = threading.Lock()  # threads decode one large picture at a time: they need the memory of one
 _ONE_READ = threading.Lock()  # the same opened file or picture may be handed over twice
 
 
 def open_picture(file: File, where: str = "", shrink: bool = True, name: str = "") -> Image.Image:
     """Return the picture in a file as `as_rgb` does; of an animation the first frame.
 
-    file: a path, a file opened in binary mode (read from its start), or what is in a file. where: the row
-    that asked for it, for errors. shrink: above `LARGE` pixels it is shrunk (a JPEG while it is decoded),
-    one at a time over all threads. name: what errors call the file, by default its path. Raises ValueError
-    naming the file when it is missing, no file, empty, unreadable, truncated, no picture, thinner than
-    1:200, above Pillow's limit of pixels against decompression bombs, or HEIC without pillow-heif.
+    file: a path, a file opened in binary mode (read from its start), or the bytes of a file.
+    where: the row that asked for it, for errors.
+    shrink: whether a picture above `LARGE` pixels is shrunk (a JPEG while it is decoded).
+    name: what errors call the file, by default its path.
+
+    Large pictures are decoded one at a time over all threads. Raises ValueError naming the file when it is
+    missing, no file, empty, unreadable, truncated, no picture, thinner than 1:200, above Pillow's limit of
+    pixels against decompression bombs, or HEIC without pillow-heif.
     """
     name = name or _name(file)
     try:
@@ -95,6 +88,7 @@ def read_picture(picture: Picture) -> Image.Image:
     """Return one picture, in whatever form it is handed over, as `as_rgb` does.
 
     picture: see `TAKEN`.
+
     Raises TypeError for anything else, and ValueError where it cannot be read or is on no known scale.
 
     >>> read_picture(np.full((2, 3), 0.2)).getpixel((0, 0))
@@ -173,7 +167,7 @@ def upright_size(path: str | Path, where: str = "") -> tuple[int, int]:
     """Return width and height of the upright picture from the header alone; errors as `open_picture`."""
     try:
         with _opened(path) as image:
-            return image.size[::-1] if _turn(image) in _LYING else image.size
+            return image.size[::-1] if _lies(image) else image.size
     except BROKEN as error:
         raise ValueError(_unreadable(path, str(path), where, error)) from error
 
@@ -252,24 +246,26 @@ def _prepare(head: bytes) -> None:
     register_heif_opener()
 
 
-def _rgb(image: Image.Image, size: tuple[int, int], shrink: bool, reading=nullcontext()) -> Image.Image:
+def _rgb(image: Image.Image, size: tuple[int, int], shrink: bool, reading=None) -> Image.Image:
     """Do what `as_rgb` says.
 
     size: the file's own, of which a JPEG decoder may give less; reading: a lock to hold while it is decoded.
     """
     if max(size) > THIN * min(size):
         raise ValueError(f"{size[0]}x{size[1]} pixels are thinner than 1:{THIN}; crop or pad the picture")
+    source = image
     notes = [f"frame {image.tell() + 1} of several"] if getattr(image, "is_animated", False) else []
-    with reading:
+    with reading or nullcontext():
         bands, tiles = image.getbands(), getattr(image, "tile", ())
         image.load()
     if len(bands) > 1 and any(";16" in str(tile) for tile in tiles):
         brightest = max(high for (_, high), band in zip(image.getextrema(), bands) if band != "A")
         if brightest < 64:
             raise ValueError(
-                "16-bit colours that are all in the darkest quarter: of 12 or 14 bits Pillow loses most; save it with 8 bits"
+                "16-bit colours that are all in the darkest quarter: of 12 or 14 bits Pillow loses "
+                "most; save it with 8 bits"
             )
-    turn, factor = _turn(image), _factor(image.size) if shrink else 1
+    factor = _factor(image.size) if shrink else 1
     if image.mode[0] in "IF":
         image, scale = _eight_bits(image)
         notes += [scale] if scale else []
@@ -286,7 +282,7 @@ def _rgb(image: Image.Image, size: tuple[int, int], shrink: bool, reading=nullco
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    image = image if turn is None else image.transpose(turn)
+    _turn(image, source)
     image.info = {"note": "; ".join(notes)} if notes else {}
     return image
 
@@ -299,14 +295,21 @@ def _factor(size: tuple[int, int]) -> int:
     return factor
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how the picture is turned upright; a damaged EXIF block says nothing about the pixels."""
-    if image.format == "TIFF":  # Pillow turns these itself, and gives their upright size
-        return None
-    try:
-        return _TURNS.get(image.getexif().get(0x0112))
+def _lies(image: Image.Image) -> bool:
+    """Tell whether a picture is stored on its side; a damaged EXIF block says nothing about the pixels."""
+    try:  # Pillow turns a TIFF itself, and gives its upright size
+        return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _LYING
     except BROKEN:
-        return None
+        return False
+
+
+def _turn(image: Image.Image, source: Image.Image) -> None:
+    """Turn an image upright, in place, as the EXIF block of what it was made from says."""
+    if source.format == "TIFF":  # Pillow has turned it
+        return
+    image.info = dict(source.info)
+    with suppress(*BROKEN):  # a damaged block
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 # Scales
@@ -325,7 +328,8 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, str]:
 def _white_of_integers(pixels: np.ndarray, low: float, high: float) -> tuple[int, str]:
     if low < 0 or high > 65535:
         raise ValueError(
-            f"integers from {low:.0f} to {high:.0f}: which is black, and which is white? Scale it to 8 or 16 bits"
+            f"integers from {low:.0f} to {high:.0f}: which is black, and which is white? Scale it to "
+            "8 or 16 bits"
         )
     bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
     return 2**bits - 1, "" if bits == 16 else f"read as {bits} bits: white is {2**bits - 1}"
@@ -376,7 +380,8 @@ def _levels(pixels: Picture) -> np.ndarray:
         or 0 in shape[len(shape) == 4 :]
     ):
         raise ValueError(
-            f"an array of shape {shape} is no picture; give (H, W), (H, W, 3) or (H, W, 4), or (B, H, W, 3) for many"
+            f"an array of shape {shape} is no picture; give (H, W), (H, W, 3) or (H, W, 4), or (B, H, "
+            "W, 3) for many"
         )
     if pixels.dtype == np.uint8:
         return pixels

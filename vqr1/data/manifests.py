@@ -1,6 +1,6 @@
-"""Manifests of rated pictures, rendering of their rows, and the rows and batches that TRL trains on.
+"""Manifests of rated pictures, and the rendering of their rows.
 
-A manifest is a CSV (UTF-8, commas, header) with the columns of `COLUMNS`, all but `NEEDED` optional.
+A manifest is a CSV (UTF-8, commas, header) with the columns of `MANIFEST_COLUMNS`, all but `NEEDED` optional.
 ``image`` is a path relative to the set's root. A row with a ``seed`` is rendered: photograph ->
 ``distort(distortion, level, seed)`` at full size -> crop ``x,y,w,h`` in native pixels (empty = whole).
 Several distortions in turn are written ``jitter+jpeg`` at level ``3+4``. A row without a seed is the
@@ -13,40 +13,43 @@ The embedded sets (``sim-…``) are made by `vqr1.data.simulated`: rated by simu
 import multiprocessing
 import os
 import re
-import uuid
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from vqr1.data.folders import pictures_below
 from vqr1.data.images import is_address, open_picture, upright_size
 from vqr1.data.public_sets import (
-    SETS,
-    lacks,
-    meant,
+    PUBLIC_SETS,
     public_name,
     read_comparisons,
     read_public,
-    read_table,
 )
+from vqr1.data.tables import lacks, meant, read_table
 from vqr1.distortions import DISTORTIONS, distort
 from vqr1.places import EMBEDDED, data_root
-from vqr1.prompts import messages
 
-if TYPE_CHECKING:
-    import datasets
-
-COLUMNS = ("image", "dataset", "mos", "std", "reference", "distortion", "level", "seed", "crop", "split")
-NEEDED = COLUMNS[:3]
+MANIFEST_COLUMNS = (
+    "image",
+    "dataset",
+    "mos",
+    "std",
+    "reference",
+    "distortion",
+    "level",
+    "seed",
+    "crop",
+    "split",
+)
+NEEDED = MANIFEST_COLUMNS[:3]
 """What a manifest must have; the other columns may be missing or empty."""
 EXTRA = ("subset",)
 """Columns that only some sets have: groups whose pictures are also compared among themselves alone."""
@@ -67,15 +70,20 @@ _CROP = re.compile(r"\d+,\d+,\d+,\d+")
 
 
 def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
-    """Return a set's rows, by the name of an embedded set ("sim-kadid") or a public one ("kadid-10k"), or
-    by a manifest's path.
+    """Return a set's rows: one per rated picture, with the columns `MANIFEST_COLUMNS`.
 
-    ``root`` is where its images are: by default `data_root` for a public set, the manifest's folder for a
-    path; an embedded set is always in `EMBEDDED`. A public set (`vqr1.data.public_sets.SETS`, in any
-    spelling: KADID10k) is looked for in ``root`` and in a folder of its name below it. A missing picture of
-    a public set is an error; with ``strict=False`` its row is left out. ``frame.attrs["root"]`` keeps the
-    images' folder for `render_rows`. Raises ValueError for an unknown name, and whatever `read_manifest`
-    and `read_public` raise.
+    name: of an embedded set ("sim-kadid"), of a public one in any spelling ("KADID10k", pyiqa's "livec"), or
+        the path of a manifest.
+    root: where the images are, by default `data_root` for a public set and the manifest's own folder for a
+        path; a public set may be in a folder of its name below it. An embedded set is always in `EMBEDDED`.
+    strict: whether a missing picture of a public set is an error; else its row is left out.
+
+    ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name,
+    and whatever `read_manifest` and `read_public` raise.
+
+    >>> rows = load_ratings("sim-kadid")
+    >>> len(rows), float(rows["mos"].min()), float(rows["mos"].max())
+    (7695, 1.0, 5.0)
     """
     if str(name).lower().endswith(".csv"):
         return read_manifest(name, root)
@@ -85,7 +93,8 @@ def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool 
     known = sorted(path.stem for path in EMBEDDED.glob("sim-*.csv"))
     if name not in known:
         raise ValueError(
-            f"unknown set {str(name)!r}; {EMBEDDED} has: {', '.join(known) or 'none'}. Public sets: {', '.join(SETS)}. "
+            f"unknown set {str(name)!r}; {EMBEDDED} has: {', '.join(known) or 'none'}. Public sets: "
+            f"{', '.join(PUBLIC_SETS)}. "
             "Or give a manifest's path, ….csv"
         )
     return read_manifest(EMBEDDED / f"{name}.csv")
@@ -102,12 +111,12 @@ def load_comparisons(name: str, root: str | Path | None = None, strict: bool = T
     for a tie, 0. Raises ValueError for a set without comparisons, and what `load_ratings` raises.
     """
     if not (public := public_name(name)):
-        raise ValueError(f"unknown set {str(name)!r}; public sets: {', '.join(SETS)}")
+        raise ValueError(f"unknown set {str(name)!r}; public sets: {', '.join(PUBLIC_SETS)}")
     return read_comparisons(public, root or data_root(), strict)
 
 
 def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[[*COLUMNS, *(name for name in EXTRA if name in frame)]]
+    return frame[[*MANIFEST_COLUMNS, *(name for name in EXTRA if name in frame)]]
 
 
 # Reading a manifest
@@ -116,11 +125,14 @@ def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
 def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFrame:
     """Return a manifest's rows after checking every one of them; columns that are not ours are dropped.
 
-    Only image, dataset and mos are needed. ``./a.png`` is written ``a.png``. The reference of a row without
+    path: of a CSV; image, dataset and mos are needed, the other `MANIFEST_COLUMNS` may be missing or empty.
+    root: where the images are, by default the manifest's folder.
+
+    ``./a.png`` is written ``a.png``. The reference of a row without
     one is its image. No picture may be in two splits, nor a reference of one data set. mos and std are
     floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column, or strings ("3+4",
-    "") where a set has composed or undistorted rows; the rest are strings ("" = empty). ``root`` (default:
-    the manifest's folder) is where the images are. Raises FileNotFoundError when the manifest is missing,
+    "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
+    Raises FileNotFoundError when the manifest is missing,
     and ValueError naming file, line (the header is line 1), value and remedy for the first mistake.
     """
     path = Path(path)
@@ -144,14 +156,14 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
 def _read_text(path: Path, root: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such manifest; give the path of a CSV (`python -m vqr1.data.simulated` writes ours)"
+            f"{path}: no such manifest; give the path of a CSV (`vqr1 data --rebuild` writes ours)"
         )
     text = read_table(path)
-    for name in (*COLUMNS, *EXTRA):
+    for name in (*MANIFEST_COLUMNS, *EXTRA):
         if name not in text and (name in NEEDED or meant(name, text.columns)):
-            known = f"needed are {','.join(NEEDED)}, also known {','.join(COLUMNS[3:])}"
+            known = f"needed are {','.join(NEEDED)}, also known {','.join(MANIFEST_COLUMNS[3:])}"
             raise ValueError(f"{path}, line 1: {lacks(name, text.columns)}; {known}")
-    known = [*COLUMNS, *(name for name in EXTRA if name in text)]
+    known = [*MANIFEST_COLUMNS, *(name for name in EXTRA if name in text)]
     text = text.reindex(columns=known, fill_value="")
     text = text[(text != "").any(axis=1)]  # rows of other columns alone
     if text.empty:
@@ -231,8 +243,10 @@ def _check_splits(path: Path, text: pd.DataFrame, root: Path) -> None:
             line = (first != used["split"]).idxmax()
             other = groups.get_group(tuple(used.loc[line, keys])).index[0]
             raise ValueError(
-                f"{path}, line {line}: {column} {text.at[line, column]!r} is in split {text.at[line, 'split']}, "
-                f"and in {text.at[other, 'split']} on line {other}: what is learned there would be tested here; give both rows one split"
+                f"{path}, line {line}: {column} {text.at[line, column]!r} is in split "
+                f"{text.at[line, 'split']}, "
+                f"and in {text.at[other, 'split']} on line {other}: what is learned there would be "
+                "tested here; give both rows one split"
             )
     same = ["file", "distortion", "level", "seed", "crop"]
     again = text.duplicated(same)
@@ -250,13 +264,35 @@ def _fits(crop: str, size: tuple[int, int]) -> bool:
     return w > 0 and h > 0 and x + w <= size[0] and y + h <= size[1]
 
 
+def folder_rows(folder: str | Path) -> pd.DataFrame:
+    """Return the pictures of a folder and all below it as unrated manifest rows, by name.
+
+    folder: the path; ``attrs["root"]`` keeps it.
+
+    Raises ValueError where there is no folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is not a folder; give the path of one with pictures in it")
+    names = [Path(path).relative_to(folder).as_posix() for path in pictures_below(str(folder))]
+    if not names:
+        raise ValueError(f"{folder} holds no pictures (JPEG, PNG, WebP, …); give another folder")
+    frame = pd.DataFrame({"image": names}, columns=MANIFEST_COLUMNS).fillna("")
+    frame = frame.assign(mos=np.nan, std=np.nan, seed=pd.NA, reference=names, split="train")
+    frame["dataset"] = folder.resolve().name
+    frame.attrs["root"] = str(folder)
+    return frame
+
+
 # Pictures
 
 
 def render(row: pd.Series | dict, root: str | Path | None = None) -> Image.Image:
     """Return the row's picture: photograph, distorted at full size, then cropped; the same every time.
 
-    ``row`` is a row of a frame of `read_manifest`, ``root`` the folder of its images (default `EMBEDDED`).
+    row: of a frame of `read_manifest`.
+    root: the folder of its images, by default `EMBEDDED`.
+
     Raises ValueError as `open_picture` does, naming the row by its index in the frame.
     """
     where = f"row {row.name} (counted from 0)" if isinstance(row, pd.Series) and row.name is not None else ""
@@ -278,10 +314,14 @@ def _render(row: dict, root: Path, where: str) -> Image.Image:
 def render_rows(
     frame: pd.DataFrame, root: str | Path | None = None, workers: int | None = None
 ) -> list[Image.Image]:
-    """Return the pictures of all rows, in order, rendered by ``workers`` processes (default: one per core).
+    """Return the pictures of all rows, in order.
 
-    ``root`` defaults to the one `load_ratings` noted in ``frame.attrs``, else `EMBEDDED`. Fewer than
-    `SPAWN_FROM` rows, or ``workers=1``, are rendered in this process. Raises ValueError as `render` does.
+    frame: rows of `load_ratings`.
+    root: the folder of their images, by default the one in ``frame.attrs``, else `EMBEDDED`.
+    workers: processes that render, by default one per core; fewer than `SPAWN_FROM` rows, or ``workers=1``,
+        are rendered in this process.
+
+    Raises ValueError as `render` does.
     """
     return list(_rendered(frame, root, workers))
 
@@ -304,11 +344,12 @@ def _rendered(
             )
     except BrokenProcessPool as error:
         raise RuntimeError(
-            'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or pass workers=1'
+            'worker processes died: put the script\'s calls under `if __name__ == "__main__":`, or '
+            "pass workers=1"
         ) from error
 
 
-class _Pictures(Sequence):
+class _Images(Sequence):
     """Pictures that are made when they are asked for, by ``read(i)``; the last 64 are remembered."""
 
     def __init__(self, count: int, read: Callable[[int], Image.Image]):
@@ -325,7 +366,7 @@ class _Pictures(Sequence):
         )
 
 
-class PicturesOnDisk(_Pictures):
+class LazyImages(_Images):
     """The pictures of rows that are not rendered, each read when it is asked for; the last 64 are remembered.
 
     A thousand photographs of 12 megapixels would take 36 GB of memory. ``root`` and errors as for
@@ -337,7 +378,7 @@ class PicturesOnDisk(_Pictures):
         super().__init__(len(frame), lambda i: render(frame.iloc[i], root))
 
 
-class RenderedPictures(_Pictures):
+class RenderedImages(_Images):
     """The rendered pictures of rows, kept as three bytes a pixel: Pillow takes four. Arguments and errors as
     for `render_rows`.
     """
@@ -349,126 +390,10 @@ class RenderedPictures(_Pictures):
 
 def pictures_of(frame: pd.DataFrame) -> Sequence[Image.Image]:
     """Return the rows' pictures: rendered now if one has a seed, else read from disk as they are needed."""
-    return RenderedPictures(frame) if frame["seed"].notna().any() else PicturesOnDisk(frame)
+    return RenderedImages(frame) if frame["seed"].notna().any() else LazyImages(frame)
 
 
-# Rows and batches for TRL
-
-
-class _PromptPictures:
-    """The dataset's transform: puts prompt and picture into a batch when it is asked for.
-
-    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not
-    to hundreds of megabytes, so copies in one process (and its forks) share the pictures.
-    """
-
-    def __init__(self, images: Sequence[Image.Image], prompt: Callable[[], list[dict]]):
-        self.images, self.prompt, self.token = images, prompt, uuid.uuid4().hex
-        _LIVE[self.token] = self
-
-    def __call__(self, batch: dict) -> dict:
-        if "prompt" in batch:
-            batch["prompt"] = [self.prompt() for _ in batch["prompt"]]
-        if "image" in batch:
-            batch["image"] = [self.images[i] for i in batch["image"]]
-        return batch
-
-    def __reduce__(self):
-        return _same_pictures, (self.token,)
-
-
-_LIVE: weakref.WeakValueDictionary[str, _PromptPictures] = weakref.WeakValueDictionary()
-
-
-def _same_pictures(token: str) -> _PromptPictures:
-    if token not in _LIVE:
-        raise RuntimeError("the pictures of prompt_rows stay in their process; use dataloader_num_workers=0")
-    return _LIVE[token]
-
-
-def prompt_rows(
-    frame: pd.DataFrame, images: Sequence[Image.Image], thinking: bool = True, numbered: bool = False
-) -> "datasets.Dataset":
-    """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
-
-    ``images`` are the rows' pictures (`pictures_of`), ``thinking`` and ``numbered`` choose the prompt.
-    Pictures and messages are put in by a transform when a row is read: all repeats of a row share one
-    picture, nothing is encoded, and the image placeholder stays ``{"type": "image"}`` (Arrow would fill the
-    keys of its neighbours in with None). uid is the row's position in ``frame``; it survives ``select`` and
-    ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
-    """
-    from datasets import Dataset  # slow to import; the worker processes of `render_rows` do without
-
-    if len(frame) != len(images):
-        raise ValueError(
-            f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame"
-        )
-    unrated = frame.index[frame["mos"].isna()]
-    if len(unrated):
-        raise ValueError(
-            f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on"
-        )
-    uid = list(range(len(frame)))
-    mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
-    columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
-    return Dataset.from_dict(columns).with_transform(
-        _PromptPictures(images, partial(messages, thinking, numbered))
-    )
-
-
-def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
-    """Return an order of row positions whose consecutive chunks of ``images_per_batch`` hold one data set
-    each.
-
-    For ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``: scores of
-    different data sets are never compared, so a mixed batch would waste comparisons. Each epoch is shuffled
-    anew within sets and among chunks; rows that do not fill a chunk are left out of that epoch. Raises
-    ValueError for fewer than two images per batch and for a set smaller than a chunk.
-
-    >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
-    >>> order = one_set_batches(frame, 2, seed=0)
-    >>> sorted(map(str, frame["dataset"].iloc[order[::2]])), len(order)
-    (['a', 'b', 'b'], 6)
-    """
-    if images_per_batch < 2:
-        raise ValueError(f"images_per_batch is {images_per_batch}: ranking compares pictures, use at least 2")
-    sets = frame.groupby("dataset", sort=True).indices
-    for name, rows in sets.items():
-        if len(rows) < images_per_batch:
-            raise ValueError(
-                f"set {name!r} has {len(rows)} rows, fewer than the {images_per_batch} images of a batch; "
-                "use a smaller batch or leave the set out"
-            )
-    rng = np.random.default_rng(seed)
-    chunks = [
-        chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)
-    ]
-    return [int(row) for chunk in chunks for row in chunk]
-
-
-def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    chunks = [rng.permutation(rows)[: len(rows) // size * size].reshape(-1, size) for rows in sets]
-    return list(rng.permutation(np.concatenate(chunks)))
-
-
-def realigned(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and
-    its highest to 5.
-
-    Regression on several sets needs one scale; this is what the official code does to its label files
-    (datasets/make_data.py). It takes for granted that the worst and the best picture of every set look
-    alike. Raises ValueError for a set without two different mos.
-
-    >>> rows = pd.DataFrame({"dataset": list("aabbb"), "mos": [3, 5, 0, 25, 100], "std": 0.5})
-    >>> realigned(rows)[["mos", "std"]].to_numpy().T.tolist()
-    [[1.0, 5.0, 1.0, 2.0, 5.0], [1.0, 1.0, 0.02, 0.02, 0.02]]
-    """
-    sets = frame.groupby("dataset")["mos"]
-    low, span = sets.transform("min"), sets.transform("max") - sets.transform("min")
-    if not (span > 0).all():
-        name = frame["dataset"][~(span > 0)].iloc[0]
-        raise ValueError(f"set {name!r} has no two different mos to stretch to 1..5; leave it out")
-    return frame.assign(mos=1 + 4 * (frame["mos"] - low) / span, std=frame["std"] * 4 / span)
+# Rows that nobody need rate
 
 
 def dominance_pairs(frame: pd.DataFrame) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What three sets of people's ratings need beyond the reading of a table.
+"""Three sets of people's ratings that a git clone brings, and what they need beyond the reading of a table.
 
 BIQ2021 has near twins, which must not be in two parts of a split. SRIJ publishes its votes; they become
 scores here, as in its authors' `reader.m`. PCUID compares every two pictures; its MOS is the share of wins.
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from vqr1.data.tables import csv_columns, excel_columns, matlab_array, name_parts, require
 from vqr1.places import EMBEDDED
 
 TWINS = EMBEDDED / "biq2021_twins.csv"
@@ -24,6 +25,14 @@ VALIDATION_SHARE = 0.045
 
 
 # BIQ2021
+
+
+def read_biq2021(files: list[Path]) -> pd.DataFrame:
+    parts = {"train": files[0].with_name("Train (Images and MOS).csv"), "test": files[0]}
+    rows = [csv_columns(path, name="Image Name", mos="MOS").assign(part=part) for part, path in parts.items()]
+    table = pd.concat(rows, ignore_index=True)
+    subset = name_parts(table, r"^(?P<subset>ss0[123]) \(\d+\)\.jpg$", "ss01 (1).jpg")["subset"]
+    return without_twins(table.assign(subset=subset.str.lower()))
 
 
 def fingerprint(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +127,47 @@ def _validation(rows: pd.DataFrame) -> set[str]:
 # SRIJ
 
 
+def read_srij(files: list[Path]) -> pd.DataFrame:
+    """The published scores follow the order of the addresses, which has the originals, HD-1-…, too."""
+    path, scores = files[0].with_name("addressesSRIJ.mat"), matlab_array(files[0], "hScoresSRIJ")
+    names = [str(np.ravel(name)[0]) for name in matlab_array(path, "addressesSRIJ")]
+    where = [f"{path}, entry {n}" for n in range(1, len(names) + 1)]
+    table = pd.DataFrame({"where": where, "name": names}, dtype=object)
+    parts = name_parts(table, r"^(?P<by>\w+)-(?P<scale>[1-4])-(?P<crop>.+)\.tif$", "SRCNN-2-dolls1.tif")
+    original = parts["by"] == "HD"
+    if len(scores) != (~original).sum():
+        others = f"{(~original).sum()} pictures of {path.name} that are not HD-1-…"
+        raise ValueError(f"{files[0]}: {len(scores)} scores for {others}; get the set again")
+    votes = _srij_votes(files[0].parents[2] / "HumanStudy" / "HumanScores", len(names))
+    voted, std = screened_scores(votes, len(scores))
+    table["mos"] = voted
+    table.loc[~original, "mos"] = scores
+    agrees = (table["mos"] - voted).abs() < 0.01
+    require(agrees, table, "mos", "is not what the votes in HumanStudy/HumanScores give; get the set again")
+    scene = parts["crop"].str.replace(r"(-fast)?\d+$", "", regex=True)  # several crops of one photograph
+    described = {"distortion": parts["by"].mask(original, ""), "level": parts["scale"].mask(original, "")}
+    return table.assign(std=std, severity=parts["scale"], reference=parts["crop"], scene=scene, **described)
+
+
+def _srij_votes(folder: Path, pictures: int) -> np.ndarray:
+    """Return (observers, pictures). In a file, column 1 counts pictures from 1, column 2 has the votes."""
+    files = sorted(folder.glob("*.mat"))
+    if len(files) < 2:
+        raise FileNotFoundError(f"{folder}: {len(files)} files of votes; they belong to the annotation")
+    votes = np.empty((len(files), pictures))
+    for row, path in zip(votes, files):
+        values = matlab_array(path, "quality")
+        table = values.reshape(pictures, -1) if len(values) % pictures == 0 else np.empty((0, 0))
+        if table.shape[1] < 2 or sorted(table[:, 0]) != list(range(1, pictures + 1)):
+            raise ValueError(f"{path}: column 1 of quality is not 1 to {pictures}, once each; get it again")
+        row[table[:, 0].astype(int) - 1] = table[:, 1]
+        if not ((row >= 0) & (row <= 100)).all():
+            raise ValueError(f"{path}: a vote is not a number from 0 to 100; get it again")
+        if row.min() == row.max():
+            raise ValueError(f"{path}: all votes are {row[0]}, which orders nothing; take the file away")
+    return votes
+
+
 def screened_scores(votes: np.ndarray, rated: int) -> tuple[np.ndarray, np.ndarray]:
     """Return each picture's mean score and its standard deviation over observers, on SRIJ's scale 0..100.
 
@@ -143,6 +193,44 @@ def screened_scores(votes: np.ndarray, rated: int) -> tuple[np.ndarray, np.ndarr
 
 
 # PCUID
+
+
+PCUID_PAIRS = {
+    "first": "图像1",
+    "second": "图像2",
+    "label": "标签（-1为图像2质量优于图像1；0为图像1和图像2质量差不多；1为图像1质量优于图像2）",
+}
+"""The header of pair_label.xlsx: picture 1, picture 2, label (-1: 2 is better, 0: alike, 1: 1 is better)."""
+
+
+def read_pcuid(files: list[Path]) -> pd.DataFrame:
+    """Every two pictures are compared, and mos = 100 (wins + ties / 2) / (pictures - 1)."""
+    table = excel_columns(files[0], 0, 1, name="image_id", mos="MOS")
+    table["name"] = _pcuid_names(table, "name")
+    pairs = read_pcuid_pairs(files[0].parent)
+    met = table["name"].map(pd.concat([pairs["first"], pairs["second"]]).value_counts())
+    whole = "is not compared once with every other picture in pair_label.xlsx; get the set again"
+    require(met == len(table) - 1, table, "name", whole)
+    off = pd.to_numeric(table["mos"], errors="coerce") - table["name"].map(win_share(pairs))
+    require(off.abs() < 1e-6, table, "mos", "is not the share of wins in pair_label.xlsx; get the set again")
+    return table
+
+
+def read_pcuid_pairs(folder: Path) -> pd.DataFrame:
+    table = excel_columns(folder / "pair_label.xlsx", 0, 1, **PCUID_PAIRS)
+    preference = table["label"].str.removesuffix(".0").map({"1": 1.0, "0": 0.5, "-1": 0.0})
+    require(preference.notna(), table, "label", "is not -1, 0 or 1")
+    first, second = (_pcuid_names(table, column) for column in ("first", "second"))
+    require(first != second, table, "second", "is compared with itself")
+    again = pd.DataFrame({"a": np.minimum(first, second), "b": np.maximum(first, second)}).duplicated()
+    require(~again, table, "second", "was compared with the first on an earlier line")
+    return table.assign(first=first, second=second, preference=preference)
+
+
+def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
+    number = table[column].str.removesuffix(".0")  # a cell of Excel may be a whole number or not
+    require(number.str.fullmatch(r"\d+"), table, column, "is not a picture's number")
+    return "图片" + number + ".jpg"
 
 
 def win_share(pairs: pd.DataFrame) -> pd.Series:

@@ -11,10 +11,11 @@ import pandas as pd
 from PIL import Image
 
 from vqr1.data.images import upright_size
-from vqr1.data.manifests import COLUMNS, CROP, EMBEDDED, HELD_OUT, TRAINED
+from vqr1.data.manifests import CROP, HELD_OUT, MANIFEST_COLUMNS, TRAINED
 from vqr1.data.observers import SEED, photograph_rng, rate
 from vqr1.data.photographs import photograph_splits
 from vqr1.distortions import distort
+from vqr1.places import EMBEDDED
 
 MIX_STAGES = (
     ("brighten",),
@@ -106,7 +107,7 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
     for i, name in enumerate(MIXTURE):
         sets[name] = mixture_set(kadid[kadid["image"].isin(splits.index[turn == i])], name)
     return {
-        name: frame.assign(dataset=name, reference=frame["image"])[list(COLUMNS)]
+        name: frame.assign(dataset=name, reference=frame["image"])[list(MANIFEST_COLUMNS)]
         for name, frame in sets.items()
     }
 

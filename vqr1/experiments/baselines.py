@@ -8,22 +8,23 @@ of pairs. ``vqr1 pretrain --cnn`` (`pretrain_cnn`) makes the small CNN again.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.fft import idct
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from vqr1.data.manifests import CROP, EMBEDDED, TRAINED, one_set_batches
+from vqr1 import quiet
+from vqr1.data.batches import one_set_batches
+from vqr1.data.manifests import CROP, EMBEDDED, TRAINED
 from vqr1.experiments.pretraining import (
     Answers,
     DistortionStream,
@@ -36,6 +37,11 @@ from vqr1.records import write_table
 from vqr1.scoring import Scorer
 from vqr1.thurstone import comparative_probability, fidelity, true_preference
 from vqr1.training import freeze
+
+with quiet():
+    from peft import LoraConfig, get_peft_model
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
 
 CNN = EMBEDDED / "cnn" / "model.safetensors"
 """The pretrained CNN."""
@@ -51,9 +57,7 @@ def brisque(images: list[Image.Image]) -> np.ndarray:
     About 0 for a natural photograph, -100 for a bad picture. The parameters are those of the package
     ``brisque``.
     """
-    from brisque import BRISQUE  # of the extra "notebooks"
-
-    measure = BRISQUE()
+    measure = _classical("brisque").BRISQUE()
     scale = measure.scale_features
     measure.scale_features = lambda features: scale(
         [np.ravel(feature)[0] for feature in features]
@@ -67,9 +71,21 @@ def piqe(images: list[Image.Image]) -> np.ndarray:
 
     It has no learned parameters. A picture without any active block gets the worst value.
     """
-    from pypiqe import piqe as measure  # of the extra "notebooks"
-
+    measure = _classical("pypiqe").piqe
     return np.array([-measure(np.asarray(image))[0] for image in images])
+
+
+def _classical(package: str) -> ModuleType:
+    """Return a package of the extra "notebooks"; ValueError, saying what to do, where it cannot be imported."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        remedy = (
+            "pip install 'vqr1[notebooks]'; where libGL.so.1 is missing: apt-get install libgl1, "
+            "or pip uninstall opencv-python and pip install opencv-python-headless"
+        )
+        raise ValueError(f"{package} cannot be imported ({reason}): {remedy}") from error
 
 
 # A small CNN

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import load_state_dict
 
+from vqr1 import quiet
 from vqr1.data.manifests import CROP, TRAINED
 from vqr1.data.photographs import photographs
 from vqr1.distortions import distort, true_strength
@@ -25,6 +25,9 @@ from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
 from vqr1.policy import build_policy, own_names, start_from_energies
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
 from vqr1.runs import last_checkpoint, same_settings, save_settings, step_of
+
+with quiet():
+    from transformers import Trainer, TrainingArguments
 
 INVISIBLE_DB = 45.0
 """Above this PSNR a distorted picture is called clean."""

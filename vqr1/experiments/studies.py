@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 
 from vqr1.config import check_config, load_config
-from vqr1.data.manifests import EMBEDDED, realigned, render_rows
+from vqr1.data.batches import realigned
+from vqr1.data.manifests import EMBEDDED, render_rows
 from vqr1.evaluation import STATISTICS, Rows, agreement, evaluate, evaluation_rows, naming
 from vqr1.experiments.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
 from vqr1.experiments.study_plans import STUDIES, Study

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from vqr1.data.manifests import EMBEDDED, data_root
-from vqr1.data.public_sets import SETS
+from vqr1.data.public_sets import PUBLIC_SETS
 from vqr1.evaluation import Rows, agreement, evaluation_rows, save_scores, score_frame, unread
 from vqr1.metrics import bootstrap, plcc
 from vqr1.policy import load_policy
@@ -207,7 +207,7 @@ def _report(
         "memory",
     ]
     sample = f" At most {limit} rows of each set: a sample, not comparable with the paper." if limit else ""
-    not_run = "\n".join(f"- {name} ({SETS[name].title}): {why}" for name, why in missing.items())
+    not_run = "\n".join(f"- {name} ({PUBLIC_SETS[name].title}): {why}" for name, why in missing.items())
     parts = [
         "# Table 2 of the paper, and what was measured here",
         'Rows that start with "paper:" are its authors\' (arXiv 2505.14460 v2, Tables 2 and 5; '

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqr1.data.manifests import CROP, EMBEDDED
 from vqr1.data.photographs import photograph_splits, photographs
@@ -44,6 +43,8 @@ def likeness(picture: Image.Image, original: Image.Image) -> tuple[float, float]
     >>> round(likeness(Image.new("RGB", (16, 16), (101, 101, 101)), grey)[0], 2)
     48.13
     """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # of the extra "notebooks"
+
     one, two = np.asarray(original), np.asarray(picture)
     if np.array_equal(one, two):
         return float("inf"), 1.0

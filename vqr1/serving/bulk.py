@@ -1,25 +1,19 @@
-"""Scoring many pictures: which ones, in what order, and the file of rows that survives a kill.
+"""Scoring many pictures: blocks of them, their rows, and the file of rows that survives a kill.
 
 A row is written when its picture is scored and never changes. The same command reads what is there, drops
 a half-written last row, and goes on with the pictures that have none.
 """
 
 import csv
-import glob
 import io
 import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
-from vqr1.data.images import HEIC_ENDINGS, is_address
 from vqr1.scoring import Score, Scorer
 
 try:
@@ -27,7 +21,7 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-COLUMNS = (
+ROW_COLUMNS = (
     "image",
     "score",
     "std",
@@ -40,84 +34,9 @@ COLUMNS = (
     "note",
     "error",
 )
+CSV_HEAD = ",".join(ROW_COLUMNS) + "\n"
+TABLE_HEAD = "score          picture\n"
 ENDINGS = (".csv", ".jsonl", ".parquet")
-_NO_PICTURES = (
-    "BUFR",
-    "EPS",
-    "GRIB",
-    "HDF5",
-    "MPEG",
-    "WMF",
-)  # Pillow knows them, and needs another program or cannot decode them
-
-
-def find_pictures(paths: Sequence[str]) -> list[str]:
-    """Return the pictures that the paths stand for, each once, in the order of the paths.
-
-    A file is taken whatever its name; a missing one and an address too, so that they get a row with an
-    error. A folder stands for the pictures below it (by `picture_endings`, sorted, links followed, hidden
-    ones left out), a glob for what a shell would make of it
-    (``**`` for any depth), ``-`` for the lines of standard input, one file each.
-    Raises ValueError where a folder, a glob or standard input gives no picture.
-
-    >>> find_pictures(["b.png", "a.png", "./b.png"])
-    ['b.png', 'a.png']
-    """
-    found: dict[str, str] = {}
-    for path in paths:
-        if path == "-":
-            names = [os.fsdecode(line) for raw in sys.stdin.buffer if (line := raw.rstrip(b"\r\n"))]
-            wanted = "standard input lists no picture; give one path per line"
-        elif os.path.isdir(path):
-            names = _below(path)
-            wanted = f"{path} holds no picture that Pillow reads ({', '.join(sorted(picture_endings()))})"
-        elif glob.has_magic(path) and not os.path.lexists(path) and not is_address(path):
-            matches = sorted(glob.glob(path, recursive=True))
-            names = [
-                name for match in matches for name in (_below(match) if os.path.isdir(match) else [match])
-            ]
-            wanted = f"{path} matches no picture"
-        else:
-            names = [path]
-        if not names:
-            raise ValueError(wanted)
-        for name in names:
-            found.setdefault(os.path.abspath(name), name)
-    return list(found.values())
-
-
-@cache
-def picture_endings() -> frozenset[str]:
-    """Return the endings, with dot and in lower case, of the pictures that this Pillow decodes, and of HEIC.
-
-    Without pillow-heif, a HEIC file gets a row that says what to install.
-    """
-    kinds = Image.registered_extensions().items()
-    decoded = {ending for ending, kind in kinds if kind in Image.OPEN and kind not in _NO_PICTURES}
-    return frozenset(HEIC_ENDINGS) | decoded
-
-
-def _below(folder: str) -> list[str]:
-    """Return the pictures below a folder, sorted; a folder that may not be read stands for itself and gets a
-    row with an error.
-    """
-    found, seen = [], set()
-    for here, folders, files in os.walk(
-        folder, onerror=lambda error: found.append(error.filename), followlinks=True
-    ):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up, or a second way to the same folder
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        endings = picture_endings()
-        found += [
-            os.path.join(here, n)
-            for n in files
-            if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings
-        ]
-    return sorted(found)
 
 
 def shard(pictures: Sequence[str], which: str, window: int = 1) -> list[str]:
@@ -141,7 +60,7 @@ def shard(pictures: Sequence[str], which: str, window: int = 1) -> list[str]:
 
 
 def score_rows(scorer: Scorer, pictures: Sequence[str], settings: dict) -> Iterator[list[dict]]:
-    """Yield rows (`COLUMNS`) in the order of the pictures, as many at a time as the scorer gives."""
+    """Yield rows (`ROW_COLUMNS`) in the order of the pictures, as many at a time as the scorer gives."""
     names = iter(pictures)
     for scores in scorer.batches(pictures):
         yield [_row(next(names), score, settings) for score in scores]
@@ -149,34 +68,55 @@ def score_rows(scorer: Scorer, pictures: Sequence[str], settings: dict) -> Itera
 
 def _row(name: str, score: Score, settings: dict) -> dict:
     numbers = {key: getattr(score, key) for key in ("score", "std", "mass")}
-    texts = {key: plain(getattr(score, key)) for key in ("reasoning", "note", "error")}
+    texts = {key: utf8_name(getattr(score, key)) for key in ("reasoning", "note", "error")}
     return (
-        {"image": plain(name)}
+        {"image": utf8_name(name)}
         | {key: None if math.isnan(x) else round(x, 4) for key, x in numbers.items()}
         | settings
         | texts
     )
 
 
-def plain(text: str) -> str:
+def utf8_name(text: str) -> str:
     r"""Return a file's name as UTF-8 can hold it: bytes of another encoding are written as ``\xe9``.
 
-    >>> print(plain(os.fsdecode(b"caf\xe9.png")), plain("café.png"))
+    >>> print(utf8_name(os.fsdecode(b"caf\xe9.png")), utf8_name("café.png"))
     caf\xe9.png café.png
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def to_table(rows: Iterable[dict]) -> str:
+    """Return rows as a person reads them: score and deviation, picture, then what is to be said of it.
+
+    >>> row = dict.fromkeys(ROW_COLUMNS, "") | {"image": "a.png", "score": 4.1234, "std": 0.256}
+    >>> print(to_table([row, row | {"image": "b.png", "score": None, "error": "b.png is missing"}]), end="")
+    4.12 ± 0.26    a.png
+    none           b.png is missing
+    """
+    return "".join(map(_line, rows))
+
+
+def _line(row: dict) -> str:
+    if row["error"]:
+        named = row["error"] if row["image"] in row["error"] else f"{row['image']}: {row['error']}"
+        return f"{'none':<15}{named}\n"
+    score = f"{row['score']:.2f}" if row["std"] is None else f"{row['score']:.2f} ± {row['std']:.2f}"
+    note = f" ({row['note']})" if row["note"] else ""
+    reasoning = "".join(f"\n{'':15}{line}" for line in row["reasoning"].splitlines())
+    return f"{score:<15}{row['image']}{note}{reasoning}\n"
+
+
 def to_csv(rows: Iterable[dict]) -> str:
     """Return rows as lines of CSV without a header.
 
-    >>> to_csv([dict.fromkeys(COLUMNS) | {"image": "a.png", "score": 3.5}])
+    >>> to_csv([dict.fromkeys(ROW_COLUMNS) | {"image": "a.png", "score": 3.5}])
     'a.png,3.5,,,,,,,,,\\n'
     """
     lines = []
     for row in rows:
         text = io.StringIO()
-        csv.DictWriter(text, COLUMNS).writerow(
+        csv.DictWriter(text, ROW_COLUMNS).writerow(
             row
         )  # with the line's end "\r\n", so that both characters are quoted in fields
         lines.append(text.getvalue()[:-2] + "\n")
@@ -184,7 +124,9 @@ def to_csv(rows: Iterable[dict]) -> str:
 
 
 def _to_json(rows: Iterable[dict]) -> str:
-    return "".join(json.dumps({key: row[key] for key in COLUMNS}, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(
+        json.dumps({key: row[key] for key in ROW_COLUMNS}, ensure_ascii=False) + "\n" for row in rows
+    )
 
 
 class RowFile:
@@ -201,19 +143,20 @@ class RowFile:
         kind = self.path.suffix.lower()
         if kind not in ENDINGS:
             raise ValueError(
-                f"{path} does not end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which tells how rows are written"
+                f"{path} does not end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which tells "
+                "how rows are written"
             )
         if not self.path.parent.is_dir():
             raise ValueError(f"the folder of {path} is missing; create it: mkdir -p {self.path.parent}")
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{path} is not a file; give another --out")
         self.csv, self.parquet = kind == ".csv", kind == ".parquet"
-        self.head = ",".join(COLUMNS).encode() + b"\n" if self.csv else b'{"image": "'
+        self.head = CSV_HEAD.encode() if self.csv else b'{"image": "'
         self.log = self.path.with_name(self.path.name + ".partial.jsonl") if self.parquet else self.path
         try:
             if self.parquet and self.path.exists() and not self.log.exists():
                 self._unpack()
-            self.file = open(self.log, "a+b", buffering=0)
+            self.file = open(self.log, "a+b", buffering=0)  # noqa: SIM115  closed by __exit__
         except OSError as error:
             raise self._cannot(error) from error
 
@@ -229,7 +172,9 @@ class RowFile:
                 self._append(self.head)
         except BaseException as error:
             self.file.close()
-            raise self._cannot(error) if isinstance(error, OSError) else error
+            if isinstance(error, OSError):
+                raise self._cannot(error) from error
+            raise
         return self
 
     def __exit__(self, *error) -> None:
@@ -260,7 +205,7 @@ class RowFile:
             "k": pa.int64(),
             "thinking": pa.bool_(),
         }
-        schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+        schema = pa.schema([(name, kinds.get(name, pa.string())) for name in ROW_COLUMNS])
         rows, half = self._rows(self._whole()), self.path.with_name(self.path.name + ".tmp")
         with pq.ParquetWriter(half, schema) as writer:
             while chunk := list(islice(rows, 10_000)):
@@ -294,7 +239,7 @@ class RowFile:
             raise ValueError(foreign)
         end = self._whole()
         for number, row in enumerate(self._rows(end), 1):
-            if not isinstance(row, dict) or tuple(row) != COLUMNS or None in (row["image"], row["error"]):
+            if not isinstance(row, dict) or tuple(row) != ROW_COLUMNS or None in (row["image"], row["error"]):
                 raise ValueError(f"{foreign} (row {number})")
             for key, value in self.settings.items():
                 if str(row[key]) != str(value):
@@ -332,7 +277,8 @@ class RowFile:
                 yield json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{self.log}, line {number}, is damaged ({error}); remove the line, and its picture is scored again"
+                    f"{self.log}, line {number}, is damaged ({error}); remove the line, and its "
+                    "picture is scored again"
                 ) from error
 
     def _unpack(self) -> None:
@@ -343,7 +289,7 @@ class RowFile:
         half = self.log.with_name(self.log.name + ".tmp")
         try:
             with pq.ParquetFile(self.path) as table, open(half, "w", encoding="utf-8", newline="\n") as file:
-                if tuple(table.schema_arrow.names) != COLUMNS:
+                if tuple(table.schema_arrow.names) != ROW_COLUMNS:
                     raise ValueError("other columns")
                 for batch in table.iter_batches():
                     file.write(_to_json(batch.to_pylist()))

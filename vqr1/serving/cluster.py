@@ -1,28 +1,27 @@
 """Score a folder or a bucket of pictures on a Ray cluster, with Ray Data: several machines, or several
 processes of one.
 
-    python -m vqr1.serving.cluster data/photos scores.csv --actors 2
-    python -m vqr1.serving.cluster s3://bucket/pictures scores.parquet --actors 8 --gpus 1 --policy Qwen/Qwen2.5-VL-7B-Instruct
+    vqr1 score data/photos --actors 2 --out scores.csv
+    vqr1 score s3://bucket/pictures --actors 8 --gpus 1 --out scores.parquet
 
 Needs the extra "scale". The cluster is the one that the environment's RAY_ADDRESS names; without it, Ray
 starts on this machine. Every node needs vqr1 and the policy, by hub name or at the same path. Each actor
 holds one Scorer and fetches its pictures itself, so that one that cannot be fetched is a row with an error.
-Rows and their order are those of ``vqr1 score SOURCE --out OUT``, for they are written by the same code;
-OUT is written here, as results come, and the same command goes on where a killed one stopped. Ray's usage
-reports are off. A bucket has been tried only as a local file system.
+Rows and their order are those of ``vqr1 score`` without ``--actors``: the same code writes them, here, as
+results come, and the same command goes on where a killed one stopped. Ray's usage reports are off. A bucket
+has been tried only as a local file system.
 """
 
-import argparse
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
+from vqr1.data.folders import is_picture, picture_endings
 from vqr1.scoring import Scorer
-from vqr1.serving.bulk import RowFile, picture_endings, plain, score_rows
+from vqr1.serving.bulk import score_rows, utf8_name
 
 TASK = 128
 """Pictures that an actor is given at a time: two windows of the Scorer's. What is lost when a node dies is
@@ -32,7 +31,7 @@ FETCHES = 16
 """Pictures that an actor fetches at a time."""
 
 
-def place(source: str) -> tuple:
+def filesystem_of(source: str) -> tuple:
     """Return (file system, path in it) of a folder, or of a bucket's address: ``s3://…``, ``gs://…``,
     ``hdfs://…``.
     """
@@ -54,7 +53,7 @@ def pictures_in(source: str) -> list[str]:
     """
     from pyarrow.fs import FileSelector, FileType
 
-    files, folder = place(source)
+    files, folder = filesystem_of(source)
     try:
         found = files.get_file_info(FileSelector(folder, recursive=True))
     except OSError as error:
@@ -62,14 +61,12 @@ def pictures_in(source: str) -> list[str]:
             f"{source} cannot be listed ({error}); give a folder or an address like s3://bucket/folder"
         ) from error
     below = [PurePosixPath(info.path).relative_to(folder) for info in found if info.type == FileType.File]
-    endings = picture_endings()
-    names = sorted(
-        str(path)
-        for path in below
-        if path.suffix.lower() in endings and not any(part.startswith(".") for part in path.parts)
-    )
+    shown = [path for path in below if not any(part.startswith(".") for part in path.parts)]
+    names = sorted(str(path) for path in shown if is_picture(path.name))
     if not names:
-        raise ValueError(f"{source} holds no picture that Pillow reads ({', '.join(sorted(endings))})")
+        raise ValueError(
+            f"{source} holds no picture that Pillow reads ({', '.join(sorted(picture_endings()))})"
+        )
     return names
 
 
@@ -77,10 +74,10 @@ class Rater:
     """What an actor does: fetch pictures, score them, return their rows."""
 
     def __init__(self, source: str, settings: dict, batch_size: int):
-        self.source, self.settings, (self.files, self.folder) = source, settings, place(source)
-        self.scorer = Scorer(
-            settings["policy"], settings["thinking"], settings["estimate"], batch_size=batch_size
-        )
+        self.source, self.settings = source, settings
+        self.files, self.folder = filesystem_of(source)
+        asked = (settings[key] for key in ("policy", "thinking", "estimate", "k"))
+        self.scorer = Scorer(*asked, batch_size)
 
     def __call__(self, table):
         """Return the rows of the pictures in a pyarrow table's column ``image``, as another."""
@@ -95,7 +92,7 @@ class Rater:
             failures = list(pool.map(self.fetch, names, copies))
             rows = [row for some in score_rows(self.scorer, copies, self.settings) for row in some]
         for name, copy, failure, row in zip(names, copies, failures, rows):
-            whole = plain(f"{self.source}/{name}")
+            whole = utf8_name(f"{self.source}/{name}")
             row |= {
                 "image": whole,
                 "error": f"{whole} cannot be fetched ({failure})"
@@ -120,10 +117,16 @@ class Rater:
 def scored(
     source: str, names: list[str], settings: dict, batch_size: int, actors: int, gpus: float
 ) -> Iterator[list[dict]]:
-    """Yield the rows of the pictures in order, some at a time, scored by so many actors of a Ray cluster,
-    each with so many GPUs.
+    """Yield the rows of the pictures in order, some at a time, scored by the actors of a Ray cluster.
 
-    Raises ValueError where Ray is missing, or the cluster too small for the actors, which would wait for
+    source: a folder or an address.
+    names: of the pictures below it (`pictures_in`).
+    settings: of the rows: policy, estimate, k, thinking.
+    batch_size: pictures of one forward pass.
+    actors: processes with a Scorer each.
+    gpus: of each actor.
+
+    Raises ValueError where Ray is missing, or the cluster is too small for the actors, which would wait for
     ever.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -139,7 +142,8 @@ def scored(
         for kind, needed in (("CPU", actors), ("GPU", actors * gpus)):
             if there.get(kind, 0) < needed:
                 raise ValueError(
-                    f"{actors} actors need {needed:g} {kind}s, and the cluster has {there.get(kind, 0):g}; give fewer --actors"
+                    f"{actors} actors need {needed:g} {kind}s, and the cluster has "
+                    f"{there.get(kind, 0):g}; give fewer --actors"
                 )
         context = DataContext.get_current()
         context.execution_options.preserve_order, context.enable_progress_bars = True, False
@@ -157,43 +161,3 @@ def scored(
             yield batch.to_pylist()
     finally:
         ray.shutdown()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Score what the command line names; return 0, 1 when a picture has no score, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vqr1.serving.cluster",
-        description="Score a folder or a bucket of pictures on a Ray cluster.",
-    )
-    parser.add_argument("source", help="folder, or address like s3://bucket/folder")
-    parser.add_argument("out", help="rows: .csv, .jsonl or .parquet")
-    parser.add_argument("--actors", type=int, default=2, help="processes with a Scorer each (%(default)s)")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of each actor (%(default)s)")
-    parser.add_argument("--policy", default="tiny-policy", help="as for vqr1 score (%(default)s)")
-    parser.add_argument("--thinking", action="store_true", help="let the policy reason first")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, help="pictures of one forward pass (%(default)s)"
-    )
-    args = parser.parse_args(arguments)
-    settings = {"policy": args.policy, "estimate": "expected", "k": 1, "thinking": args.thinking}
-    source = args.source.rstrip("/") or "/"
-    try:
-        names = pictures_in(source)
-        with RowFile(args.out, settings) as file:
-            left = [name for name in names if plain(f"{source}/{name}") not in file.done]
-            for rows in (
-                scored(source, left, settings, args.batch_size, args.actors, args.gpus) if left else ()
-            ):
-                file.write(rows)
-                print(f"{len(file.done)} of {len(names)} pictures", file=sys.stderr)
-            file.finish()
-            failed = sum(file.done.values())
-    except (ValueError, OSError) as error:
-        print(f"vqr1.serving.cluster: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(names)} pictures, {failed} without a score: {args.out}")
-    return int(failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Rows of rated pictures as TRL trains on them: a dataset of prompts and pictures, and batches of one set."""
+
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from vqr1.prompts import messages
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class PromptTransform:
+    """The dataset's transform: puts prompt and picture into a batch when it is asked for.
+
+    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not
+    to hundreds of megabytes, so copies in one process (and its forks) share the pictures.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], prompt: Callable[[], list[dict]]):
+        self.images, self.prompt, self.token = images, prompt, uuid.uuid4().hex
+        _LIVE[self.token] = self
+
+    def __call__(self, batch: dict) -> dict:
+        if "prompt" in batch:
+            batch["prompt"] = [self.prompt() for _ in batch["prompt"]]
+        if "image" in batch:
+            batch["image"] = [self.images[i] for i in batch["image"]]
+        return batch
+
+    def __reduce__(self):
+        return _same_transform, (self.token,)
+
+
+_LIVE: weakref.WeakValueDictionary[str, PromptTransform] = weakref.WeakValueDictionary()
+
+
+def _same_transform(token: str) -> PromptTransform:
+    if token not in _LIVE:
+        raise RuntimeError("the pictures of prompt_rows stay in their process; use dataloader_num_workers=0")
+    return _LIVE[token]
+
+
+def prompt_rows(
+    frame: pd.DataFrame, images: Sequence[Image.Image], thinking: bool = True, numbered: bool = False
+) -> "datasets.Dataset":
+    """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
+
+    frame: rows of `load_ratings`, N of them.
+    images: their N pictures (`pictures_of`).
+    thinking: whether the prompt asks for reasoning first.
+    numbered: whether it gives the picture a number, as the official code does.
+
+    Pictures and messages are put in by a transform when a row is read: all repeats of a row share one
+    picture, nothing is encoded, and the image placeholder stays ``{"type": "image"}`` (Arrow would fill the
+    keys of its neighbours in with None). uid is the row's position in ``frame``; it survives ``select`` and
+    ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
+    """
+    from datasets import Dataset  # slow to import; the worker processes of `render_rows` do without
+
+    if len(frame) != len(images):
+        raise ValueError(
+            f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame"
+        )
+    unrated = frame.index[frame["mos"].isna()]
+    if len(unrated):
+        raise ValueError(
+            f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on"
+        )
+    uid = list(range(len(frame)))
+    mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
+    columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
+    return Dataset.from_dict(columns).with_transform(
+        PromptTransform(images, partial(messages, thinking, numbered))
+    )
+
+
+def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
+    """Return an order of row positions in which each chunk of one batch holds one data set alone.
+
+    frame: rows with a column dataset.
+    images_per_batch: of a chunk, at least 2.
+    seed: of the order.
+    epochs: how often each row comes; each epoch is shuffled anew, within sets and among chunks.
+
+    For ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``: scores of
+    different data sets are never compared, so a mixed batch would waste comparisons. Rows that do not fill a
+    chunk are left out of that epoch. Raises ValueError for fewer than two images per batch and for a set
+    smaller than a chunk.
+
+    >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
+    >>> order = one_set_batches(frame, 2, seed=0)
+    >>> sorted(map(str, frame["dataset"].iloc[order[::2]])), len(order)
+    (['a', 'b', 'b'], 6)
+    """
+    if images_per_batch < 2:
+        raise ValueError(f"images_per_batch is {images_per_batch}: ranking compares pictures, use at least 2")
+    sets = frame.groupby("dataset", sort=True).indices
+    for name, rows in sets.items():
+        if len(rows) < images_per_batch:
+            raise ValueError(
+                f"set {name!r} has {len(rows)} rows, fewer than the {images_per_batch} images of a batch; "
+                "use a smaller batch or leave the set out"
+            )
+    rng = np.random.default_rng(seed)
+    chunks = [
+        chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)
+    ]
+    return [int(row) for chunk in chunks for row in chunk]
+
+
+def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    chunks = [rng.permutation(rows)[: len(rows) // size * size].reshape(-1, size) for rows in sets]
+    return list(rng.permutation(np.concatenate(chunks)))
+
+
+def realigned(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and
+    its highest to 5.
+
+    Regression on several sets needs one scale; this is what the official code does to its label files
+    (datasets/make_data.py). It takes for granted that the worst and the best picture of every set look
+    alike. Raises ValueError for a set without two different mos.
+
+    >>> rows = pd.DataFrame({"dataset": list("aabbb"), "mos": [3, 5, 0, 25, 100], "std": 0.5})
+    >>> realigned(rows)[["mos", "std"]].to_numpy().T.tolist()
+    [[1.0, 5.0, 1.0, 2.0, 5.0], [1.0, 1.0, 0.02, 0.02, 0.02]]
+    """
+    sets = frame.groupby("dataset")["mos"]
+    low, span = sets.transform("min"), sets.transform("max") - sets.transform("min")
+    if not (span > 0).all():
+        name = frame["dataset"][~(span > 0)].iloc[0]
+        raise ValueError(f"set {name!r} has no two different mos to stretch to 1..5; leave it out")
+    return frame.assign(mos=1 + 4 * (frame["mos"] - low) / span, std=frame["std"] * 4 / span)

@@ -1,0 +1,134 @@
+"""Votes between pictures, and the scale that follows from them: blind pairs, Thurstone's scale, a manifest.
+
+ballot = Ballot(len(frame))
+while ballot.pair:
+    ballot.vote(ask(*ballot.pair))  # "first", "second" or "same"
+save_votes(frame, ballot.wins, "my-votes.csv")
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vqr1.data.manifests import MANIFEST_COLUMNS, read_manifest
+from vqr1.metrics import srcc
+from vqr1.thurstone import thurstone_scale
+
+CHOICES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "same": (0.5, 0.5)}
+"""A vote -> what the first and the second picture of the pair get."""
+
+
+def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Return all n (n - 1) / 2 pairs in an order for voting, left and right by chance.
+
+    Round after round: each picture beside its d-th neighbour in a shuffled circle. After the first n pairs
+    every picture was seen twice and all are connected, so one may stop at any time after. Raises ValueError
+    for n < 2.
+
+    >>> len(blind_pairs(6)), sorted(i for pair in blind_pairs(6)[:6] for i in pair)
+    (15, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
+    """
+    if n < 2:
+        raise ValueError(f"{n} picture(s): a comparison needs at least 2")
+    rng, pairs = np.random.default_rng(seed), []
+    circle = rng.permutation(n)
+    for d in range(1, n // 2 + 1):
+        starts = rng.permutation(n // 2 if 2 * d == n else n)
+        pairs += [(int(circle[i]), int(circle[(i + d) % n])) for i in starts]
+    return [pair if rng.random() < 0.5 else pair[::-1] for pair in pairs]
+
+
+class Ballot:
+    """Blind pairs of n pictures, and the votes: ``wins`` (n, n), wins[i, j] = how often i looked better than
+    j.
+    """
+
+    def __init__(self, n: int, seed: int = 0):
+        self.pairs = blind_pairs(n, seed)
+        self.wins, self.cast = np.zeros((n, n)), 0
+
+    @property
+    def pair(self) -> tuple[int, int] | None:
+        """The two pictures to show now; None when all pairs have had their vote."""
+        return self.pairs[self.cast] if self.cast < len(self.pairs) else None
+
+    def vote(self, choice: str) -> None:
+        """Count a vote on the pair (first, second, same: half a vote each) and go on to the next one.
+
+        >>> ballot = Ballot(2)
+        >>> ballot.vote("same")
+        >>> ballot.wins.tolist(), ballot.pair
+        ([[0.0, 0.5], [0.5, 0.0]], None)
+        """
+        if choice not in CHOICES:
+            raise ValueError(f"vote {choice!r} is unknown; use one of {', '.join(CHOICES)}")
+        if self.pair is None:
+            raise ValueError(f"all {len(self.pairs)} pairs have had their vote")
+        i, j = self.pair
+        self.wins[i, j] += CHOICES[choice][0]
+        self.wins[j, i] += CHOICES[choice][1]
+        self.cast += 1
+
+
+def scale_votes(wins) -> pd.DataFrame:
+    """Return Thurstone's scale of the votes: columns quality, standard_error and votes, one row per picture.
+
+    wins: (n, n), how often the one looked better than the other.
+
+    Raises ValueError, saying what is missing, for too few votes or pictures that no chain of votes connects.
+    """
+    wins = np.asarray(wins, dtype=float)
+    needed = len(wins) - 1
+    if wins.sum() < needed:
+        raise ValueError(
+            f"{wins.sum():.0f} votes on {len(wins)} pictures: a common scale needs at least {needed}; "
+            "vote on more pairs"
+        )
+    try:
+        quality, error = thurstone_scale(wins)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; vote on more pairs") from problem
+    return pd.DataFrame({"quality": quality, "standard_error": error, "votes": wins.sum(0) + wins.sum(1)})
+
+
+def vote_agreement(wins, scores) -> dict[str, float]:
+    """Return how well scores agree with votes: SRCC with their scale, and the share of votes ordered alike.
+
+    wins: (n, n), how often the one looked better than the other.
+    scores: (n,), higher is better.
+
+    Equal scores count half, a NaN counts as wrong. Raises ValueError as `scale_votes` does.
+
+    >>> vote_agreement([[0, 3, 4], [1, 0, 2], [0, 2, 0]], [4.5, 3.0, 2.0])
+    {'srcc': 1.0, 'votes': 0.75}
+    """
+    wins, scores = np.asarray(wins, dtype=float), np.asarray(scores, dtype=float)
+    alike = (scores[:, None] > scores) + 0.5 * (scores[:, None] == scores)  # (n, n)
+    return {
+        "srcc": srcc(scores, scale_votes(wins)["quality"]),
+        "votes": float((wins * alike).sum() / wins.sum()),
+    }
+
+
+def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes") -> pd.DataFrame:
+    """Write the pictures with their scaled quality as ``mos``, a manifest that training reads; return it,
+    read again.
+
+    frame: the pictures' rows, in the order of ``wins``.
+    wins: (n, n), how often the one looked better than the other.
+    path: of the manifest.
+    name: of the data set that it becomes.
+
+    The unit is Thurstone's, which is as good as any: rewards compare within a set. The columns
+    standard_error and votes are for people, std stays empty. Raises ValueError as `scale_votes` does.
+    """
+    scale = scale_votes(wins).round(4)
+    rows = frame.reset_index(drop=True).assign(dataset=name, mos=scale["quality"], std="")[
+        list(MANIFEST_COLUMNS)
+    ]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows.join(scale[["standard_error", "votes"]]).to_csv(
+        path, index=False, lineterminator="\n", encoding="utf-8"
+    )
+    return read_manifest(path, frame.attrs.get("root"))
