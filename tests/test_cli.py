@@ -259,11 +259,6 @@ def test_a_cluster_takes_one_folder_and_a_file(more, capsys):
     assert "--actors takes one folder or bucket" in refused(["score", "photos", *more], capsys)
 
 
-def test_a_suite_has_its_own_sets(capsys):
-    said = refused(["evaluate", "--suite", "table2", "--sets", "sim-unseen"], capsys)
-    assert "give --suite or --sets" in said
-
-
 def test_what_needs_no_policy_starts_without_torch():
     """Whole processes: this one has imported all of it."""
     code = (
