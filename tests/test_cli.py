@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 from PIL import Image
 
 from vqr1 import training
 from vqr1.cli import _parser, main
-from vqr1.config import load_config
+from vqr1.config import load_config, write_yaml
 from vqr1.data.manifests import MANIFEST_COLUMNS
 from vqr1.experiments import demo
 from vqr1.experiments.baselines import CNN
-from vqr1.runs import last_checkpoint
+from vqr1.runlog import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "data" / "photos" / "kitten.jpg"
@@ -110,7 +109,7 @@ WORKERS = [
     (
         ["train", "--seed", "5", "--out", "o"],
         "training.train",
-        (load_config("cpu") | {"grpo": load_config("cpu")["grpo"] | {"seed": 5}}, "o", False),
+        (load_config("cpu").changed(grpo={"seed": 5}), "o", False),
     ),
     (["score", str(PHOTO)], "scoring.Scorer", ("tiny-policy", False, "expected", 6, 16)),
     (["compare", "a.png", "b.png"], "scoring.Scorer", ("tiny-policy",)),
@@ -358,12 +357,9 @@ def test_evaluate_takes_pictures_of_the_users_own(tmp_path, capsys):
 
 def small_config(folder: Path, **grpo) -> str:
     """Write the cpu configuration with smaller batches and validation; return its path."""
-    config = load_config("cpu")
-    config["validation"]["rows"] = 16
-    config["grpo"] |= {"per_device_train_batch_size": 24, "num_generations": 3, "warmup_steps": 0} | grpo
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return str(path)
+    small = {"per_device_train_batch_size": 24, "num_generations": 3, "warmup_steps": 0} | grpo
+    write_yaml(folder / "small.yaml", {"extends": "cpu", "validation": {"rows": 16}, "grpo": small})
+    return str(folder / "small.yaml")
 
 
 @pytest.mark.parametrize("command", ["train", "demo"])

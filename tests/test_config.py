@@ -2,9 +2,8 @@
 own.
 """
 
-import copy
 import inspect
-import os
+import re
 
 import pytest
 import trl
@@ -12,21 +11,26 @@ import yaml
 
 from vqr1 import training
 from vqr1.cli import main
-from vqr1.config import CONFIGS, HINTS, RESERVED, check_config, fits, load_config, read_yaml, write_yaml
-from vqr1.runs import FREE, last_checkpoint, resume_from, save_settings
+from vqr1.config import (
+    CONFIGS,
+    HINTS,
+    RENAMED,
+    RESERVED,
+    Settings,
+    fits,
+    load_config,
+    read_yaml,
+    write_yaml,
+)
 
-CPU = (CONFIGS / "cpu.yaml").read_text(encoding="utf-8")
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def with_line(key: str, value: str) -> str:
-    """The text of cpu.yaml with another value of a key, or with the key added under grpo, where it ends."""
-    lines = CPU.splitlines()
-    for i, line in enumerate(lines):
-        if line.strip().startswith(f"{key}:"):
-            lines[i] = line[: line.index(":")] + f": {value}"
-            return "\n".join(lines)
-    return "\n".join([*lines, f"  {key}: {value}"])
+    """The text of a file that extends cpu by one key, under grpo where it is one of TRL's."""
+    return (
+        f"extends: cpu\n{key}: {value}\n" if key in HINTS[""] else f"extends: cpu\ngrpo:\n  {key}: {value}\n"
+    )
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def test_what_is_written_is_read_as_the_same_by_us_and_by_pyyaml(value, tmp_path
 def test_a_learning_rate_without_a_point_trains_as_one_with(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(with_line("learning_rate", "2e-4"), encoding="utf-8")
-    assert training.grpo_config(load_config(path), tmp_path).learning_rate == 0.0002
+    assert training.grpo_config(load_config(path).grpo, tmp_path).learning_rate == 0.0002
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -128,48 +132,51 @@ def test_a_learning_rate_without_a_point_trains_as_one_with(tmp_path):
         ("sets", "[]", "sets [] names no set; name at least one"),
         ("sets", "null", "sets None is not a list of text"),
         ("sets", "[kadid10k, KADID-10k]", "sets ['kadid10k', 'KADID-10k'] names kadid-10k twice"),
-        ("pixels", "[401408, 3136]", "pixels [401408, 3136] is not [smallest, largest]"),
-        ("pixels", "[-5, 3136]", "pixels [-5, 3136] is not [smallest, largest]"),
-        ("pixels", "[0, 3136]", "pixels [0, 3136] is not [smallest, largest]"),
-        ("pixels", "3136", "pixels 3136 is not a list of integers or null"),
-        ("pixels", "[3136]", "pixels [3136] is not [smallest, largest]"),
-        (
-            "pixels",
-            "[10, 1023]",
-            "pixels [10, 1023] is not [smallest, largest], with a largest of at least 1024",
-        ),
-        ("pixels", "[3136, 4e5]", "pixels [3136, 400000.0] is not a list of integers"),
+        ("min_pixels", "401408\nmax_pixels: 3136", "max_pixels 3136 is below min_pixels 401408"),
+        ("min_pixels", "-5\nmax_pixels: 3136", "min_pixels -5 is below 1"),
+        ("min_pixels", "0\nmax_pixels: 3136", "min_pixels 0 is below 1"),
+        ("min_pixels", "3136", "min_pixels 3136 needs max_pixels; give both, or neither"),
+        ("max_pixels", "3136", "max_pixels 3136 needs min_pixels; give both, or neither"),
+        ("min_pixels", "10\nmax_pixels: 1023", "max_pixels 1023 is below 1024, one token of the policy"),
+        ("min_pixels", "3136\nmax_pixels: 4e5", "max_pixels 400000.0 is not an integer or null"),
+        ("min_pixels", "[3136, 401408]", "min_pixels [3136, 401408] is not an integer or null"),
         ("dtype", "int4", "dtype 'int4' is not one of float32, bfloat16, float16 or null"),
-        ("quantize", "4", "quantize 4 is not true or false"),
+        ("load_in_4bit", "4", "load_in_4bit 4 is not true or false"),
         ("thinking", "yes", "thinking 'yes' is not true or false"),
-        ("share", "maybe", "share 'maybe' is not true or false"),
+        ("share_prompts", "maybe", "share_prompts 'maybe' is not true or false"),
         ("frozen", "visual", "frozen 'visual' is not a list of text; write [visual]"),
         ("frozen", "[3]", "frozen [3] is not a list of text"),
-        ("policy", "7", "policy 7 is not text"),
+        ("model_name_or_path", "7", "model_name_or_path 7 is not text"),
         ("reward", "rank", "reward 'rank' is not one of ranking, threshold, absolute, format"),
         (
-            "variant",
+            "reward_options",
             "{binray: true}",
-            "key 'binray' under variant is unknown; the keys are average, binary, bounded",
+            "key 'binray' under reward_options is unknown; the keys are average, binary, bounded",
         ),
-        ("variant", "{bounded: no}", "variant bounded 'no' is not true or false"),
-        ("variant", "{variance: 0}", "variant variance 0 is not above 0"),
-        ("variant", "{scope: everywhere}", "variant scope 'everywhere' is not one of local, global"),
-        ("variant", "bounded", "variant 'bounded' is not a mapping"),
-        ("lora", "{r: 0, alpha: 32}", "lora r 0 is below 1"),
-        ("lora", "{r: 16, alpha: 0}", "lora alpha 0 is not above 0"),
-        ("lora", "{rank: 4}", "key 'rank' under lora is unknown; the keys are alpha, r, vision"),
-        ("lora", "{r: 4.5}", "lora r 4.5 is not an integer"),
-        ("lora", "{}", "lora {} is empty; give {r: 16, alpha: 32}, or null"),
+        ("reward_options", "{bounded: no}", "reward_options bounded 'no' is not true or false"),
+        ("reward_options", "{variance: 0}", "reward_options variance 0 is not above 0"),
+        (
+            "reward_options",
+            "{scope: everywhere}",
+            "reward_options scope 'everywhere' is not one of local, global",
+        ),
+        ("reward_options", "bounded", "reward_options 'bounded' is not a mapping"),
+        ("lora_r", "0", "lora_r 0 is below 1"),
+        ("lora_alpha", "0", "lora_alpha 0 is not above 0"),
+        ("lora_r", "4.5", "lora_r 4.5 is not an integer"),
+        ("use_peft", "null", "use_peft None is not true or false"),
+        ("use_peft", "true\nlora_rank: 4", "key 'lora_rank' is unknown; the keys are dtype, frozen, grpo"),
         ("validation", "{rows: 0, every: 25}", "validation rows 0 is below 2"),
         ("validation", "{rows: -1, every: 25}", "validation rows -1 is below 2"),
         ("validation", "{rows: 190, every: 0}", "validation every 0 is below 1"),
-        ("validation", "{rows: 190}", "key 'every' under validation is missing"),
+        ("validation", "{row: 190}", "key 'row' under validation is unknown; the keys are every, rows"),
+        ("validation", "null", "validation None is not a mapping"),
         ("root", "{kadid10k: /data}", "root 'kadid10k' is none of the sets; they are sim-kadid"),
         ("root", "{sim-kadid: /data}", "root 'sim-kadid' comes with the project; leave it out"),
         ("root", "[/data]", "root ['/data'] is not text or a mapping or null"),
         ("seed", "-1", "grpo seed -1 is below 0"),
-        ("  max_steps", "9\n  max_steps: 5", "key 'max_steps' is there twice"),
+        ("max_steps", "9\n  max_steps: 5", "key 'max_steps' is there twice"),
+        ("thinking", "true\nextends: cpu", "key 'extends' is there twice"),
     ],
 )
 def test_a_setting_that_cannot_be_meant_is_named_before_anything_is_loaded(
@@ -178,7 +185,7 @@ def test_a_setting_that_cannot_be_meant_is_named_before_anything_is_loaded(
     for name in ("load_policy", "load_ratings"):
         monkeypatch.setattr(training, name, lambda *args: pytest.fail("something was loaded"))
     path = tmp_path / "mine.yaml"
-    path.write_text(with_line(key.strip(), value), encoding="utf-8")
+    path.write_text(with_line(key, value), encoding="utf-8")
     assert main(["train", "--config", str(path), "--out", str(tmp_path / "run")]) == 2
     found = capsys.readouterr().err
     assert found.startswith(f"vqr1 train: {path}: ") and said in found and len(found.splitlines()) == 1
@@ -195,29 +202,30 @@ def test_a_setting_that_cannot_be_meant_is_named_before_anything_is_loaded(
 )
 def test_a_package_that_is_missing_is_named(key, value, package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config = load_config("cpu")
-    config["grpo"][key] = value
     with pytest.raises(
         ValueError, match=f"grpo {key} .* needs the package {package}: install it, or leave it out"
     ):
-        check_config(config)
+        load_config("cpu").changed(grpo={key: value})
 
 
 def test_settings_changed_in_python_are_checked_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match="configuration: thinking 'yes' is not true or false"):
-        training.train(load_config("cpu") | {"thinking": "yes"}, tmp_path / "run")
+        load_config("cpu").changed(thinking="yes")
+    config = load_config("cpu")
+    config.grpo["max_steps"] = 0
+    with pytest.raises(ValueError, match="configuration: grpo max_steps 0 is below 1"):
+        training.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_what_trl_does_not_take_is_one_line(tmp_path):
-    config = load_config("cpu")
-    config["grpo"] |= {"auto_find_batch_size": True}
+    config = load_config("cpu").changed(grpo={"auto_find_batch_size": True})
     with pytest.raises(
         ValueError,
         match="^trl.GRPOConfig does not take what is under grpo: auto_find_batch_size is not supported",
     ) as found:
-        training.grpo_config(config, tmp_path)
+        training.grpo_config(config.grpo, tmp_path)
     assert len(str(found.value).splitlines()) == 1
 
 
@@ -229,9 +237,9 @@ def test_what_trl_does_not_take_is_one_line(tmp_path):
     ],
 )
 def test_frozen_names_are_parts_and_leave_something(frozen, said, tmp_path):
-    frame = training.set_rows(load_config("cpu"), "train").iloc[::300]
-    config = load_config("cpu") | {"frozen": frozen, "lora": None}
-    config["grpo"] |= {"per_device_train_batch_size": 12, "max_steps": 1}
+    frame = training.set_rows(["sim-kadid"], None, "train").iloc[::300]
+    small = {"per_device_train_batch_size": 12, "max_steps": 1}
+    config = load_config("cpu").changed(frozen=frozen, use_peft=False, grpo=small)
     with pytest.raises(ValueError, match=said):
         training.build_trainer(config, tmp_path, frame=frame)
 
@@ -252,124 +260,65 @@ def test_keys_and_words_are_trls():
 
 
 def test_every_configuration_is_bounded_but_the_papers():
-    assert {name for name in NAMES if not load_config(name)["variant"].get("bounded")} == {"paper-7b-full"}
+    assert {name for name in NAMES if not load_config(name).reward_options["bounded"]} == {"paper-7b-full"}
 
 
-# --- going on -----------------------------------------------------------------------------------
+# --- what a file decides, and what it extends ---------------------------------------------------
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """(folder, settings) of a run that stopped at step 50."""
-    config, folder = load_config("cpu"), tmp_path / "run"
-    checkpoint = folder / "checkpoints" / "checkpoint-50"
-    checkpoint.mkdir(parents=True)
-    for name in ("trainer_state.json", "optimizer.pt"):
-        (checkpoint / name).touch()
-    save_settings(folder, config)
-    return folder, config
+def test_a_file_shows_only_what_it_decides(tmp_path):
+    decided = {"model_name_or_path": "tiny-policy", "sets": ["sim-five"]}
+    decided["grpo"] = {"per_device_train_batch_size": 12}
+    write_yaml(tmp_path / "mine.yaml", decided)
+    found = load_config(tmp_path / "mine.yaml")
+    assert found == Settings(**decided) and found.grpo["num_generations"] == 6
+    assert (found.lora_r, found.frozen, found.reward_options) == (16, ["visual"], {"bounded": True})
 
 
-def changed(config: dict, key: str, value) -> dict:
-    """A copy of the settings with another value at a dotted key."""
-    config = copy.deepcopy(config)
-    section, _, name = key.rpartition(".")
-    (config[section] if section else config)[name] = value
-    return config
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("grpo.num_generations", 4, "grpo.num_generations was 6, now 4"),
-        ("grpo.seed", 1, "grpo.seed was 0, now 1"),
-        ("grpo.temperature", 0.7, "grpo.temperature was 1.0, now 0.7"),
-        ("grpo.epsilon", 0.3, "grpo.epsilon was 0.2, now 0.3"),  # 0.2 is TRL's default
-        ("reward", "threshold", "reward was 'ranking', now 'threshold'"),
-        ("variant", {}, "variant.bounded was True, now None"),
-        ("sets", ["sim-five"], r"sets was \['sim-kadid'\], now \['sim-five'\]"),
-        ("lora", {"r": 8, "alpha": 32}, "lora.r was 16, now 8"),
-        ("lora", None, "lora.alpha was 32, now None; lora.r was 16, now None"),
-        ("policy", "runs/pretrain/policy", "policy was 'tiny-policy', now 'runs/pretrain/policy'"),
-        ("pixels", [3136, 401408], r"pixels was None, now \[3136, 401408\]"),
-        ("thinking", False, "thinking was True, now False"),
-        ("frozen", [], r"frozen was \['visual'\], now \[\]"),
-        ("validation.rows", 57, "validation.rows was 190, now 57"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_settings(key, value, said, begun):
-    folder, config = begun
-    with pytest.raises(
-        ValueError,
-        match=f"{folder} was begun with other settings: .*{said}.*Go on with those of .*config.yaml",
-    ):
-        resume_from(folder, True, changed(config, key, value))
+def test_a_file_extends_another_key_by_key(tmp_path):
+    """By name, and by a path from its own folder; lists are replaced."""
+    (tmp_path / "below").mkdir()
+    write_yaml(tmp_path / "one.yaml", {"extends": "cpu", "grpo": {"seed": 3}, "validation": {"rows": 8}})
+    more = {"extends": "../one.yaml", "grpo": {"beta": 0.1}, "sets": ["sim-five"]}
+    write_yaml(tmp_path / "below" / "two.yaml", more)
+    base, found = load_config("cpu"), load_config(tmp_path / "below" / "two.yaml")
+    assert found.grpo == base.grpo | {"seed": 3, "beta": 0.1}
+    assert found == base.changed(grpo=found.grpo, validation={"rows": 8}, sets=["sim-five"])
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("parent", "error", "said"),
     [
-        ("grpo.max_steps", 400),
-        ("grpo.logging_steps", 1),
-        ("grpo.save_steps", 10),
-        ("grpo.save_total_limit", 5),
-        ("grpo.report_to", "none"),
-        ("grpo.epsilon", 0.2),
-        ("grpo.gradient_checkpointing", True),
-        ("root", "/data"),
-        ("validation.every", 5),
-        ("share", False),
+        ("mine.yaml", ValueError, "mine.yaml: extends 'mine.yaml' leads back to this file"),
+        ("other.yaml", ValueError, "other.yaml: extends 'mine.yaml' leads back to this file"),
+        ("nothing", FileNotFoundError, "no configuration 'nothing'; give one of a100-7b, cpu,"),
+        (["cpu"], ValueError, "mine.yaml: extends ['cpu'] is not the name or path of a configuration"),
+        ("wrong.yaml", ValueError, "wrong.yaml: thinking 'no' is not true or false"),
     ],
 )
-def test_a_run_goes_on_longer_and_with_other_logging(key, value, begun):
-    folder, config = begun
-    assert resume_from(folder, True, changed(config, key, value)) == folder / "checkpoints" / "checkpoint-50"
-    assert fits(value, HINTS["grpo"].get(key.partition(".")[2], object))
+def test_what_cannot_be_extended_is_named_with_its_file(parent, error, said, tmp_path):
+    write_yaml(tmp_path / "mine.yaml", {"extends": parent})
+    write_yaml(tmp_path / "other.yaml", {"extends": "mine.yaml"})
+    write_yaml(tmp_path / "wrong.yaml", {"extends": "cpu", "thinking": "no"})
+    with pytest.raises(error, match=re.escape(said)):
+        load_config(tmp_path / "mine.yaml")
 
 
-def test_what_may_change_are_keys():
-    known = [f"{section}.{key}".strip(".") for section, keys in HINTS.items() for key in keys]
-    assert [start for start in FREE if not any(key.startswith(start) for key in known)] == []
+@pytest.mark.parametrize("key", RENAMED)
+def test_an_old_key_is_named_with_the_new_one(key, tmp_path):
+    write_yaml(tmp_path / "mine.yaml", {"extends": "cpu", key: None})
+    with pytest.raises(ValueError, match=f"mine.yaml: key '{key}' is called {RENAMED[key]} now; rename it"):
+        load_config(tmp_path / "mine.yaml")
+    new = RENAMED[key].replace(" and", ",").split(", ")
+    assert key not in HINTS[""] and set(new) <= set(HINTS[""])
 
 
-def test_a_run_goes_on_with_the_settings_in_its_own_folder(begun):
-    folder, config = begun
-    assert load_config(folder / "config.yaml") == config
-    assert resume_from(folder, True, load_config(folder / "config.yaml")).name == "checkpoint-50"
+def test_a_file_may_be_given_wherever_settings_are(tmp_path):
+    write_yaml(tmp_path / "mine.yaml", {"extends": "cpu"})
+    assert load_config("cpu") == load_config(str(tmp_path / "mine.yaml")) == load_config(load_config("cpu"))
 
 
-def test_what_was_begun_with_nobody_knows_what_does_not_go_on(begun):
-    folder, config = begun
-    os.remove(folder / "config.yaml")
-    with pytest.raises(ValueError, match="config.yaml is missing, so nothing says with which settings"):
-        resume_from(folder, True, config)
-
-
-def test_a_run_does_not_go_on_past_its_last_step(begun):
-    folder, config = begun
-    with pytest.raises(ValueError, match="is at checkpoint-50, past max_steps 40"):
-        resume_from(folder, True, changed(config, "grpo.max_steps", 40))
-
-
-def test_a_checkpoint_without_optimizer_does_not_go_on(begun):
-    folder, config = begun
-    checkpoint = folder / "checkpoints" / "checkpoint-50"
-    (checkpoint / "optimizer.pt").unlink()
-    with pytest.raises(
-        ValueError,
-        match=f"no state of the optimizer .*train on from its weights as a new run: policy: {checkpoint}",
-    ):
-        resume_from(folder, True, config)
-    (checkpoint / "global_step50").mkdir()  # DeepSpeed keeps it there
-    assert resume_from(folder, True, config) == checkpoint
-
-
-def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(tmp_path / "no such folder") is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-20"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").touch()
-    assert last_checkpoint(tmp_path) is None
-    for name in ("checkpoint-9", "checkpoint-10"):  # the Trainer writes this file last
-        (tmp_path / name / "trainer_state.json").touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+def test_all_configurations_together_are_short():
+    texts = {name: (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8") for name in NAMES}
+    assert sum(len(text.splitlines()) for text in texts.values()) <= 150
+    assert {name for name, text in texts.items() if "extends:" not in text} == {"cpu", "l4-7b"}

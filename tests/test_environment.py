@@ -52,17 +52,17 @@ ROOMS = {
     "engines": "answers policy",
     "scoring": "answers engines pictures prompts policy sharing thurstone",
     "bulk": "pictures scoring",
-    "cards": "nothing",
-    "config": "policy readers rewards thurstone",
-    "runs": "config",
-    "pretraining": "distortions data policy prompts runs",  # it teaches the words of prompts
+    "config": "readers rewards thurstone",
+    "cards": "config",
+    "plots": "nothing",
     "evaluation": "all above",
+    "runlog": "all above",
+    "pretraining": "distortions data policy prompts runlog",  # it teaches the words of prompts
     "training": "all above",
     "imaging": "data pretraining",
     "progress": "all above",
     "table2": "all above",
     "baselines": "all above",
-    "plots": "all above",
     "studies": "all above",
     "demo": "all above",
     "cluster": "all above",
@@ -98,7 +98,7 @@ def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
         r"^  (?: {4})?(# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE
     )
     parsed = [(Requirement(spec), reason, not off) for off, spec, reason in found if spec != "conda-forge"]
-    return {requirement.name: (requirement, reason, used) for requirement, reason, used in parsed}
+    return {canonicalize_name(line[0].name): line for line in parsed}
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:

@@ -32,7 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from vqr1 import policy, training
 from vqr1.cards import model_card
-from vqr1.config import CONFIGS, load_config
+from vqr1.config import CONFIGS, Settings, config_for_device, load_config, write_yaml
 from vqr1.data.manifests import MANIFEST_COLUMNS, load_ratings
 from vqr1.policy import (
     CHAT_TEMPLATE,
@@ -44,9 +44,10 @@ from vqr1.policy import (
     qwen_config,
 )
 from vqr1.prompts import messages
+from vqr1.rewards import reward_functions
 from vqr1.scoring import Scorer
 from vqr1.sharing import look_once, prompt_once
-from vqr1.training import build_trainer, config_for_device, grpo_config, set_rows, train
+from vqr1.training import adapter_of, build_trainer, grpo_config, set_rows, train
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 REAL = [name for name in NAMES if not name.startswith("cpu")]
@@ -151,14 +152,9 @@ def asked(processor, images: list[Image.Image], start: str = "", **prompt) -> di
     return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
 
 
-def small(**grpo) -> dict:
+def small(**grpo) -> Settings:
     """The kadid-7b-qlora configuration with 2 images x 3 completions of 6 tokens, on a CPU."""
-    config = load_config("kadid-7b-qlora") | {
-        "sets": ["sim-kadid"],
-        "validation": {"rows": 2, "every": 9},
-        "pixels": [3136, 16_384],
-    }
-    config["grpo"] |= {
+    grpo = {
         "use_cpu": True,
         "bf16": False,
         "max_steps": 2,
@@ -171,7 +167,13 @@ def small(**grpo) -> dict:
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
     } | grpo
-    return config
+    return load_config("kadid-7b-qlora").changed(
+        sets=["sim-kadid"],
+        validation={"rows": 2, "every": 9},
+        min_pixels=3136,
+        max_pixels=16_384,
+        grpo=grpo,
+    )
 
 
 def length_reward(completions, **kwargs) -> list[float]:
@@ -189,12 +191,12 @@ def trained(folder, tmp_path_factory):
     numbered prompts, KL term.
     """
     output = tmp_path_factory.mktemp("trained")
-    config = small() | {"policy": str(folder), "numbered": True}
-    model, processor = load_policy(folder, quantize=True, pixels=config["pixels"])
+    config = small().changed(model_name_or_path=str(folder), picture_number=True)
+    model, processor = load_policy(folder, quantize=True, pixels=config.pixels)
     before = weights(model)
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "rewards", lambda config: [length_reward])
+        patch.setattr(training, "reward_functions", lambda *args: [length_reward])
         train(config, output, policy=(model, processor), frame=rows)
     return output, model, before
 
@@ -281,7 +283,7 @@ def test_every_lora_weight_moves_and_no_frozen_one(trained):
 
 def test_every_lora_weight_gets_a_gradient_and_the_frozen_tower_none(folder, tmp_path, monkeypatch):
     """With gradient checkpointing, as all configurations for a GPU have it."""
-    monkeypatch.setattr(training, "rewards", lambda config: [length_reward])
+    monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
     config = small(max_steps=1) | {"policy": str(folder), "quantize": False}
     trainer = build_trainer(config, tmp_path, frame=rows)
@@ -302,7 +304,7 @@ def test_every_lora_weight_gets_a_gradient_and_the_frozen_tower_none(folder, tmp
 
 def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch):
     """And validation, which the trainer's autocast does not wrap, runs on its weights."""
-    monkeypatch.setattr(training, "rewards", lambda config: [length_reward])
+    monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
     config = small(max_steps=1, bf16=True) | {"policy": str(folder), "dtype": "bfloat16"}
     seen = []
@@ -426,41 +428,41 @@ def test_repeated_pictures_are_seen_once_with_the_same_answers(folder):
 # --- configurations -----------------------------------------------------------------------------
 
 
-def on_cpu(name: str) -> dict:
-    config = load_config(name)
-    return config | {"grpo": config["grpo"] | {"use_cpu": True, "bf16": False, "fp16": False}}
+def on_cpu(name: str) -> Settings:
+    return load_config(name).changed(grpo={"use_cpu": True, "bf16": False, "fp16": False})
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_configuration_is_valid_for_the_installed_trl(name, tmp_path):
     config = on_cpu(name)
-    args = grpo_config(config, tmp_path)
+    args = grpo_config(config.grpo, tmp_path)
     assert isinstance(args, trl.GRPOConfig) and args.max_completion_length == 256
     assert args.per_device_train_batch_size * args.steps_per_generation % args.num_generations == 0, (
         "a group would be split between GPUs"
     )
     assert training.images_per_step(args) in (8, 16)
     assert args.gradient_accumulation_steps % args.steps_per_generation == 0
-    assert [reward.__name__ for reward in training.rewards(config)] == ["ranking", "format_reward"]
-    assert config["lora"] is None or lora_config(**config["lora"]).r == 16
-    assert load_config(name)["grpo"]["bf16"] != load_config(name)["grpo"].get("fp16", False)
+    rewards = reward_functions(config.reward, args.num_generations, config.thinking, config.reward_options)
+    assert [reward.__name__ for reward in rewards] == ["ranking", "format_reward"]
+    assert adapter_of(config) is None if name == "paper-7b-full" else adapter_of(config).r == 16
+    assert load_config(name).grpo["bf16"] != load_config(name).grpo.get("fp16", False)
 
 
 @pytest.mark.parametrize(
     ("name", "gib"), [("t4-3b", 14.5), ("l4-7b", 22), ("kadid-7b-qlora", 22), ("a100-7b", 39)]
 )
 def test_a_configuration_fits_its_gpu_as_far_as_computed(name, gib, tmp_path):
-    config, args = load_config(name), grpo_config(on_cpu(name), tmp_path)
-    size = re.search(r"-(\dB)-", config["policy"]).group(1)
+    config, args = load_config(name), grpo_config(on_cpu(name).grpo, tmp_path)
+    size = re.search(r"-(\dB)-", config.model_name_or_path).group(1)
     parts = memory_by_part(
         qwen_config(size),
-        config["quantize"],
-        config["lora"]["r"],
+        config.load_in_4bit,
+        config.lora_r,
         training.images_per_step(args),
         args.num_generations,
         args.max_completion_length,
         args.per_device_train_batch_size,
-        dtype=getattr(torch, config["dtype"] or "bfloat16"),
+        dtype=getattr(torch, config.dtype or "bfloat16"),
     )
     assert parts["peak"] < gib
 
@@ -511,11 +513,11 @@ def test_a_configuration_for_a_gpu_says_so_where_there_is_none(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"dtype": "int4"}, "dtype 'int4'"), ({"lora": {"rank": 4}}, "key 'rank' under lora is unknown")],
+    [({"dtype": "int4"}, "dtype 'int4'"), ({"lora_rank": 4}, "key 'lora_rank' is unknown")],
 )
 def test_a_wrong_setting_is_named(change, message, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(on_cpu("l4-7b") | {"sets": ["sim-kadid"]} | change), encoding="utf-8")
+    write_yaml(path, {"extends": "l4-7b", "sets": ["sim-kadid"]} | change)
     with pytest.raises(ValueError, match=message):
         build_trainer(load_config(path), tmp_path)
 
@@ -526,24 +528,18 @@ def test_sets_in_several_folders_are_trained_on_together(tmp_path):
         Image.new("RGB", (64, 64), (gray,) * 3).save(tmp_path / name / "a.png")
         row = {"image": "a.png", "dataset": name, "mos": 3, "split": "train"}
         pd.DataFrame([row], columns=MANIFEST_COLUMNS).to_csv(tmp_path / name / "rows.csv", index=False)
-    config = {"sets": [str(tmp_path / name / "rows.csv") for name in ("one", "two")], "root": None}
-    frame = set_rows(config, "train")
+    sets = [str(tmp_path / name / "rows.csv") for name in ("one", "two")]
+    frame = set_rows(sets, None, "train")
     assert [image.getpixel((0, 0))[0] for image in training.pictures_of(frame)] == [10, 200]
     (tmp_path / "two" / "a.png").rename(tmp_path / "b.png")
     with pytest.raises(ValueError, match="a.png"):
-        set_rows(config, "train")
+        set_rows(sets, None, "train")
 
 
 def test_logs_go_where_the_configuration_says(tmp_path):
     pytest.importorskip("tensorboard", reason="logging to it is optional")
-    config = load_config("cpu")
-    config["grpo"] |= {
-        "per_device_train_batch_size": 12,
-        "max_steps": 1,
-        "save_strategy": "no",
-        "report_to": "tensorboard",
-        "logging_steps": 1,
-    }
+    short = {"per_device_train_batch_size": 12, "max_steps": 1, "save_strategy": "no", "logging_steps": 1}
+    config = load_config("cpu").changed(grpo=short | {"report_to": "tensorboard"})
     build_trainer(config, tmp_path, frame=load_ratings("sim-kadid").query("split == 'train'").head(4)).train()
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vqr1.plots import (
-    LivePlot,
     bells,
     curve,
     gallery,
@@ -116,15 +115,6 @@ def test_rounding_draws_a_line_per_level():
     ax = axes()
     rounding(ax, np.array([-1.0, 0.1, 0.1]), np.linspace(-1, 1, 16))
     assert len(ax.lines) == 16 and sum(bar.get_height() for bar in ax.patches) == 3
-
-
-def test_outside_jupyter_the_live_plot_is_a_line_with_the_last_values(tmp_path, capsys):
-    log = pd.DataFrame(
-        {"step": [0, 5], "ranking": [np.nan, 0.75], "val_srcc": [0.5, np.nan], "seconds": [1.0, 9.6]}
-    )
-    log.to_csv(tmp_path / "log.csv", index=False)
-    LivePlot(tmp_path / "log.csv").on_log(None, None, None, {"reward": 1.7})
-    assert capsys.readouterr().out == "step 5  ranking 0.750  val_srcc 0.500  10 s\n"
 
 
 def test_intervals_are_drawn_around_their_means_in_the_tables_order():

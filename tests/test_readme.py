@@ -146,7 +146,7 @@ def test_settings_are_those_of_the_configurations():
     assert head[3:] == ["kadid-7b-qlora", "paper-7b-full"] and len(rows) >= 10
     for key, _, _, *ours in rows:
         for name, value in zip(head[3:], ours):
-            assert str(load_config(name)["grpo"][key.strip("`")]) in (
+            assert str(load_config(name).grpo[key.strip("`")]) in (
                 value,
                 str(float(value)) if value[0].isdigit() else "",
             )

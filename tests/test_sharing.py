@@ -352,9 +352,8 @@ def test_other_calls_of_forward_are_left_alone(photo):
 
 def one_step(tmp_path, share, policy=None, **grpo):
     """Two steps on pictures of three sizes, so that prompts are padded."""
-    config = load_config("cpu")
-    config |= {"lora": {"r": 4, "alpha": 8}, "share": share}
-    config["grpo"] |= {
+    config = load_config("cpu").changed(lora_r=4, lora_alpha=8, share_prompts=share)
+    small = {
         "max_steps": 2,
         "per_device_train_batch_size": 12,
         "num_generations": 3,
@@ -367,7 +366,10 @@ def one_step(tmp_path, share, policy=None, **grpo):
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::150]
     crops = ["0,0,96,64", "8,0,64,128", "100,60,112,112"]
     trainer = build_trainer(
-        config, tmp_path, policy, rows.assign(crop=[crops[i % 3] for i in range(len(rows))])
+        config.changed(grpo=small),
+        tmp_path,
+        policy,
+        rows.assign(crop=[crops[i % 3] for i in range(len(rows))]),
     )
     trainer.train()
     weights = {

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqr1.config import load_config
+from vqr1.rewards import reward_functions
 from vqr1.thurstone import comparative_probability, fidelity, ranking_reward, thurstone_scale, true_preference
-from vqr1.training import rewards
 
 NAN = float("nan")
 VARIANTS = [
@@ -376,7 +376,7 @@ def test_the_papers_run_is_one_configuration_away():
     epochs of 6,125 images.
     """
     config = load_config("paper-7b-full")
-    grpo = config["grpo"]
+    grpo = config.grpo
     exact = {
         "learning_rate": 1e-6,
         "lr_scheduler_type": "linear",
@@ -392,12 +392,9 @@ def test_the_papers_run_is_one_configuration_away():
         "optim": "adamw_torch",
     }
     assert {key: grpo[key] for key in exact} == exact
-    assert (config["policy"], config["lora"], config["frozen"], config["sets"]) == (
-        "Qwen/Qwen2.5-VL-7B-Instruct",
-        None,
-        [],
-        ["kadid10k"],
-    )
+    assert config.model_name_or_path == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert (config.use_peft, config.frozen, config.sets) == (False, [], ["kadid10k"])
+    assert config.reward_options == {"bounded": False}
     sampled = grpo["per_device_train_batch_size"] * grpo["steps_per_generation"]  # by one GPU at a time
     assert sampled == 8 * 6
     a_step = (
@@ -410,7 +407,8 @@ def test_the_papers_reward_is_its_equations_to_the_digit():
     """Answers as text through the configuration's own reward, against plain loops; one answer in ten cannot
     be parsed, MOS have ties.
     """
-    ranking, form = rewards(load_config("paper-7b-full"))
+    config = load_config("paper-7b-full")
+    ranking, form = reward_functions(config.reward, 6, config.thinking, config.reward_options)
     rng = np.random.default_rng(0)
     scores = rng.uniform(1, 5, (8, 6)).round(2)
     scores[rng.random(scores.shape) < 0.1] = NAN

@@ -23,32 +23,28 @@ import trl
 import yaml
 from conftest import pushed
 from PIL import Image
-from transformers import TrainerState
 
-from vqr1 import training
+from vqr1 import rewards, training
 from vqr1.cli import main
-from vqr1.config import CONFIGS, load_config
+from vqr1.config import CONFIGS, Settings, load_config, write_yaml
 from vqr1.data.manifests import load_ratings, render
-from vqr1.plots import LivePlot
 from vqr1.policy import load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
-from vqr1.runs import last_checkpoint
-from vqr1.scoring import Score, Scorer
-from vqr1.training import LOG, RunLog, build_trainer, train, training_rows
+from vqr1.runlog import LOG, LivePlot, RunLog, last_checkpoint
+from vqr1.scoring import Scorer
+from vqr1.training import build_trainer, train, training_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def tiny(**grpo) -> dict:
+def tiny(**grpo) -> Settings:
     """The cpu configuration with 4 pictures x 3 completions and all weights trained; Adam's first step moves
     each by the learning rate.
     """
-    config = load_config("cpu") | {"lora": None}
-    config["validation"] = {"rows": 4, "every": 2}
     small = {"per_device_train_batch_size": 12, "num_generations": 3, "max_steps": 3}
-    config["grpo"] |= small | {"warmup_steps": 0, "logging_steps": 1, "save_steps": 2} | grpo
-    return config
+    small |= {"warmup_steps": 0, "logging_steps": 1, "save_steps": 2} | grpo
+    return load_config("cpu").changed(use_peft=False, validation={"rows": 4, "every": 2}, grpo=small)
 
 
 def some_rows() -> pd.DataFrame:
@@ -133,17 +129,16 @@ def adapter(rows, tmp_path_factory):
                 )
             )
 
-    config = tiny(max_steps=3, learning_rate=1e-3) | {
-        "quantize": True,
-        "lora": {"r": 4, "alpha": 8},
-        "validation": {"rows": 4, "every": 1},
-    }
+    config = tiny(max_steps=3, learning_rate=1e-3).changed(
+        load_in_4bit=True, use_peft=True, lora_r=4, lora_alpha=8, validation={"every": 1}
+    )
     folder = tmp_path_factory.mktemp("adapter")
+    write_yaml(folder / "mine.yaml", dataclasses.asdict(config))
     model, processor = load_policy("tiny-policy", quantize=True)
     before = weights(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "RunLog", Watching)
-        train(config, folder, policy=(model, processor), frame=rows)
+        train(folder / "mine.yaml", folder, policy=(model, processor), frame=rows)
     return folder, model, before, seen
 
 
@@ -213,7 +208,7 @@ def test_an_adapter_loads_as_it_was_trained_and_names_its_base_portably(adapter,
 
 def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
     folder, model, *_ = adapter
-    config = tiny(max_steps=1, save_strategy="no") | {"policy": str(folder / "policy")}
+    config = tiny(max_steps=1, save_strategy="no").changed(model_name_or_path=str(folder / "policy"))
     trainer = build_trainer(config, tmp_path, frame=rows)
     before = weights(trainer.model)
     trainer.train()
@@ -236,10 +231,8 @@ def test_a_policy_that_wants_to_write_a_picture_never_does(share, checkpointing,
         return found
 
     monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", watched)
-    config = load_config("cpu") | {"share": share}
-    config["grpo"] |= tiny(gradient_checkpointing=checkpointing, save_strategy="no", max_completion_length=6)[
-        "grpo"
-    ]
+    config = tiny(gradient_checkpointing=checkpointing, save_strategy="no", max_completion_length=6)
+    config = config.changed(use_peft=True, share_prompts=share)
     trainer = build_trainer(config, tmp_path, (model, processor), rows)
     trainer.train()
     assert len(seen) == 3 * 12 and not barred & {token for row in seen for token in row}
@@ -280,77 +273,16 @@ def test_log_has_its_header_columns_steps_and_validation(run):
 
 def test_run_folder_says_how_it_was_made(run):
     folder, *_ = run
-    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == tiny()
-
-
-class Fake:
-    """A scorer that gives rising scores."""
-
-    seed, thinking = 0, False
-
-    def score(self, images):
-        return [Score(score=float(n)) for n in range(len(images))]
-
-
-def at(step: int, **more) -> TrainerState:
-    return TrainerState(global_step=step, max_steps=7, **more)
-
-
-def test_a_validation_between_two_logs_keeps_its_own_step(tmp_path, rows):
-    log = RunLog(tmp_path / "log.csv", Fake(), rows[:4], every=3, resumed_at=0)
-    log.on_train_begin(None, at(0), None)
-    for step in range(1, 8):
-        log.on_step_end(None, at(step), None)
-        if step % 2 == 0:
-            log.on_log(
-                None, at(step), None, logs={"reward": step / 10, "rewards/answer_format_reward/mean": 0.5}
-            )
-    log.on_log(None, at(7), None, logs={"train_runtime": 1.0})  # the Trainer's last words are no step
-    table = read_log(tmp_path).set_index("step")
-    assert list(table.index) == [0, 2, 3, 4, 6, 7]
-    assert list(table.index[table["val_srcc"].notna()]) == [0, 3, 6, 7]
-    assert table["reward"].dropna().to_dict() == {2: 0.2, 4: 0.4, 6: 0.6}
-    assert table["format"].dropna().to_dict() == {2: 0.5, 4: 0.5, 6: 0.5}
-
-
-def test_validation_never_compares_across_data_sets(tmp_path, rows):
-    """Two sets, each in the scorer's order; pooled, the second's small numbers would spoil it."""
-    frame = rows[:6].assign(dataset=list("aaabbb"), mos=[500.0, 600, 700, 1, 2, 3])
-    log = RunLog(tmp_path / "log.csv", Fake(), frame, every=1, resumed_at=0)
-    log.on_train_begin(None, at(0), None)
-    table = read_log(tmp_path)
-    assert table["val_srcc"].tolist() == [1.0] and table["val_plcc"].tolist() == [1.0]
-
-
-def test_validation_counts_the_rows_without_a_score(tmp_path, rows):
-    scorer = Fake()
-    scorer.score = lambda images: [
-        Score(score=2.0),
-        Score(error="no score"),
-        Score(score=1.0),
-        Score(error="no score"),
-    ]
-    log = RunLog(tmp_path / "log.csv", scorer, rows[:4], every=1, resumed_at=0)
-    log.on_train_begin(None, at(0), None)
-    assert read_log(tmp_path)["val_unscored"].tolist() == [2]
-
-
-def test_only_the_first_of_several_processes_validates_and_writes(tmp_path, rows):
-    log = RunLog(tmp_path / "log.csv", Fake(), rows[:2], every=1, resumed_at=0)
-    second = at(0, is_world_process_zero=False)
-    log.on_train_begin(None, second, None)
-    log.on_step_end(None, second, None)
-    log.on_log(None, second, None, logs={"reward": 1.0})
-    assert not list(tmp_path.iterdir())
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) == dataclasses.asdict(tiny())
 
 
 # --- interrupted, and resumed -------------------------------------------------------------------
 
 
-def training_command(config: dict, folder: Path) -> list[str]:
+def training_command(config: Settings, folder: Path) -> list[str]:
     """`vqr1 train` into folder/run."""
     settings = folder / "tiny.yaml"
-    settings.write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_yaml(settings, dataclasses.asdict(config))
     return [
         sys.executable,
         "-m",
@@ -399,9 +331,9 @@ def test_what_is_shown_takes_the_place_of_the_progress_bar(rows, tmp_path, capsy
     assert "| 2/2 [" not in err
 
 
-def rerun(config: dict, folder: Path, frame: pd.DataFrame) -> dict[str, torch.Tensor]:
+def rerun(config: Settings, folder: Path, frame: pd.DataFrame) -> dict[str, torch.Tensor]:
     """Resume the run in the folder and return all of its weights at the end."""
-    model, processor = load_policy("tiny-policy", config["quantize"])
+    model, processor = load_policy("tiny-policy", config.load_in_4bit)
     train(config, folder, resume=True, policy=(model, processor), frame=frame)
     return weights(model)
 
@@ -449,7 +381,7 @@ def test_a_merged_adapter_scores_as_it_was_trained_and_needs_no_4_bit_layer(adap
 def test_a_resumed_adapter_goes_on_as_it_was(adapter, rows, tmp_path):
     folder, model, *_ = adapter
     again = Path(shutil.copytree(folder, tmp_path / "run"))
-    found = rerun(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), again, rows)
+    found = rerun(load_config(folder / "config.yaml"), again, rows)
     assert all(torch.equal(found[name], value) for name, value in weights(model).items())
 
 
@@ -457,7 +389,9 @@ def test_a_run_of_weights_alone_does_not_go_on_but_can_be_trained_from(rows, tmp
     config = tiny(max_steps=2, save_steps=1, save_only_model=True)
     train(config, tmp_path, frame=rows)
     found = last_checkpoint(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=f"no state of the optimizer .* policy: {found}, and another folder"):
+    with pytest.raises(
+        ValueError, match=f"no state of the optimizer .* model_name_or_path: {found}, and another folder"
+    ):
         train(config, tmp_path, resume=True, frame=rows)
     model, _ = load_policy(found)
     saved = weights(load_policy(tmp_path / "policy")[0])
@@ -465,11 +399,6 @@ def test_a_run_of_weights_alone_does_not_go_on_but_can_be_trained_from(rows, tmp
 
 
 # --- what cannot be trained ---------------------------------------------------------------------
-
-
-def changed(config: dict, **changes) -> dict:
-    grpo = config["grpo"] | changes.pop("grpo", {})
-    return config | changes | {"grpo": grpo}
 
 
 @pytest.mark.parametrize(
@@ -481,8 +410,8 @@ def changed(config: dict, **changes) -> dict:
         ({"grpo": {"max_steps": 0}}, "max_steps 0 is below 1"),
         ({"grpo": {"per_device_train_batch_size": 600}}, "fewer than the 200 images of a batch"),
         ({"reward": "rank"}, "reward 'rank' is not one of ranking, threshold"),
-        ({"variant": {"binray": True}}, "binray"),
-        ({"variant": {"scope": "everywhere"}}, "everywhere"),
+        ({"reward_options": {"binray": True}}, "binray"),
+        ({"reward_options": {"scope": "everywhere"}}, "everywhere"),
     ],
 )
 def test_what_cannot_rank_is_refused_before_the_policy_is_loaded(
@@ -490,7 +419,7 @@ def test_what_cannot_rank_is_refused_before_the_policy_is_loaded(
 ):
     monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match=message):
-        train(changed(tiny(), **changes), tmp_path, frame=rows)
+        train(tiny().changed(**changes), tmp_path, frame=rows)
 
 
 @pytest.mark.parametrize(
@@ -502,20 +431,20 @@ def test_a_set_without_training_rows_is_refused_before_the_policy_is_loaded(
 ):
     monkeypatch.setattr(training, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match=message):
-        train(tiny() | {"sets": [name]}, tmp_path)
+        train(tiny().changed(sets=[name]), tmp_path)
 
 
 def test_an_unknown_configuration_lists_the_known_ones():
     with pytest.raises(FileNotFoundError, match=f"'nope'.*{', '.join(NAMES)}"):
-        load_config("nope")
+        train("nope", "runs/nope")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            lambda text: text.replace("reward: ranking", "rewards: ranking"),
-            "mine.yaml: key 'reward' is missing",
+            lambda text: text.replace("sets:", "frozen:"),
+            "mine.yaml: key 'sets' is missing; give it, or a configuration to extend",
         ),
         (lambda text: text + "\nrewrad: ranking\n", "mine.yaml: key 'rewrad' is unknown"),
         (
@@ -524,7 +453,7 @@ def test_an_unknown_configuration_lists_the_known_ones():
         ),
         (lambda text: "", "mine.yaml: not a mapping"),
         (lambda text: "a list\n", "mine.yaml: not a mapping"),
-        (lambda text: text[: text.index("grpo:")] + "grpo:\n", "mine.yaml: not a mapping"),
+        (lambda text: text[: text.index("\ngrpo:")] + "\ngrpo:\n", "mine.yaml: grpo None is not a mapping"),
         (lambda text: "grpo: {seed: 0", "mine.yaml: not YAML"),
     ],
 )
@@ -538,9 +467,8 @@ def test_a_configuration_with_a_mistake_is_named_with_it(change, message, tmp_pa
 # --- rows and rewards ---------------------------------------------------------------------------
 
 
-def arguments(**grpo) -> tuple[dict, trl.GRPOConfig]:
-    config = tiny(**grpo)
-    return config, trl.GRPOConfig(output_dir="unused", report_to="none", **config["grpo"])
+def arguments(**grpo) -> trl.GRPOConfig:
+    return trl.GRPOConfig(output_dir="unused", **tiny(**grpo).grpo)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -554,8 +482,7 @@ def test_rows_are_in_batches_of_one_set_and_only_used_ones_are_rendered(thinking
         return [Image.new("RGB", (8, 8), (label,) * 3) for label in part.index]
 
     monkeypatch.setattr(training, "pictures_of", gray)
-    config, args = arguments(max_steps=3)
-    dataset = training_rows(config | {"thinking": thinking}, args, frame)
+    dataset = training_rows(frame, arguments(max_steps=3), thinking)
     assert len(dataset) == 3 * 4  # steps x pictures
     batches = [dataset[n : n + 4] for n in range(0, 12, 4)]
     assert all(len(set(batch["dataset"])) == 1 for batch in batches)
@@ -578,8 +505,8 @@ def test_rows_are_in_batches_of_one_set_and_only_used_ones_are_rendered(thinking
 )
 def test_as_many_pictures_are_drawn_as_will_be_shown(settings, generations, rows, monkeypatch):
     monkeypatch.setattr(training, "pictures_of", lambda part: [Image.new("RGB", (8, 8))] * len(part))
-    config, args = arguments(**settings)
-    drawn = training_rows(config, args, rows)
+    args = arguments(**settings)
+    drawn = training_rows(rows, args)
     assert len(drawn) == generations * training.images_per_step(args)
 
 
@@ -588,12 +515,12 @@ def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compa
 ):
     calls = []
 
-    class Spy(training.RankingReward):
+    class Spy(rewards.RankingReward):
         def __call__(self, *args, completions=(), mos=None, **kwargs):
             calls.append((len(completions), mos))
             return super().__call__(*args, completions=completions, mos=mos, **kwargs)
 
-    monkeypatch.setattr(training, "RankingReward", Spy)
+    monkeypatch.setattr(rewards, "RankingReward", Spy)
     config = tiny(
         max_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=4, save_strategy="no"
     )
@@ -609,8 +536,7 @@ def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compa
 def test_every_key_of_a_configuration_is_one_of_trls(name):
     known = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
     config = load_config(name)
-    assert set(config["grpo"]) <= known
-    assert config["grpo"]["max_steps"] > 0 and training.rewards(config)
+    assert set(config.grpo) <= known and config.grpo["max_steps"] > 0
 
 
 @pytest.mark.parametrize("called", ["GRPOTrainer", "GRPOConfig"])
@@ -672,7 +598,7 @@ def worker(folder: Path) -> None:
     rank = PartialState(cpu=True).process_index
     compared, sets = [], []
 
-    class Spy(training.RankingReward):
+    class Spy(rewards.RankingReward):
         def _rewards(self, everyone):
             compared.append([len(columns[0]) for columns in everyone])
             sets.append(sorted({name for columns in everyone for name in columns[2]}))
@@ -681,10 +607,10 @@ def worker(folder: Path) -> None:
     def digest(model) -> str:
         return hashlib.sha256(b"".join(p.numpy().tobytes() for p in weights(model).values())).hexdigest()
 
-    training.RankingReward = Spy
+    rewards.RankingReward = Spy
     model, processor = load_policy()
     found = {"world": dist.get_world_size(), "before": digest(model)}
-    config = tiny(max_steps=3, per_device_train_batch_size=6) | {"variant": {"scope": "global"}}
+    config = tiny(max_steps=3, per_device_train_batch_size=6).changed(reward_options={"scope": "global"})
     frame = some_rows().head(12)
     train(
         config,

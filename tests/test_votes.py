@@ -103,14 +103,8 @@ def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
         ballot.vote("first" if observer[ballot.pair] else "second")
     assert (ballot.wins == observer).all()
     frame = save_votes(rated, ballot.wins, tmp_path / "votes.csv", "simulated-votes")
-    config = load_config("cpu")
-    config["grpo"] |= {
-        "max_steps": 2,
-        "per_device_train_batch_size": 6,
-        "num_generations": 2,
-        "logging_steps": 1,
-    }
-    config["validation"] = {"rows": 4, "every": 2}
+    small = {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2, "logging_steps": 1}
+    config = load_config("cpu").changed(grpo=small, validation={"rows": 4, "every": 2})
     assert (train(config, tmp_path / "run", frame=frame) / "adapter_config.json").is_file()
     log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
     assert log["ranking"].dropna().between(0.01, 1.01).sum() == 2

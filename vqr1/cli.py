@@ -116,9 +116,8 @@ def _train(args) -> int:
     from vqr1.training import train
 
     config = load_config(args.config)
-    config["grpo"] |= {
-        key: value for key, value in (("max_steps", args.steps), ("seed", args.seed)) if value is not None
-    }
+    given = {"max_steps": args.steps, "seed": args.seed}
+    config = config.changed(grpo={key: value for key, value in given.items() if value is not None})
     print(f"The trained policy is in {train(config, args.out, args.resume)}")
     return EXIT_OK
 

@@ -1,5 +1,9 @@
-"""The settings of a training run: a YAML file, read as YAML 1.2 and checked key by key before anything is
-loaded.
+"""The settings of a training run: a dataclass with defaults, filled from a YAML file that shows only what it
+decides. Every key is checked before anything is loaded.
+
+    extends: cpu              # a name in vqr1/configs, or the path of a file; absent: only the defaults
+    sets: [kadid10k]
+    grpo: {max_steps: 100}    # keys of trl.GRPOConfig, on top of those that cpu sets
 """
 
 import importlib.util
@@ -8,16 +12,16 @@ import os
 import re
 import types
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, InitVar, asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
 from vqr1 import quiet
 from vqr1.data.public_sets import public_name
-from vqr1.policy import lora_config
 from vqr1.rewards import RankingReward
 from vqr1.thurstone import ranking_reward
 
@@ -38,27 +42,117 @@ class Validation(TypedDict):
     every: int
 
 
-class Settings(TypedDict):
-    """The keys of a configuration, all of them required; `vqr1/configs/cpu.yaml` says what each is."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a training run, checked when they are made; names are TRL's where TRL has one.
 
-    policy: str
-    quantize: bool
-    dtype: Literal["float32", "bfloat16", "float16"] | None
-    pixels: list[int] | None
-    lora: dict | None
-    frozen: list[str]
+    The sections ``reward_options``, ``validation`` and ``grpo`` are merged with their defaults key by key.
+
+    Raises:
+        ValueError: for the first setting that cannot be meant; it names file, key, value and remedy, and
+            needs no model, no data and no GPU.
+
+    >>> Settings(model_name_or_path="tiny-policy", sets="sim-kadid")
+    Traceback (most recent call last):
+        ...
+    ValueError: configuration: sets 'sim-kadid' is not a list of text; write [sim-kadid]
+    """
+
+    model_name_or_path: str
+    """tiny-policy, a folder of a model or an adapter, or a hub name."""
+    load_in_4bit: bool = False
+    """The language model is loaded in 4-bit NF4."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights that are not 4-bit; None: what the device is good at."""
+    min_pixels: int | None = None
+    """Images are scaled up to at least this many pixels; None: the processor's own limits."""
+    max_pixels: int | None = None
+    """Images are scaled down to at most this many pixels."""
+    use_peft: bool = True
+    """An adapter is trained; False: all weights."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_vision: bool = False
+    """The vision tower gets an adapter too, which vLLM does not serve by default."""
+    frozen: list[str] = field(default_factory=lambda: ["visual"])
+    """Parts of the policy that stay as they are. The tower has learned to see; judgement is in the language
+    model."""
     sets: list[str]
-    root: str | dict[str, str] | None
-    thinking: bool
-    numbered: bool
-    reward: Literal["ranking", "threshold", "absolute", "format"]
-    variant: dict
-    share: bool
-    validation: dict
-    grpo: dict
+    """Names of rated sets, or paths of manifests."""
+    root: str | dict[str, str] | None = None
+    """Folder of the public sets, or one for each, as in {kadid10k: /data/kadid10k}; None: VQR1_DATA, else
+    data/."""
+    thinking: bool = True
+    """The policy reasons before it answers."""
+    picture_number: bool = False
+    """"Picture 1: " precedes the image, as in the official inference (not its training)."""
+    reward: Literal["ranking", "threshold", "absolute", "format"] = "ranking"
+    """threshold: Q-Insight's; absolute: minus the error; format: the form of the answer alone."""
+    reward_options: dict = field(default_factory=lambda: {"bounded": True})
+    """Of `RankingReward`: bounded (a score outside 1..5 counts as none), binary, average, variance, scope."""
+    share_prompts: bool = True
+    """What the K answers to one image share is computed once (vqr1/sharing.py); False: TRL's own way."""
+    validation: dict = field(default_factory=lambda: {"rows": 190, "every": 25})
+    """How many val rows are scored, and every how many steps."""
+    grpo: dict = field(
+        default_factory=lambda: {
+            "seed": 0,
+            "num_generations": 6,  # K, as in the paper
+            "temperature": 1.0,  # as in the official code
+            "lr_scheduler_type": "linear",  # as in the paper
+            "report_to": "none",  # tensorboard or trackio, after installing it
+        }
+    )
+    """Keys of trl.GRPOConfig."""
+    source: InitVar[str | Path] = "configuration"
+    """The file, or whatever else an error's text starts with."""
+
+    def __post_init__(self, source: str | Path) -> None:
+        given = {name: getattr(self, name) for name in HINTS[""]}
+        check_keys(source, given)
+        for section in SECTIONS:
+            object.__setattr__(self, section, DEFAULTS[section] | given[section])
+        for check in (_check_numbers, _check_pixels, _check_sets, _check_trl, _check_batch):
+            check(source, self)
+
+    def changed(self, source: str | Path = "configuration", **changes) -> "Settings":
+        """Return other settings: these with some changed, and checked again.
+
+        Args:
+            source: what an error's text starts with.
+            changes: by key; those of a section are merged with what it has.
+
+        >>> load_config("cpu").changed(thinking=False, grpo={"max_steps": 5}).grpo["num_generations"]
+        6
+        """
+        check_keys(source, changes)
+        return Settings(**merged(asdict(self), changes), source=source)
+
+    @property
+    def pixels(self) -> list[int] | None:
+        """Return [min_pixels, max_pixels], None for the processor's own."""
+        return None if self.max_pixels is None else [self.min_pixels, self.max_pixels]
 
 
-KEYS = set(Settings.__annotations__)
+SECTIONS = ("reward_options", "validation", "grpo")
+REQUIRED = [one.name for one in fields(Settings) if one.default is one.default_factory is MISSING]
+DEFAULTS = {
+    one.name: one.default if one.default_factory is MISSING else one.default_factory()
+    for one in fields(Settings)
+    if one.name not in REQUIRED
+}
+RENAMED = {
+    "policy": "model_name_or_path",
+    "quantize": "load_in_4bit",
+    "pixels": "min_pixels and max_pixels",
+    "lora": "use_peft, lora_r, lora_alpha and lora_vision",
+    "numbered": "picture_number",
+    "variant": "reward_options",
+    "share": "share_prompts",
+}
+"""Keys that configurations had before, and what they are called now."""
 
 
 def _hints(function: Callable, *without: str) -> dict[str, Any]:
@@ -67,10 +161,9 @@ def _hints(function: Callable, *without: str) -> dict[str, Any]:
 
 
 HINTS = {
-    "": _hints(Settings),
+    "": _hints(Settings, "source"),
     "validation": _hints(Validation),
-    "lora": _hints(lora_config),
-    "variant": _hints(RankingReward.__init__, "num_generations")
+    "reward_options": _hints(RankingReward.__init__, "num_generations")
     | _hints(ranking_reward, "scores", "dataset")
     | {"scope": Literal["local", "global"]},
     "grpo": _hints(GRPOConfig)
@@ -82,41 +175,42 @@ HINTS = {
         "max_completion_length": int,
     },
 }
-"""Section of a configuration -> its keys and their types. TRL checks some of its words only after the first
+"""Section of the settings -> its keys and their types. TRL checks some of its words only after the first
 rollout.
 """
-TRL_DEFAULTS = {field.name: field.default for field in fields(GRPOConfig)}
+TRL_DEFAULTS = {one.name: one.default for one in fields(GRPOConfig)}
 
 LEAST = {
-    "validation.rows": 2,
-    "validation.every": 1,
-    "lora.r": 1,
-    "grpo.num_generations": 2,
-    "grpo.max_steps": 1,
-    "grpo.per_device_train_batch_size": 1,
-    "grpo.gradient_accumulation_steps": 1,
-    "grpo.steps_per_generation": 1,
-    "grpo.num_iterations": 1,
-    "grpo.max_completion_length": 1,
-    "grpo.save_total_limit": 1,
-    "grpo.seed": 0,
-    "grpo.warmup_steps": 0,
-    "grpo.beta": 0,
-    "grpo.top_k": 0,
-    "grpo.weight_decay": 0,
-    "grpo.max_grad_norm": 0,
+    "lora_r": 1,
+    "min_pixels": 1,
+    "validation rows": 2,
+    "validation every": 1,
+    "grpo num_generations": 2,
+    "grpo max_steps": 1,
+    "grpo per_device_train_batch_size": 1,
+    "grpo gradient_accumulation_steps": 1,
+    "grpo steps_per_generation": 1,
+    "grpo num_iterations": 1,
+    "grpo max_completion_length": 1,
+    "grpo save_total_limit": 1,
+    "grpo seed": 0,
+    "grpo warmup_steps": 0,
+    "grpo beta": 0,
+    "grpo top_k": 0,
+    "grpo weight_decay": 0,
+    "grpo max_grad_norm": 0,
 }
 """The least value of a number. A group needs two answers, and a correlation two rows."""
 POSITIVE = {
-    "lora.alpha",
-    "variant.variance",
-    "variant.gamma",
-    "variant.eps",
-    "grpo.learning_rate",
-    "grpo.temperature",
-    "grpo.epsilon",
-    "grpo.logging_steps",
-    "grpo.save_steps",
+    "lora_alpha",
+    "reward_options variance",
+    "reward_options gamma",
+    "reward_options eps",
+    "grpo learning_rate",
+    "grpo temperature",
+    "grpo epsilon",
+    "grpo logging_steps",
+    "grpo save_steps",
 }
 
 RESERVED = {
@@ -171,7 +265,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; ValueError, on one line, for a file that is none or names a key twice."""
+    """Return what a YAML file holds; ValueError, on one line, unless it is YAML that names no key twice."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -190,56 +284,104 @@ def write_yaml(path: Path, content: Any) -> None:
 # Reading and checking
 
 
-def load_config(name_or_path: str | Path) -> dict:
-    """Return a training configuration by its name (cpu) or its path, checked by `check_config`.
+def config_for_device() -> str:
+    """Return the name of the configuration made for the first GPU's memory, and "cpu" where there is none.
 
-    Raises FileNotFoundError that lists the names, and ValueError that names file, key, value and remedy.
+    10 GiB (a T4 has 15): t4-3b; 20 GiB (L4, A10, RTX 4090): l4-7b; 38 GiB (A100, H100): a100-7b.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    made_for = ((38, "a100-7b"), (20, "l4-7b"), (10, "t4-3b"))
+    return next((name for least, name in made_for if memory >= least), "cpu")
 
-    >>> load_config("cpu")["grpo"]["num_generations"]
+
+def load_config(config: str | Path | Settings) -> Settings:
+    """Return the settings of a training run.
+
+    Args:
+        config: a name (cpu), the path of a YAML file, or settings, which are checked again.
+
+    Raises:
+        FileNotFoundError: lists the names.
+        ValueError: names file, key, value and remedy.
+
+    >>> load_config("cpu").grpo["num_generations"]
     6
     """
-    path = CONFIGS / f"{name_or_path}.yaml"
-    path = path if path.is_file() else Path(name_or_path)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise FileNotFoundError(
-            f"no configuration {str(name_or_path)!r}; give one of {names}, or the path of a YAML file"
-        )
-    config = read_yaml(path)
-    check_config(config, path)
-    return config
+    if isinstance(config, Settings):
+        return config.changed()
+    path = find_config(config)
+    values = read_settings(path)
+    for key in REQUIRED:
+        if key not in values:
+            raise ValueError(f"{path}: key {key!r} is missing; give it, or a configuration to extend")
+    return Settings(**values, source=path)
 
 
-def check_config(config: dict, source: str | Path = "configuration") -> None:
-    """Raise ValueError for the first setting that cannot be meant; it needs no model, no data and no GPU.
+def find_config(name_or_path: str | Path, folder: str | Path = "") -> Path:
+    """Return the file of a configuration by its name or its path, which may start from `folder`."""
+    for path in (CONFIGS / f"{name_or_path}.yaml", Path(folder, name_or_path)):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    raise FileNotFoundError(
+        f"no configuration {str(name_or_path)!r}; give one of {names}, or the path of a YAML file"
+    )
 
-    config: what `load_config` returns, perhaps changed since.
-    source: the file or whatever else the message starts with.
 
-    >>> check_config(load_config("cpu") | {"sets": "sim-kadid"})
-    Traceback (most recent call last):
-        ...
-    ValueError: configuration: sets 'sim-kadid' is not a list of text; write [sim-kadid]
+def read_settings(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what a YAML file sets, on top of what it extends; without the defaults.
+
+    Args:
+        path: the file.
+        children: files that extend it.
     """
-    if not isinstance(config, dict) or not isinstance(config.get("grpo", {}), dict):
-        raise ValueError(f"{source}: not a mapping of keys, with those of trl.GRPOConfig under grpo")
-    _check_keys(source, "", config, required=True)
-    _check_keys(source, "grpo", config["grpo"])
-    _check_keys(source, "validation", config["validation"], required=True)
-    _check_keys(source, "lora", config["lora"] or {})
-    _check_keys(source, "variant", config["variant"])
-    _check_numbers(source, config)
-    for check in (_check_pictures, _check_sets, _check_trl, _check_batch):
-        check(source, config)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a mapping of keys, with those of trl.GRPOConfig under grpo")
+    parent = values.pop("extends", None)
+    check_keys(path, values)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise _wrong(path, "extends", parent, "is not the name or path of a configuration")
+    children = (*children, path.resolve())
+    parent_path = find_config(parent, path.parent)
+    if parent_path.resolve() in children:
+        raise _wrong(path, "extends", parent, "leads back to this file; extend another one, or none")
+    return merged(read_settings(parent_path, children), values)
 
 
-def _check_keys(source, section: str, values: dict, required: bool = False) -> None:
-    """Hold the keys of a section and the types of their values against `HINTS`."""
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with others on top: a section is merged key by key, any other value replaced.
+
+    >>> merged({"sets": ["a"], "grpo": {"seed": 0, "beta": 0.0}}, {"sets": ["b"], "grpo": {"seed": 1}})
+    {'sets': ['b'], 'grpo': {'seed': 1, 'beta': 0.0}}
+    """
+    return below | {
+        key: below.get(key, {}) | value if key in SECTIONS else value for key, value in above.items()
+    }
+
+
+def check_keys(source: str | Path, values: dict[str, Any]) -> None:
+    """Raise ValueError for a key that is old or unknown, at the top or in a section, and a value of another
+    type than `HINTS` has.
+    """
+    for key in values:
+        if key in RENAMED:
+            raise ValueError(f"{source}: key {key!r} is called {RENAMED[key]} now; rename it")
+    _check_section(source, "", values)
+    for section in SECTIONS:
+        _check_section(source, section, values.get(section, {}))
+
+
+def _check_section(source, section: str, values: dict) -> None:
     hints, where = HINTS[section], f" under {section}" if section else ""
-    known = f"the keys are {', '.join(sorted(hints))}" if section != "grpo" else "see trl.GRPOConfig"
-    for problem, keys in (("is missing", set(hints) - set(values)), ("is unknown", set(values) - set(hints))):
-        if keys and (required or problem == "is unknown"):
-            raise ValueError(f"{source}: key {sorted(keys, key=str)[0]!r}{where} {problem}; {known}")
+    unknown = sorted(set(values) - set(hints), key=str)
+    if unknown:
+        known = f"the keys are {', '.join(sorted(hints))}" if section != "grpo" else "see trl.GRPOConfig"
+        raise ValueError(f"{source}: key {unknown[0]!r}{where} is unknown; {known}")
     for key, value in values.items():
         if not fits(value, hints[key]):
             listed = f"; write [{value}]" if isinstance(value, str) and get_origin(hints[key]) is list else ""
@@ -254,8 +396,8 @@ def fits(value: Any, hint: Any) -> bool:
     """Tell whether a value is of an annotated type; an integer is a float too, and a truth value is no
     number.
 
-    >>> fits("1e-3", float), fits(1, float), fits(True, int), fits(["a"], list[str] | None), fits("linaer", str)
-    (False, True, False, True, True)
+    >>> fits("1e-3", float), fits(1, float), fits(True, int), fits(["a"], list[str] | None)
+    (False, True, False, True)
     """
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
@@ -298,30 +440,31 @@ def wanted(hint: Any) -> str:
     return names.get(hint, "a mapping" if dict in (hint, kind) else str(hint))
 
 
-def _check_numbers(source, config: dict) -> None:
-    if config["lora"] == {}:
-        raise _wrong(source, "lora", {}, "is empty; give {r: 16, alpha: 32}, or null to train all weights")
-    for section in ("validation", "lora", "variant", "grpo"):
-        for key, value in (config[section] or {}).items():
-            name = f"{section}.{key}"
-            if value is not None and value < LEAST.get(name, value):
-                raise _wrong(
-                    source, f"{section} {key}", value, f"is below {LEAST[name]}, the least that makes sense"
-                )
-            if value is not None and name in POSITIVE and not value > 0:
-                raise _wrong(source, f"{section} {key}", value, "is not above 0")
+def _check_numbers(source, settings: Settings) -> None:
+    values = {key: value for key, value in asdict(settings).items() if key not in SECTIONS}
+    for section in SECTIONS:
+        values |= {f"{section} {key}": value for key, value in getattr(settings, section).items()}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in LEAST and value < LEAST[name]:
+            raise _wrong(source, name, value, f"is below {LEAST[name]}, the least that makes sense")
+        if name in POSITIVE and not value > 0:
+            raise _wrong(source, name, value, "is not above 0")
 
 
-def _check_pictures(source, config: dict) -> None:
-    pixels = config["pixels"]
-    if pixels is not None and not (len(pixels) == 2 and 0 < pixels[0] <= pixels[1] and pixels[1] >= PATCH):
-        raise _wrong(
-            source, "pixels", pixels, f"is not [smallest, largest], with a largest of at least {PATCH}"
-        )
+def _check_pixels(source, settings: Settings) -> None:
+    least, most = settings.min_pixels, settings.max_pixels
+    if (least is None) != (most is None):
+        given, missing = ("max_pixels", "min_pixels") if least is None else ("min_pixels", "max_pixels")
+        raise _wrong(source, given, getattr(settings, given), f"needs {missing}; give both, or neither")
+    if most is not None and most < max(least, PATCH):
+        floor = f"min_pixels {least}" if least > PATCH else f"{PATCH}, one token of the policy"
+        raise _wrong(source, "max_pixels", most, f"is below {floor}")
 
 
-def _check_sets(source, config: dict) -> None:
-    sets, root = config["sets"], config["root"]
+def _check_sets(source, settings: Settings) -> None:
+    sets, root = settings.sets, settings.root
     if not sets:
         raise _wrong(source, "sets", sets, "names no set; name at least one, as in [kadid10k]")
     names = [public_name(name) or name for name in sets]
@@ -335,8 +478,8 @@ def _check_sets(source, config: dict) -> None:
             raise _wrong(source, "root", name, "comes with the project; leave it out")
 
 
-def _check_trl(source, config: dict) -> None:
-    grpo = config["grpo"]
+def _check_trl(source, settings: Settings) -> None:
+    grpo = settings.grpo
     for key, why in RESERVED.items():
         if key in grpo:
             raise _wrong(source, f"grpo {key}", grpo[key], f"is not yours to set: {why}; leave it out")
@@ -361,9 +504,9 @@ def _check_trl(source, config: dict) -> None:
             )
 
 
-def _check_batch(source, config: dict) -> None:
+def _check_batch(source, settings: Settings) -> None:
     """Each process samples whole groups, and ranks at least two pictures."""
-    grpo = TRL_DEFAULTS | config["grpo"]
+    grpo = TRL_DEFAULTS | settings.grpo
     k, batch = grpo["num_generations"], grpo["per_device_train_batch_size"]
     passes = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]
     sampled = (

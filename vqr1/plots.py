@@ -1,9 +1,7 @@
 """Matplotlib helpers; each draws on the axes it is given."""
 
 import io
-import sys
 import textwrap
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,13 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
-
-from vqr1 import quiet
-
-with quiet():
-    from transformers import TrainerCallback
-
-from vqr1.records import read_table
 
 
 def curve(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None, window: int = 1) -> None:
@@ -100,48 +91,6 @@ def bells(ax: Axes, means, stds, labels, samples=None) -> None:
             )
     ax.set(xlabel="quality, in points of the scale", ylabel="density")
     ax.legend(frameon=False)
-
-
-class LivePlot(TrainerCallback):
-    """Draw a run's curves from its log.csv as training goes: one picture kept up to date in Jupyter, a line
-    per entry elsewhere.
-    """
-
-    def __init__(self, path: str | Path, sets: str = "sim-kadid"):
-        self.path, self.sets, self.handle = Path(path), sets, None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs:  # the summary at the end
-            return
-        log = read_table(self.path)
-        if not _in_jupyter():
-            last = log[["step", "ranking", "val_srcc", "seconds"]].ffill().iloc[-1]
-            print(
-                "  ".join(
-                    [
-                        f"step {last['step']:.0f}",
-                        *(f"{name} {value:.3f}" for name, value in last[1:3].items()),
-                        f"{last['seconds']:.0f} s",
-                    ]
-                )
-            )
-            return
-        from IPython.display import Image as Shown
-        from IPython.display import display
-
-        picture = io.BytesIO()
-        training_figure(log, self.sets).savefig(picture, format="png", dpi=75)
-        shown = Shown(picture.getvalue())
-        if self.handle is None:
-            self.handle = display(shown, display_id=True)
-        else:
-            self.handle.update(shown)
-
-
-def _in_jupyter() -> bool:
-    """Tell whether this runs in a notebook's kernel, without importing IPython where it is not in use."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
 
 
 def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float = 2.0) -> None:

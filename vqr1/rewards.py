@@ -50,20 +50,23 @@ class RankingReward:
     """The paper's reward: how well a completion's score ranks its image among the images of the same data
     set.
 
-    r_k(x_i) = mean over j != i of fidelity(p(i, j), p_k(i, j)); see ``vqr1.thurstone.ranking_reward``,
-    whose keyword arguments (binary, average, variance, gamma, eps) are the ``variants``.
+    r_k(x_i) = mean over j != i of fidelity(p(i, j), p_k(i, j)); see ``vqr1.thurstone.ranking_reward``. A
+    completion without a score gets 0.0. The official code compares within one GPU (``grpo_trainer.py`` line
+    775).
 
-    ``num_generations`` is K, TRL's own. ``scope="local"`` compares the images of this process: with
-    gradient accumulation the whole generation batch, as TRL passes it, not one micro-batch.
-    ``scope="global"`` compares the images of all processes, which exchange (score, mos, dataset) rows in
-    one collective per call: every process has to call it. ``bounded``: a score outside 1..5 counts as none;
-    without it nothing holds the scale, for in a comparison 300 beats 5 as well (notebook 02, section 5). A
-    completion without a score gets 0.0. The official code compares within one GPU
-    (``grpo_trainer.py`` line 775).
+    Args:
+        num_generations: K, TRL's own.
+        scope: "local" compares the images of this process: with gradient accumulation the whole generation
+            batch, as TRL passes it, not one micro-batch. "global" compares the images of all processes, which
+            exchange (score, mos, dataset) rows in one collective per call: every process has to call it.
+        bounded: a score outside 1..5 counts as none. Without it nothing holds the scale: a comparison takes
+            300 for as good as 5 (notebook 02, section 5).
+        variants: keyword arguments of `ranking_reward`: binary, average, variance, gamma, eps.
 
-    Raises ValueError for K < 2 and an unknown scope, and when called without a ``mos`` column, with a
-    number of completions on any process that K does not divide, or with a group whose rows disagree in MOS
-    or data set.
+    Raises:
+        ValueError: for K < 2 and an unknown scope; when called, without a ``mos`` column, with a number of
+            completions on any process that K does not divide, and with a group whose rows disagree in MOS or
+            data set.
 
     >>> reward = RankingReward(num_generations=2)
     >>> answers = [f"<answer>{score}</answer>" for score in (4.2, 4.4, 1.5, 1.1)]
@@ -81,12 +84,8 @@ class RankingReward:
         if scope not in ("local", "global"):
             raise ValueError(f"scope must be 'local' or 'global', got {scope!r}")
         ranking_reward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 2], **variants)  # a bad variant fails now
-        self.num_generations, self.scope, self.bounded, self.variants = (
-            num_generations,
-            scope,
-            bounded,
-            variants,
-        )
+        self.num_generations, self.scope = num_generations, scope
+        self.bounded, self.variants = bounded, variants
 
     def __call__(
         self, prompts=None, completions=(), mos=None, dataset=None, log_metric=None, log_extra=None, **kwargs
@@ -96,8 +95,7 @@ class RankingReward:
             scores = [score if SCORE_MIN <= score <= SCORE_MAX else math.nan for score in scores]
         columns = [scores, _or_none(mos, scores), _or_none(dataset, scores)]
         # One list of rows per process, in the order of ranks. Every check comes after this collective and
-        # looks at
-        # the rows of all processes, so that all raise together and none is left waiting.
+        # looks at the rows of all processes, so that all raise together and none is left waiting.
         everyone = gather_object([columns]) if self.scope == "global" else [columns]
         rewards = self._rewards(everyone)  # (B, K), B images of all these processes
         rank = PartialState().process_index if self.scope == "global" else 0
@@ -121,9 +119,7 @@ class RankingReward:
                 scores[n : n + self.num_generations] for n in range(0, len(scores), self.num_generations)
             ]
             spreads = [std for std in map(_std, groups) if not math.isnan(std)]
-            if (
-                spreads
-            ):  # TRL averages what is logged: a NaN would hide the rest, and so would one answer of 40
+            if spreads:  # TRL averages what is logged: a NaN would hide the rest, as would one answer of 40
                 log_metric("score_std", median(spreads))
 
 
@@ -134,8 +130,9 @@ def _or_none(column, scores: list) -> list:
 def _check_columns(k: int, rows: int, mos: list, dataset: list, where: str) -> None:
     if rows == 0 or rows % k:
         raise ValueError(
-            f"{rows} completions{where} are not whole groups of num_generations = {k}: a group would be split between "
-            "batches or processes. Make per_device_train_batch_size * steps_per_generation a multiple of it"
+            f"{rows} completions{where} are not whole groups of num_generations = {k}: a group would be "
+            "split between batches or processes. Make per_device_train_batch_size * steps_per_generation a "
+            "multiple of it"
         )
     for name, column in (("mos", mos), ("dataset", dataset)):
         if len(column) != rows:
@@ -182,10 +179,15 @@ def answer_format_reward(completions: Sequence[Completion], **kwargs) -> list[fl
 class ThresholdReward:
     """Q-Insight's regression reward: 1 if |score - mos| < threshold, else 0; no score gives 0.
 
-    Scores and MOS must be on one scale (1..5), for the threshold is in its units. Raises ValueError unless
-    threshold > 0. Source: Q-Insight, whose threshold is 0.35.
+    Scores and MOS must be on one scale, 1..5. Source: Q-Insight, whose threshold is 0.35.
 
-    >>> ThresholdReward()(completions=["<answer>3.2</answer>", "<answer>3.4</answer>", "?"], mos=[3.0, 3.0, 3.0])
+    Args:
+        threshold: in units of the scale.
+
+    Raises:
+        ValueError: unless threshold > 0.
+
+    >>> ThresholdReward()(["<answer>3.2</answer>", "<answer>3.4</answer>", "?"], mos=[3.0, 3.0, 3.0])
     [1.0, 0.0, 0.0]
     """
 
@@ -198,9 +200,8 @@ class ThresholdReward:
 
     def __call__(self, completions=(), mos=None, log_metric=None, **kwargs) -> list[float]:
         scores = scores_of(completions, log_metric)
-        return [
-            float(abs(score - value) < self.threshold) for score, value in _pairs(scores, mos)
-        ]  # NaN < x is False
+        pairs = _pairs(scores, mos)
+        return [float(abs(score - value) < self.threshold) for score, value in pairs]  # NaN < x is False
 
 
 def absolute_error_reward(completions, mos=None, log_metric=None, **kwargs) -> list[float]:
@@ -224,3 +225,24 @@ def _pairs(scores: list[float], mos) -> list[tuple[float, float]]:
     if None in mos or len(mos) != len(scores):
         raise ValueError(f"{len(scores)} completions need as many values of 'mos', got {len(mos)}: {mos[:3]}")
     return list(zip(scores, mos))
+
+
+def reward_functions(reward: str, num_generations: int, thinking: bool, options: dict) -> list[Callable]:
+    """Return what a run learns from: the reward, and the format, 1:1 as in the official code.
+
+    Args:
+        reward: ranking, threshold, absolute, or format (nothing else).
+        num_generations: K.
+        thinking: the format has a part for reasoning.
+        options: keyword arguments of `RankingReward`.
+
+    >>> [one.__name__ for one in reward_functions("ranking", 6, True, {"bounded": True})]
+    ['ranking', 'format_reward']
+    """
+    chosen = {
+        "ranking": lambda: [RankingReward(num_generations, **options)],
+        "threshold": lambda: [ThresholdReward()],
+        "absolute": lambda: [absolute_error_reward],
+        "format": lambda: [],
+    }
+    return [*chosen[reward](), format_reward if thinking else answer_format_reward]

@@ -1,7 +1,11 @@
-"""Reinforcement learning to rank: a configured `trl.GRPOTrainer`, validated by the Scorer, logged to a CSV."""
+"""Reinforcement learning to rank: a configured `trl.GRPOTrainer`, validated by the Scorer, logged to a CSV.
+
+from vqr1.training import train
+
+train("cpu", "runs/mine")    # a name in vqr1/configs, the path of a YAML file, or Settings
+"""
 
 import math
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -9,97 +13,194 @@ import torch
 
 from vqr1 import quiet
 from vqr1.cards import model_card
-from vqr1.config import TRL_DEFAULTS, check_config
+from vqr1.config import Settings, load_config
 from vqr1.data.batches import one_set_batches, prompt_rows
 from vqr1.data.manifests import load_ratings, pictures_of
-from vqr1.evaluation import naming
-from vqr1.metrics import plcc, srcc
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
-from vqr1.records import machine_line, read_table, write_table
-from vqr1.rewards import (
-    RankingReward,
-    ThresholdReward,
-    absolute_error_reward,
-    answer_format_reward,
-    format_reward,
-)
-from vqr1.runs import resume_from, save_settings, step_of
+from vqr1.records import machine_line
+from vqr1.rewards import reward_functions
+from vqr1.runlog import ProgressBar, RunLog, resume_from, save_settings, step_of
 from vqr1.scoring import Scorer
 from vqr1.sharing import SHARED, process_once, share
 
 with quiet():
-    from transformers import ProcessorMixin, ProgressCallback, TrainerCallback
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
     from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
     from trl import GRPOConfig, GRPOTrainer
 
 
-LOG = {
-    "step": "step",
-    "reward": "reward",
-    "ranking": "rewards/ranking/mean",
-    "format": "format",
-    "reward_std": "reward_std",
-    "length": "completions/mean_length",
-    "kl": "kl",
-    "unparseable": "unparseable",
-    "score_std": "score_std",
-    "val_srcc": "val_srcc",
-    "val_plcc": "val_plcc",
-    "val_family": "val_family",
-    "val_unscored": "val_unscored",
-    "seconds": "seconds",
-}
-"""Column of log.csv -> key in TRL's logs."""
+@quiet()
+def train(
+    config: str | Path | Settings,
+    output: str | Path,
+    resume: bool = False,
+    policy: tuple[PreTrainedModel, ProcessorMixin] | None = None,
+    frame: pd.DataFrame | None = None,
+    shown: TrainerCallback | None = None,
+) -> Path:
+    """Train a policy and return its folder.
 
+    Args:
+        config: a name in vqr1/configs, the path of a YAML file, or Settings.
+        output: folder that gets config.yaml, log.csv, checkpoints/ and policy/ (with a model card).
+        resume: go on from the last checkpoint, with the settings that the run was begun with
+            (`vqr1.runlog.resume_from`; rows given as `frame` are not compared).
+        policy: (model, processor) to train, default the configuration's.
+        frame: manifest rows to train on, default those of the configuration's sets.
+        shown: a callback that shows how far training is, instead of the progress bar.
 
-def config_for_device() -> str:
-    """Return the name of the configuration made for the first GPU's memory, and "cpu" where there is none.
-
-    10 GiB (a T4 has 15): t4-3b; 20 GiB (L4, A10, RTX 4090): l4-7b; 38 GiB (A100, H100): a100-7b.
+    Raises:
+        ValueError: for settings that cannot be meant, before the model is loaded.
+        FileExistsError: for a folder with a run, unless `resume` is given.
     """
-    if not torch.cuda.is_available():
-        return "cpu"
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return next(
-        (name for least, name in ((38, "a100-7b"), (20, "l4-7b"), (10, "t4-3b")) if memory >= least), "cpu"
+    settings, output = load_config(config), Path(output)
+    found = resume_from(output, resume, settings)
+    save_settings(output, settings)
+    trainer = build_trainer(settings, output, policy, frame)
+    scorer = Scorer(
+        (trainer.model, trainer.processing_class),
+        settings.thinking,
+        numbered=settings.picture_number,
+        max_new_tokens=trainer.args.max_completion_length,
+        seed=trainer.args.seed,
     )
+    watched = set_rows(settings.sets, settings.root, "val")
+    watched = watched.sample(min(len(watched), settings.validation["rows"]), random_state=0)
+    log = RunLog(
+        output / "log.csv",
+        scorer,
+        watched,
+        settings.validation["every"],
+        step_of(found),
+        sharded(trainer),
+    )
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another class in notebooks
+    trainer.add_callback(log)
+    trainer.add_callback(shown or ProgressBar(log))
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    trainer.save_model(str(output / "policy"))
+    trainer.processing_class.save_pretrained(output / "policy")
+    if trainer.is_world_process_zero():
+        card = model_card(settings, log.table(), machine_line(trainer.args.seed))
+        (output / "policy" / "README.md").write_text(card, encoding="utf-8")
+    return output / "policy"
 
 
 @quiet()
-def grpo_config(config: dict, output: Path) -> GRPOConfig:
-    """Return TRL's settings for a configuration; ValueError for what TRL does not take, or a GPU that is not
-    there.
+def build_trainer(
+    config: str | Path | Settings,
+    output: Path,
+    policy: tuple[PreTrainedModel, ProcessorMixin] | None = None,
+    frame: pd.DataFrame | None = None,
+) -> GRPOTrainer:
+    """Return the configured trainer: TRL's own, with our rewards, rows and settings; arguments as of `train`.
+
+    Raises:
+        ValueError: for settings that cannot be meant, before the model is loaded.
     """
-    grpo = {"report_to": "none"} | config["grpo"]
+    settings = load_config(config)
+    args = grpo_config(settings.grpo, output)
+    rewards = reward_functions(
+        settings.reward, args.num_generations, settings.thinking, settings.reward_options
+    )
+    if frame is None:
+        frame = set_rows(settings.sets, settings.root, "train")
+    rows = training_rows(frame, args, settings.thinking, settings.picture_number)
+    model, processor = policy or _load(settings)
+    freeze(model, settings.frozen)
+    if not settings.use_peft and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"frozen {settings.frozen} leaves nothing to train; freeze less, or use_peft: true")
+    trainer = _trainer(
+        model, processor, args, rewards, rows, adapter_of(settings), settings.model_name_or_path
+    )
+    if not sharded(trainer):  # DeepSpeed and FSDP keep fp32 weights, and processes must make the same calls
+        if settings.share_prompts:
+            _share(trainer, one_tower="visual" in settings.frozen)
+        _widen(trainer.model)
+    return trainer
+
+
+def _load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin]:
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    return load_policy(settings.model_name_or_path, settings.load_in_4bit, dtype, settings.pixels)
+
+
+def adapter_of(settings: Settings) -> LoraConfig | None:
+    """Return the adapter that is trained, None where all weights are."""
+    if not settings.use_peft:
+        return None
+    return lora_config(settings.lora_r, settings.lora_alpha, settings.lora_vision)
+
+
+def _trainer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    args: GRPOConfig,
+    rewards: list,
+    rows: Dataset,
+    adapter: LoraConfig | None,
+    name: str,
+) -> GRPOTrainer:
+    bar(args, processor)
+    if adapter:
+        model.name_or_path = name  # peft notes it as the adapter's base: the name given, not its folder
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=adapter,
+    )
+    own_names(trainer.model)
+    note_base(trainer.model)
+    return trainer
+
+
+def _share(trainer: GRPOTrainer, one_tower: bool) -> None:
+    """Compute once what the K answers to an image share; one_tower: policy and reference have the same."""
+    if base_of(trainer.model).config.model_type not in SHARED:
+        return
+    process_once(trainer.processing_class)
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        share(model, prompts=not trainer.args.gradient_checkpointing)
+    if trainer.ref_model is not None and one_tower:
+        trainer.ref_model.model.visual = trainer.model.model.visual
+
+
+def _widen(model: torch.nn.Module) -> None:
+    """Train in fp32: TRL makes adapters bf16, which rounds steps below 1e-4 away; fp16 needs it, too."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@quiet()
+def grpo_config(grpo: dict, output: Path) -> GRPOConfig:
+    """Return TRL's settings.
+
+    Args:
+        grpo: keys of GRPOConfig.
+        output: folder of the run.
+
+    Raises:
+        ValueError: for what TRL does not take, or a GPU that is not there.
+    """
     if "max_steps" not in grpo:
         raise ValueError("max_steps is missing: say under grpo, or by --steps, for how many steps to train")
     if not grpo.get("use_cpu") and not torch.cuda.is_available():
         raise ValueError(
-            "this configuration is for a GPU, and torch sees none; on a CPU use --config cpu, or set use_cpu: true and bf16: false under grpo"
+            "this configuration is for a GPU, and torch sees none; on a CPU use --config cpu, or set "
+            "use_cpu: true and bf16: false under grpo"
         )
+    folder = str(output / "checkpoints")
     try:
-        return GRPOConfig(
-            output_dir=str(output / "checkpoints"), num_train_epochs=1, shuffle_dataset=False, **grpo
-        )
+        return GRPOConfig(output_dir=folder, num_train_epochs=1, shuffle_dataset=False, **grpo)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"trl.GRPOConfig does not take what is under grpo: {' '.join(str(error).split())}"
-        ) from error
-
-
-def rewards(config: dict) -> list:
-    """Return the reward functions of a configuration: what is to be learned, and the format, 1:1 as in the
-    official code.
-    """
-    form = format_reward if config["thinking"] else answer_format_reward
-    k = config["grpo"].get("num_generations", TRL_DEFAULTS["num_generations"])
-    chosen = {
-        "ranking": lambda: [RankingReward(k, **config["variant"])],
-        "threshold": lambda: [ThresholdReward()],
-        "absolute": lambda: [absolute_error_reward],
-        "format": lambda: [],
-    }
-    return chosen[config["reward"]]() + [form]
+        said = " ".join(str(error).split())
+        raise ValueError(f"trl.GRPOConfig does not take what is under grpo: {said}") from error
 
 
 def images_per_step(args: GRPOConfig) -> int:
@@ -107,140 +208,58 @@ def images_per_step(args: GRPOConfig) -> int:
     return args.generation_batch_size // args.num_generations
 
 
-def training_rows(config: dict, args: GRPOConfig, frame: pd.DataFrame | None = None):
-    """Return TRL's dataset in the order of training: chunks of one data set, only rows that will be used."""
-    if frame is None:
-        frame = set_rows(config, "train")
-    count = images_per_step(args)
-    passes = -(
-        -args.max_steps
-        * args.gradient_accumulation_steps
-        // (args.steps_per_generation * args.num_iterations)
-    )
-    epochs = -(-passes * count // max(1, len(frame) - count * frame["dataset"].nunique() + 1))
-    order = one_set_batches(frame, count, args.seed, max(1, epochs))[: passes * count]
+def training_rows(
+    frame: pd.DataFrame, args: GRPOConfig, thinking: bool = True, picture_number: bool = False
+) -> Dataset:
+    """Return TRL's dataset in the order of training: batches of one data set, only rows that will be used."""
+    images = images_per_step(args)
+    learned = args.max_steps * args.gradient_accumulation_steps  # batches, counting a repeated one again
+    batches = math.ceil(learned / (args.steps_per_generation * args.num_iterations))
+    left_out = images * frame["dataset"].nunique() - 1  # rows of an epoch, at most: they fill no batch
+    epochs = math.ceil(batches * images / max(1, len(frame) - left_out))
+    order = one_set_batches(frame, images, args.seed, max(1, epochs))[: batches * images]
     used = sorted(set(order))
     place = {row: i for i, row in enumerate(used)}
     rows = frame.iloc[used]
-    return prompt_rows(rows, pictures_of(rows), config["thinking"], config["numbered"]).select(
-        [place[row] for row in order]
-    )
+    dataset = prompt_rows(rows, pictures_of(rows), thinking, picture_number)
+    return dataset.select([place[row] for row in order])
 
 
-def set_rows(config: dict, split: str) -> pd.DataFrame:
-    """Return the rows of a split of all the configuration's sets, each image by its absolute path.
+def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> pd.DataFrame:
+    """Return the rows of several sets, each image by its absolute path.
 
-    `root` is one folder for all sets, or one for each by name; None: where `load_ratings` looks.
+    Args:
+        sets: names, or paths of manifests.
+        root: one folder for all sets, or one for each by name; None: where `load_ratings` looks.
+        split: train, val or test.
+
+    Raises:
+        ValueError: for a set without rows of the split.
     """
-    root = config["root"]
-    roots = root if isinstance(root, dict) else dict.fromkeys(config["sets"], root)
-    frames = [_of_split(load_ratings(name, roots.get(name)), split) for name in config["sets"]]
-    return pd.concat([frame.assign(image=_absolute(frame)) for frame in frames], ignore_index=True)
-
-
-def _absolute(frame: pd.DataFrame) -> list[str]:
-    return [str(Path(frame.attrs["root"], name).absolute()) for name in frame["image"]]
-
-
-def _of_split(frame: pd.DataFrame, split: str) -> pd.DataFrame:
-    rows = frame[frame["split"] == split]
-    if rows.empty:
-        raise ValueError(f"set {frame['dataset'].iloc[0]!r} has no rows with split {split!r}")
-    return rows
-
-
-class RunLog(TrainerCallback):
-    """Write log.csv as training goes, with validation by the Scorer every so many steps.
-
-    Validation rows are a fixed sample of the sets' val rows, scored with the prompt that is trained;
-    val_unscored counts those that got no score and so are not in the other columns. Of several processes
-    the first one writes, and scores unless the weights are spread over all (sharded): then all must take
-    part.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        scorer: Scorer,
-        frame: pd.DataFrame,
-        every: int,
-        resumed_at: int,
-        sharded: bool = False,
-    ):
-        self.path, self.scorer, self.frame, self.every, self.sharded = path, scorer, frame, every, sharded
-        self.images, self.start = pictures_of(frame), time.time()
-        self.rows = []
-        if resumed_at and path.is_file():
-            old = read_table(path)
-            self.rows = old[old["step"] <= resumed_at].to_dict("records")
-            self.start -= self.rows[-1]["seconds"] if self.rows else 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self._validate(state)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._validate(state)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in logs and state.is_world_process_zero:
-            form = [value for key, value in logs.items() if key.endswith("format_reward/mean")]
-            self._write(state.global_step, logs | {"format": form[0] if form else None})
-
-    def _validate(self, state) -> None:
-        if not (state.is_world_process_zero or self.sharded):
-            return
-        found = self.scorer.score(self.images)
-        if state.is_world_process_zero:
-            scores = [score.score for score in found]
-            family = (
-                naming(self.frame.assign(reasoning=[score.reasoning for score in found]))["family"]
-                if self.scorer.thinking
-                else None
-            )
-            sets = list(
-                self.frame.assign(score=scores).groupby("dataset")
-            )  # each has its own scale: means over sets
-            values = {
-                f"val_{key}": sum(f(rows["score"], rows["mos"]) for _, rows in sets) / len(sets)
-                for key, f in (("srcc", srcc), ("plcc", plcc))
-            }
-            self._write(
-                state.global_step,
-                values | {"val_family": family, "val_unscored": sum(map(math.isnan, scores))},
-            )
-
-    def _write(self, step: int, logs: dict) -> None:
-        logs = logs | {"step": step, "seconds": round(time.time() - self.start, 1)}
-        row = {column: logs[key] for column, key in LOG.items() if logs.get(key) is not None}
-        if self.rows and self.rows[-1]["step"] == step:  # validation and training log the same step
-            self.rows[-1] |= row
-        else:
-            self.rows.append(row)
-        write_table(self.path, pd.DataFrame(self.rows, columns=list(LOG)), self.scorer.seed, "%.5g")
-
-
-class Progress(ProgressCallback):
-    """The Trainer's progress bar with the reward and the last validation beside it, instead of every log
-    entry.
-    """
-
-    def __init__(self, log: RunLog):
-        super().__init__()
-        self.log = log
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and self.log.rows:
-            table = pd.DataFrame(self.log.rows, columns=["reward", "val_srcc"]).ffill().iloc[-1].dropna()
-            self.training_bar.set_postfix({key: f"{value:.3f}" for key, value in table.items()})
+    roots = root if isinstance(root, dict) else dict.fromkeys(sets, root)
+    frames = []
+    for name in sets:
+        ratings = load_ratings(name, roots.get(name))
+        rows = ratings[ratings["split"] == split]
+        if rows.empty:
+            raise ValueError(f"set {ratings['dataset'].iloc[0]!r} has no rows with split {split!r}")
+        paths = [str(Path(ratings.attrs["root"], image).absolute()) for image in rows["image"]]
+        frames.append(rows.assign(image=paths))
+    return pd.concat(frames, ignore_index=True)
 
 
 def freeze(model: torch.nn.Module, names: list[str]) -> None:
-    """Stop training the parameters with one of `names` in their path; ValueError for a name that none has.
+    """Stop training some parts of a model.
 
     A frozen vision tower must not ask for input gradients either: with gradient checkpointing the backward
     pass would run through all of it for nothing.
+
+    Args:
+        model: whose parameters no longer require gradients.
+        names: parts of the parameters' paths.
+
+    Raises:
+        ValueError: for a name that no parameter has.
     """
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     unknown = set(names) - parts
@@ -255,55 +274,6 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
         base_of(model).model.visual.get_input_embeddings = lambda: None
 
 
-@quiet()
-def build_trainer(config: dict, output: Path, policy=None, frame: pd.DataFrame | None = None) -> GRPOTrainer:
-    """Return the configured trainer: TRL's own, with our rewards, rows and settings.
-
-    policy: (model, processor), default the configuration's. frame: manifest rows to train on instead of the
-    sets'. Raises ValueError for settings that cannot be meant (`check_config`) before the model is loaded.
-    """
-    check_config(config)
-    args, functions = grpo_config(config, output), rewards(config)
-    adapter = None if config["lora"] is None else lora_config(**config["lora"])
-    rows = training_rows(config, args, frame)
-    dtype = getattr(torch, config["dtype"]) if config["dtype"] else None
-    model, processor = policy or load_policy(config["policy"], config["quantize"], dtype, config["pixels"])
-    bar(args, processor)
-    freeze(model, config["frozen"])
-    if not adapter and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"frozen {config['frozen']} leaves nothing to train; freeze less, or give lora")
-    if adapter:
-        model.name_or_path = str(
-            config["policy"]
-        )  # what peft notes as an adapter's base: the name given, not its folder
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=functions,
-        args=args,
-        train_dataset=rows,
-        processing_class=processor,
-        peft_config=adapter,
-    )
-    own_names(trainer.model)
-    note_base(trainer.model)
-    if sharded(
-        trainer
-    ):  # DeepSpeed and FSDP keep their own fp32 weights, and every process must make the same calls
-        return trainer
-    if config["share"] and base_of(trainer.model).config.model_type in SHARED:
-        process_once(processor)
-        for model in filter(None, (trainer.model, trainer.ref_model)):
-            share(model, prompts=not args.gradient_checkpointing)
-        if (
-            trainer.ref_model is not None and "visual" in config["frozen"]
-        ):  # the same frozen tower: one look serves both
-            trainer.ref_model.model.visual = trainer.model.model.visual
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes adapters bf16, in which steps below 1e-4 are rounded away; fp16 training needs fp32, too
-            parameter.data = parameter.data.float()
-    return trainer
-
-
 def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
     """Keep TRL from sampling tokens that only a prompt may hold, in the words of what samples: vLLM or
     transformers.
@@ -316,55 +286,3 @@ def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
 def sharded(trainer: GRPOTrainer) -> bool:
     """Tell whether the weights are spread over the processes."""
     return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-
-
-def validation_rows(config: dict) -> pd.DataFrame:
-    """Return the fixed sample of val rows that training is watched on."""
-    frame = set_rows(config, "val")
-    return frame.sample(min(len(frame), config["validation"]["rows"]), random_state=0)
-
-
-@quiet()
-def train(
-    config: dict,
-    output: str | Path,
-    resume: bool = False,
-    policy=None,
-    frame: pd.DataFrame | None = None,
-    shown: TrainerCallback | None = None,
-) -> Path:
-    """Train and return the folder of the trained policy; see `build_trainer` for policy and frame.
-
-    Writes config.yaml, log.csv, checkpoints/ and policy/ (with a model card) into `output`. `resume` goes
-    on from the last checkpoint, with the settings that the run was begun with (`vqr1.runs.resume_from`;
-    rows given as `frame` are not compared). shown: a callback that shows how far it is, instead of the
-    progress bar.
-    """
-    output = Path(output)
-    check_config(config)
-    found = resume_from(output, resume, config)
-    save_settings(output, config)
-    trainer = build_trainer(config, output, policy, frame)
-    scorer = Scorer(
-        (trainer.model, trainer.processing_class),
-        config["thinking"],
-        numbered=config["numbered"],
-        max_new_tokens=trainer.args.max_completion_length,
-        seed=trainer.args.seed,
-    )
-    rows = validation_rows(config)
-    log = RunLog(
-        output / "log.csv", scorer, rows, config["validation"]["every"], step_of(found), sharded(trainer)
-    )
-    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another class in notebooks
-    trainer.add_callback(log)
-    trainer.add_callback(shown or Progress(log))
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
-    trainer.save_model(str(output / "policy"))
-    trainer.processing_class.save_pretrained(output / "policy")
-    if trainer.is_world_process_zero():
-        (output / "policy" / "README.md").write_text(
-            model_card(config, pd.DataFrame(log.rows, columns=list(LOG)), machine_line(log.scorer.seed)),
-            encoding="utf-8",
-        )
-    return output / "policy"

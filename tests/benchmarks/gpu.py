@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
 
-from vqr1.config import load_config
+from vqr1.config import Settings, load_config
 from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
 from vqr1.policy import (  # noqa: E402
     CHAT_TEMPLATE,
@@ -231,29 +231,27 @@ def photographs(count: int, tiny: bool) -> pd.DataFrame:
     return rows if tiny else rows.assign(crop="")  # whole: 512x384
 
 
-def configuration(tiny: bool, steps: int) -> dict:
+def configuration(tiny: bool, steps: int) -> Settings:
     """Return kadid-7b-qlora with one generation per step, for this GPU, or in small for a CPU."""
     config = load_config("kadid-7b-qlora")
-    config["grpo"] |= {
+    change = {
         "max_steps": steps,
-        "gradient_accumulation_steps": config["grpo"]["steps_per_generation"],
+        "gradient_accumulation_steps": config.grpo["steps_per_generation"],
         "save_strategy": "no",
     }
     if tiny:
-        small = {
+        change |= {
             "per_device_train_batch_size": 2,
             "steps_per_generation": 2,
             "gradient_accumulation_steps": 2,
-        }
-        config["grpo"] |= small | {
             "num_generations": 2,
             "max_completion_length": 4,
             "use_cpu": True,
             "bf16": False,
         }
     elif default_dtype() == torch.float16:
-        config["grpo"] |= {"bf16": False, "fp16": True}
-    return config
+        change |= {"bf16": False, "fp16": True}
+    return config.changed(grpo=change)
 
 
 def grpo_step(model, processor, tiny: bool, out: Path) -> dict:
@@ -305,13 +303,13 @@ def measured(sizes: list[str], caps: tuple) -> list[dict]:
 def of_configuration(name: str) -> dict[str, float]:
     """Return the computed memory by part of a configuration for one GPU."""
     config = load_config(name)
-    grpo, size = config["grpo"], "3B" if "-3B-" in config["policy"] else "7B"
+    grpo, size = config.grpo, "3B" if "-3B-" in config.model_name_or_path else "7B"
     batch, k = grpo["per_device_train_batch_size"], grpo["num_generations"]
-    images, dtype = batch * grpo["steps_per_generation"] // k, getattr(torch, config["dtype"] or "bfloat16")
+    images, dtype = batch * grpo["steps_per_generation"] // k, getattr(torch, config.dtype or "bfloat16")
     return memory_by_part(
         qwen_config(size),
-        config["quantize"],
-        config["lora"]["r"],
+        config.load_in_4bit,
+        config.lora_r,
         images,
         k,
         grpo["max_completion_length"],

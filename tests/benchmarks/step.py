@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from scoring import arguments, peak, publish, timed
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
 
-from vqr1.config import load_config
+from vqr1.config import Settings, load_config
 from vqr1.policy import base_of, default_dtype
 from vqr1.sharing import process_once, share
 from vqr1.thurstone import ranking_reward
@@ -74,15 +74,15 @@ def squares(count: int, side: int) -> pd.DataFrame:
     return photographs(count, tiny=True).assign(crop=f"0,0,{side},{side}")
 
 
-def embedded(images: int, k: int, side: int, steps: int, **grpo) -> dict:
+def embedded(images: int, k: int, side: int, steps: int, **grpo) -> Settings:
     """cpu.yaml for one step's images, which all have side x side px."""
-    config = load_config("cpu") | {"pixels": [side**2, side**2]}
     sizes = {"per_device_train_batch_size": images * k, "num_generations": k, "max_steps": steps}
-    config["grpo"] |= (
-        sizes | {"save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": True} | grpo
-    )
-    return config
+    rest = {"save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": True}
+    return load_config("cpu").changed(min_pixels=side**2, max_pixels=side**2, grpo=sizes | rest | grpo)
 
+
+STILL = 1e-12
+"""A learning rate that leaves the weights as they are: all steps cost the same."""
 
 # Where the time goes
 
@@ -196,10 +196,10 @@ class Turns(TrainerCallback):
         return "prefill" if self._inside("decoding") and given.shape[1] > 1 else None
 
 
-def step_rows(name: str, config: dict, frame: pd.DataFrame, repeats: int, policy=None) -> list[dict]:
+def step_rows(name: str, config: Settings, frame: pd.DataFrame, repeats: int, policy=None) -> list[dict]:
     """One row per part: median seconds of a stock and of a sharing step, and their ratio."""
     with tempfile.TemporaryDirectory() as out:
-        trainer = build_trainer(config | {"share": False}, Path(out), policy, frame)
+        trainer = build_trainer(config.changed(share_prompts=False), Path(out), policy, frame)
         size = images_per_step(trainer.args)
         order = [pair * size + i for pair in range(repeats + 1) for _ in range(2) for i in range(size)]
         trainer.train_dataset = trainer.train_dataset.select(order)
@@ -227,7 +227,7 @@ def step_rows(name: str, config: dict, frame: pd.DataFrame, repeats: int, policy
 def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
     rows, steps = [], 2 * (repeats + 1)
     for side, images in ((64, 2), (96, 2)) if small else ((112, 16), (448, 4)):
-        config = embedded(images, 6, side, steps, beta=0.04, learning_rate=0.0)
+        config = embedded(images, 6, side, steps, beta=0.04, learning_rate=STILL)
         rows += step_rows(
             f"embedded, {images} images of {side} px", config, squares(images * (repeats + 1), side), repeats
         )
@@ -235,7 +235,7 @@ def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
         print("No GPU here: no row of a randomly initialised 3B.\n")
         return rows
     config = configuration(False, steps)
-    config["grpo"] |= {"learning_rate": 0.0, "logging_steps": 1, "disable_tqdm": True}
+    config = config.changed(grpo={"learning_rate": STILL, "logging_steps": 1, "disable_tqdm": True})
     policy = random_policy(qwen_config("3B"), torch.device("cuda", 0), default_dtype())
     return rows + step_rows(
         "random 3B in 4 bits, 8 images of 512x384 px",
@@ -250,10 +250,11 @@ def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
 
 
 def point(settings: dict, scope: str = "local") -> dict:
-    """Seconds of the second of two steps, in all and by part, and MB by which the process grows at its peak."""
+    """Seconds of the second of two steps, in all and by part; MB by which the process grows at its peak."""
     side, tokens = round(settings["pixels"] ** 0.5), settings["new tokens"]
     more = {"max_completion_length": tokens, "generation_kwargs": {"min_new_tokens": tokens}}
-    config = embedded(settings["images"], settings["K"], side, 2, **more) | {"variant": {"scope": scope}}
+    config = embedded(settings["images"], settings["K"], side, 2, **more)
+    config = config.changed(reward_options={"scope": scope})
     with tempfile.TemporaryDirectory() as out:
         trainer, clock = build_trainer(config, Path(out), frame=squares(64, side)), Clock()
         trainer.model.generate = clock.around("rollouts", trainer.model.generate)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vqr1.config import KEYS, check_config, load_config
+from vqr1.config import load_config
 from vqr1.data.manifests import EMBEDDED
 from vqr1.experiments import studies
 from vqr1.experiments.studies import (
@@ -27,7 +27,8 @@ from vqr1.experiments.studies import (
 from vqr1.experiments.study_plans import STUDIES, Study, Variant
 from vqr1.metrics import difference, srcc
 from vqr1.records import read_table
-from vqr1.training import grpo_config, images_per_step, rewards
+from vqr1.rewards import reward_functions
+from vqr1.training import adapter_of, grpo_config, images_per_step
 
 GRID = [
     (name, variant)
@@ -44,7 +45,7 @@ def config_of(name, variant, seed=3):
 
 def rollouts(config, folder):
     """Answers sampled in the whole run."""
-    args = grpo_config(config, folder)
+    args = grpo_config(config.grpo, folder)
     passes = args.max_steps * args.gradient_accumulation_steps // args.steps_per_generation
     return images_per_step(args) * args.num_generations * passes
 
@@ -55,10 +56,25 @@ def rollouts(config, folder):
 @pytest.mark.parametrize("name, variant", GRID, ids=" ".join)
 def test_trl_takes_every_variant(name, variant, tmp_path):
     config = config_of(name, variant)
-    args = grpo_config(config, tmp_path)
-    check_config(config)
+    args = grpo_config(config.grpo, tmp_path)
     assert args.seed == 3 and images_per_step(args) >= 2
-    assert len(rewards(config)) == (1 if config["reward"] == "format" else 2)
+    rewards = reward_functions(config.reward, args.num_generations, config.thinking, config.reward_options)
+    assert len(rewards) == (1 if config.reward == "format" else 2)
+
+
+def test_every_variant_differs_from_its_study_in_what_it_says_and_nothing_else():
+    for name, plan in STUDIES.items():
+        before = vars(load_config(plan.config))
+        for variant, line in plan.variants.items():
+            after = vars(config_of(name, variant))
+            said = {"grpo": {}} | {key: value for key, value in line.change.items() if key != "rows"}
+            said["grpo"] = said["grpo"] | {"seed": 3}
+            differing = {key for key in before if before[key] != after[key]}
+            assert differing <= set(said), f"{name}, {variant}"
+            for key, value in said.items():
+                expected = before[key] | value if isinstance(value, dict) else value
+                assert after[key] == expected, f"{name}, {variant}, {key}"
+            assert adapter_of(config_of(name, variant)).r == 16, f"{name}, {variant}"
 
 
 @pytest.mark.parametrize(
@@ -90,21 +106,23 @@ def test_a_change_leaves_the_rest_alone():
     before = load_config("cpu-study")
     after = changed(
         before,
-        {"reward": "threshold", "rows": "realigned", "grpo": {"beta": 0.1}, "variant": {"binary": True}},
+        {
+            "reward": "threshold",
+            "rows": "realigned",
+            "grpo": {"beta": 0.1},
+            "reward_options": {"binary": True},
+        },
         seed=7,
     )
-    assert after["grpo"] == before["grpo"] | {"beta": 0.1, "seed": 7}
-    assert after["variant"] == {"bounded": True, "binary": True}, (
+    assert after.grpo == before.grpo | {"beta": 0.1, "seed": 7}
+    assert after.reward_options == {"bounded": True, "binary": True}, (
         "else it would differ from its control in two things"
     )
-    assert {key for key in after if after[key] != before[key]} == {"reward", "grpo", "variant"}
-
-
-def test_the_short_run_is_the_demos_made_short():
-    short, long = load_config("cpu-study"), load_config("cpu")
-    assert {key for key in KEYS if short[key] != long[key]} == {"grpo", "validation"}
-    kept = set(long["grpo"]) - {"max_steps", "warmup_steps", "save_steps", "save_total_limit"}
-    assert {key: short["grpo"][key] for key in kept} == {key: long["grpo"][key] for key in kept}
+    assert {key for key, value in vars(after).items() if value != getattr(before, key)} == {
+        "reward",
+        "grpo",
+        "reward_options",
+    }
 
 
 # --- training rows ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqr1.config import load_config
+from vqr1.config import Settings, load_config
 from vqr1.evaluation import (
     EVALUATION_SETS,
     Rows,
@@ -23,7 +23,7 @@ from vqr1.evaluation import (
 from vqr1.plots import gallery, jpeg, scatter, training_figure
 from vqr1.policy import load_policy
 from vqr1.records import machine_line, markdown, read_table
-from vqr1.runs import resume_from
+from vqr1.runlog import resume_from
 from vqr1.training import train
 
 
@@ -46,15 +46,15 @@ def demo(
     output, settings = Path(output), load_config(config)
     resume_from(output, resume)  # before minutes of evaluation
     if steps:
-        settings["grpo"]["max_steps"] = steps
+        settings = settings.changed(grpo={"max_steps": steps})
     start = time.time()
     print("Rendering the test pictures and scoring them before training.", flush=True)
     sets = evaluation_rows(EVALUATION_SETS, limit=limit)
-    before, old = evaluate(settings["policy"], sets)
+    before, old = evaluate(settings.model_name_or_path, sets)
     evaluated = time.time()
     print(
         f"Rendered and evaluated in {evaluated - start:.0f} s. "
-        f"Training for {settings['grpo']['max_steps']} steps.",
+        f"Training for {settings.grpo['max_steps']} steps.",
         flush=True,
     )
     policy = train(settings, output, resume=resume)
@@ -63,14 +63,14 @@ def demo(
     after, new = evaluate(load_policy(policy), sets)
     save_scores(old, output / "before")
     save_scores(new, output / "after")
-    figures(output, sets["sim-kadid"], old, new, settings["thinking"])
+    figures(output, sets["sim-kadid"], old, new, settings.thinking)
     report = demo_report(before, after, old, new, settings, trained - evaluated)
     (output / "report.md").write_text(report, encoding="utf-8")
     return report
 
 
 def demo_report(
-    before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, settings: dict, seconds: float
+    before: pd.DataFrame, after: pd.DataFrame, old: dict, new: dict, settings: Settings, seconds: float
 ) -> str:
     """Return the report of a demo in Markdown."""
     columns = [
@@ -108,7 +108,7 @@ def demo_report(
         "# From photographs to a trained ranker",
         "Ratings are simulated (`sim-`): made from published human means of KADID-10k's types and levels, "
         "not from people who saw these pictures.",
-        f"{machine_line(settings['grpo']['seed'])}; training {seconds:.0f} s",
+        f"{machine_line(settings.grpo['seed'])}; training {seconds:.0f} s",
         "## Before",
         markdown(before.reindex(columns=columns)),
         "## After",

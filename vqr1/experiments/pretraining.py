@@ -24,7 +24,7 @@ from vqr1.distortions import distort, true_strength
 from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
 from vqr1.policy import build_policy, own_names, start_from_energies
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
-from vqr1.runs import last_checkpoint, same_settings, save_settings, step_of
+from vqr1.runlog import last_checkpoint, same_settings, save_settings, step_of
 
 with quiet():
     from transformers import Trainer, TrainingArguments

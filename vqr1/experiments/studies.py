@@ -18,16 +18,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vqr1.config import check_config, load_config
+from vqr1.config import Settings, load_config, merged
 from vqr1.data.batches import realigned
 from vqr1.data.manifests import EMBEDDED, render_rows
 from vqr1.evaluation import STATISTICS, Rows, agreement, evaluate, evaluation_rows, naming
 from vqr1.experiments.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
 from vqr1.experiments.study_plans import STUDIES, Study
 from vqr1.metrics import Statistic, difference, srcc, srcc_by
-from vqr1.policy import load_policy, lora_config
+from vqr1.policy import load_policy
 from vqr1.records import read_table, write_table
-from vqr1.training import grpo_config, images_per_step, set_rows, train
+from vqr1.training import adapter_of, grpo_config, images_per_step, set_rows, train
 
 STUDY_COLUMNS = [
     "study",
@@ -62,11 +62,17 @@ POOL = 480
 """Training rows of a short run: a fixed sample, the same for all variants and seeds."""
 
 
-def changed(config: dict, change: dict, seed: int) -> dict:
-    """Return a configuration with a variant's changes (grpo and variant: key by key) and a seed."""
-    merged = {key: config[key] | change.get(key, {}) for key in ("grpo", "variant")}
-    merged["grpo"] |= {"seed": seed}
-    return config | {key: value for key, value in change.items() if key != "rows"} | merged
+def changed(config: Settings, change: dict, seed: int, source: str = "study") -> Settings:
+    """Return a configuration with a variant's changes and a seed.
+
+    Args:
+        config: the study's.
+        change: settings, those of a section key by key; `rows` is no setting.
+        seed: of the run.
+        source: what an error's text starts with.
+    """
+    settings = {key: value for key, value in change.items() if key != "rows"}
+    return config.changed(source, **merged(settings, {"grpo": {"seed": seed}}))
 
 
 @cache
@@ -75,21 +81,21 @@ def _test_rows(sets: tuple) -> dict[str, Rows]:
     return {name: evaluation_rows([name], limit=limit)[name] for name, limit in sets}
 
 
-def training_frame(config: dict, kind: str | None = None, pool: int | None = POOL) -> pd.DataFrame:
+def training_frame(config: Settings, kind: str | None = None, pool: int | None = POOL) -> pd.DataFrame:
     """Return the rows that a variant is trained on: at most `pool` of each set, a fixed sample; None: all.
 
     kind: of `ROWS`. Raises ValueError for another.
     """
     if kind not in ROWS:
         raise ValueError(f"rows {kind!r} are unknown; use one of {', '.join(map(str, ROWS))}")
-    rows = set_rows(config, "train")
+    rows = set_rows(config.sets, config.root, "train")
     if pool:
-        each = pool // len(config["sets"])
+        each = pool // len(config.sets)
         rows = pd.concat(
             [group.sample(min(len(group), each), random_state=0) for _, group in rows.groupby("dataset")],
             ignore_index=True,
         )
-    return ROWS[kind](rows, config["grpo"]["seed"])
+    return ROWS[kind](rows, config.grpo["seed"])
 
 
 def _permuted(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -108,30 +114,30 @@ ROWS = {
 one name, so that their raw MOS are compared."""
 
 
-def _rl(config: dict, frame: pd.DataFrame, output: Path) -> tuple:
+def _rl(config: Settings, frame: pd.DataFrame, output: Path) -> tuple:
     return load_policy(train(config, output, resume=True, frame=frame))
 
 
-def _supervised(config: dict, frame: pd.DataFrame, output: Path) -> tuple:
-    policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
-    adapter = lora_config(**config["lora"])
-    return supervised(policy, frame, images, steps=150, seed=config["grpo"]["seed"], adapter=adapter)
+def _supervised(config: Settings, frame: pd.DataFrame, output: Path) -> tuple:
+    policy, images = load_policy(config.model_name_or_path), render_rows(frame, workers=1)
+    adapter = adapter_of(config)
+    return supervised(policy, frame, images, steps=150, seed=config.grpo["seed"], adapter=adapter)
 
 
-def _cnn(config: dict, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
+def _cnn(config: Settings, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
     images = render_rows(frame, workers=1)
-    model = train_cnn(frame, images, ranker=ranker, steps=120, seed=config["grpo"]["seed"])
+    model = train_cnn(frame, images, ranker=ranker, steps=120, seed=config.grpo["seed"])
     return partial(score_cnn, model)
 
 
-def _tower(config: dict, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
-    policy, images = load_policy(config["policy"]), render_rows(frame, workers=1)
-    head = train_head(policy, frame, images, ranker=ranker, steps=300, seed=config["grpo"]["seed"])
+def _tower(config: Settings, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
+    policy, images = load_policy(config.model_name_or_path), render_rows(frame, workers=1)
+    head = train_head(policy, frame, images, ranker=ranker, steps=300, seed=config.grpo["seed"])
     return partial(score_head, policy, head)
 
 
 UNTRAINED = {
-    "before": lambda config: load_policy(config["policy"]),
+    "before": lambda config: load_policy(config.model_name_or_path),
     "brisque": lambda config: brisque,
     "piqe": lambda config: piqe,
 }
@@ -170,10 +176,9 @@ def run(
     line = plan.variants[variant]
     if line.method not in METHODS:
         raise ValueError(f"method {line.method!r} is unknown; use one of {', '.join(METHODS)}")
-    config = changed(load_config(plan.config), line.change, seed)
+    config = changed(load_config(plan.config), line.change, seed, f"variant {variant}")
     if steps:
-        config["grpo"] |= {"max_steps": steps}
-    check_config(config, f"variant {variant}")
+        config = config.changed(grpo={"max_steps": steps})
     start, seconds = time.process_time(), np.nan
     if line.method in UNTRAINED:
         learned = UNTRAINED[line.method](config)
@@ -183,7 +188,7 @@ def run(
         seconds = time.process_time() - start
     sets = _test_rows(tuple(plan.sets.items()))
     if isinstance(learned, tuple):
-        tables = evaluate(learned, sets, modes=(config["thinking"],))[1]
+        tables = evaluate(learned, sets, modes=(config.thinking,))[1]
     else:
         tables = {
             (name, "score", False): own.frame.assign(score=learned(own.images), reasoning="")
@@ -206,11 +211,11 @@ def _words(table: pd.DataFrame) -> dict:
     return naming(table) if table["reasoning"].ne("").any() else {}
 
 
-def _log(config: dict, path: Path, name: dict) -> pd.DataFrame:
+def _log(config: Settings, path: Path, name: dict) -> pd.DataFrame:
     """Return a run's log with the number of answers sampled so far, or nothing for what is no RL."""
     if not path.is_file():
         return pd.DataFrame()
-    args = grpo_config(config, path.parent)
+    args = grpo_config(config.grpo, path.parent)
     per_step = (
         images_per_step(args)
         * args.num_generations

@@ -49,7 +49,7 @@ def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1)
 
 FULL = dict.fromkeys(EVALUATION_SETS)
 ALL = {"sets": list(MIXTURE)}
-AGAIN = {"policy": "runs/pretrain-1/policy"}
+AGAIN = {"model_name_or_path": "runs/pretrain-1/policy"}
 """A second pretraining seed, of half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out
 runs/pretrain-1
 """
@@ -99,9 +99,9 @@ STUDIES = {
             "supervised": Variant(5, method="supervised"),
             "threshold": Variant(5, {"reward": "threshold"}),
             "ranking": Variant(5),
-            "binary": Variant(5, {"variant": {"binary": True}}),
-            "average": Variant(3, {"variant": {"average": True}}),
-            "variance one": Variant(3, {"variant": {"variance": 1.0}}),
+            "binary": Variant(5, {"reward_options": {"binary": True}}),
+            "average": Variant(3, {"reward_options": {"average": True}}),
+            "variance one": Variant(3, {"reward_options": {"variance": 1.0}}),
             "K = 2": Variant(3, _batch(16, 2)),
             "K = 4": Variant(3, _batch(16, 4)),
             "K = 8": Variant(3, _batch(16, 8)),
@@ -133,7 +133,7 @@ STUDIES = {
         "before",
         {
             "before": Variant(1, AGAIN, method="before"),
-            "ranking": Variant(2, AGAIN | {"variant": {"bounded": False}}),
+            "ranking": Variant(2, AGAIN | {"reward_options": {"bounded": False}}),
             "bounded": Variant(2, AGAIN),
         },
         minutes=9,
