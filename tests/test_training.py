@@ -173,7 +173,8 @@ def question(rows):
     """One picture and the paper's question, as the model takes it."""
 
     def inputs(processor) -> dict:
-        prompt = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+        asked = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
+        prompt = f"{asked}<|im_start|>assistant\n"
         return processor(text=[prompt], images=[render(rows.iloc[0])], return_tensors="pt")
 
     return inputs
@@ -225,7 +226,7 @@ def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(True, True), (False, False), (False, True)])
 def test_a_policy_that_wants_to_write_a_picture_never_does(share, checkpointing, rows, tmp_path, monkeypatch):
-    """A sampled placeholder has no picture: the forward for log-probabilities would fail, hours into a run."""
+    """A sampled placeholder has no picture: the forward for log-probabilities would fail, late in a run."""
     model, processor = load_policy()
     barred, seen = pushed(model, processor), []
     generate = trl.GRPOTrainer._generate_single_turn

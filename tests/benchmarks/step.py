@@ -250,7 +250,7 @@ def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
 
 
 def point(settings: dict, scope: str = "local") -> dict:
-    """Seconds of the second of two steps, in all and by part, and MB by which the process grows at its peak."""
+    """Seconds of the second of two steps, in all and by part, and MB by which the process grows."""
     side, tokens = round(settings["pixels"] ** 0.5), settings["new tokens"]
     more = {"max_completion_length": tokens, "generation_kwargs": {"min_new_tokens": tokens}}
     config = embedded(settings["images"], settings["K"], side, 2, **more) | {"variant": {"scope": scope}}

@@ -177,7 +177,8 @@ def sampling_rows(score) -> pd.DataFrame:
 
 def test_agreement_is_one_for_scores_in_order_and_minus_one_for_reversed():
     for sign in (1, -1):
-        found = progress.agreement_with(sampling_rows(lambda place, n: sign * place), "sampling steps")
+        rows = sampling_rows(lambda place, n, sign=sign: sign * place)
+        found = progress.agreement_with(rows, "sampling steps")
         assert {found[key] for key in ("srcc", "srcc_lo", "srcc_hi", "means", "means_lo", "means_hi")} == {
             sign
         }
