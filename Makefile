@@ -56,7 +56,7 @@ demo: $(STAMP) ## the main job: evaluate, train by RL to rank, evaluate again (w
 	$(BIN)/vqr1 demo $(ARGS)
 
 lint: $(STAMP) ## format and lint of code and notebooks, by ruff
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
 
 check: lint ## lint and the fast tests, for the edit loop: no notebook, no browser

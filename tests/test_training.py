@@ -626,6 +626,7 @@ def test_every_keyword_given_to_trl_exists(called):
     assert given and given <= set(inspect.signature(getattr(trl, called)).parameters)
 
 
+@pytest.mark.slow
 def test_nobody_is_told_that_a_training_starts():
     """The library's telemetry is off also where neither CI nor the user's environment says so."""
     code = (
