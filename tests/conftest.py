@@ -33,10 +33,13 @@ LONGEST = (
     "04_multi_dataset_training.ipynb",
     "06_baselines_and_ablations.ipynb",
     "05_measuring_progress.ipynb",
+    "test_studies.py",
+    "test_cluster.py",
     "test_training.py",
     "test_bulk.py",
     "test_cli.py",
-    "test_studies.py",
+    "test_yardstick.py",
+    "test_scoring.py",
 )
 """The longest first, so that no process has one of them left when all else is done."""
 

@@ -237,6 +237,7 @@ def test_climbing_never_goes_down_and_repeats(photos, scorer):
     assert (one[list(progress.STRENGTHS)] >= 0).all(axis=None)
 
 
+@pytest.mark.slow
 def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, monkeypatch):
     """All networks and pictures are there, so that nothing is trained or scored: the stored rows must follow
     from the stored pictures.
