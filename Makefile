@@ -5,13 +5,20 @@ SHELL := bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP_FLAGS := --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# Each process takes a file of tests or a notebook whole, the longest first (tests/conftest.py).
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Many containers set it. Without bytecode every process compiles torch and transformers anew, 10 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench notebooks clean
+.PHONY: help install demo lint check test bench notebooks clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +26,7 @@ help: ## show this list
 	@echo "  PYTHON=python3.12     the Python (3.11 or newer) that makes .venv; now: $(PYTHON)"
 	@echo "  TORCH_INDEX=URL       take torch from this index, for example the small CPU-only build:"
 	@echo "                        TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "  WORKERS=2             processes that run tests side by side; each takes about 2 GB of memory"
 	@echo "  ARGS='…'              more arguments for vqr1 demo, pytest or the benchmarks"
 
 install: $(STAMP) ## set up .venv with everything (about 2 GB, some minutes the first time)
@@ -47,8 +55,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the main job: evaluate, train by RL to rank, evaluate again (writes runs/demo/)
 	$(BIN)/vqr1 demo $(ARGS)
 
-test: $(STAMP) ## the whole test suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+lint: $(STAMP) ## format and lint of code and notebooks, by ruff
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+
+check: lint ## lint and the fast tests, for the edit loop: no notebook, no browser
+	$(PYTEST) -m "not slow and not browser" tests vqr1 $(ARGS)
+
+test: $(STAMP) ## the whole test suite, notebooks too, offline
+	$(PYTEST) $(ARGS)
 
 bench: $(STAMP) ## the benchmarks, one after the other
 	@set -e; for script in tests/benchmarks/*.py; do \

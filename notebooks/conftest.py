@@ -1,10 +1,13 @@
-"""How nbval runs the notebooks: pyproject.toml says `--nbval-lax`, this file which are strict."""
+"""How nbval runs the notebooks: pyproject.toml says `--nbval-lax`, this file
+which are strict.
+"""
 
 import pytest
 from nbval.plugin import IPyNbFile
 
 STRICT = ("01_thurstone_reward",)
-"""Every output is compared; the policy samples in the others, and only cells tagged nbval-check-output are.
+"""Every output is compared. In the others the policy samples, and only cells
+tagged nbval-check-output are compared.
 """
 
 
@@ -18,7 +21,9 @@ def pytest_collectstart(collector):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    """The kernel starts in the first cell's setup; with the tests' MPLBACKEND=Agg it would show no plot."""
+    """The kernel starts in the first cell's setup; with the tests'
+    MPLBACKEND=Agg it would show no plot.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MPLBACKEND", raising=False)
         return (yield)

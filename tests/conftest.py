@@ -20,11 +20,56 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # tiny models: more is slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, and `make test` runs two processes
 
 # The same examples in every run, and no deadline: a slow machine is not a failure.
 settings.register_profile("vqr1", derandomize=True, deadline=None)
 settings.load_profile("vqr1")
+
+
+LONGEST = (
+    "02_qlora_grpo_training.ipynb",
+    "03_interactive_evaluation.ipynb",
+    "04_multi_dataset_training.ipynb",
+    "06_baselines_and_ablations.ipynb",
+    "05_measuring_progress.ipynb",
+    "test_studies.py",
+    "test_cluster.py",
+    "test_training.py",
+    "test_bulk.py",
+    "test_cli.py",
+    "test_yardstick.py",
+    "test_scoring.py",
+)
+"""The longest first, so that no process has one of them left when all else is done."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    for item in items:
+        if "started" in getattr(item, "fixturenames", ()):  # it starts another interpreter
+            item.add_marker("slow")
+
+
+def of_each(paths: list[Path]) -> Callable:
+    """A check of one file as one test of them all, which lists what each file fails with."""
+
+    def test_of_all(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            failures = []
+            for path in paths:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    failures.append(f"{path.relative_to(ROOT)}: {error}")
+            assert not failures, "\n\n".join(failures)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return test_of_all
 
 
 @pytest.fixture
@@ -73,6 +118,16 @@ def real_sets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is no folder: clone real sets (vqr1 data --list), name theirs in VQR1_REAL")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded policy as `load_policy` gives it, in fp32. Shared: copy the model to change it."""
+    import torch
+
+    from vqr1.policy import load_policy
+
+    return load_policy("tiny-policy", dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ PATIENCE = 1500
 """Seconds: a loaded machine needs minutes where a quiet one needs two seconds; this only ends what hangs."""
 
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(
         not (CHROMIUM and DRIVER),
         reason="no Chromium and chromedriver here: apt-get install chromium chromium-driver",
@@ -132,7 +133,8 @@ def test_a_slider_a_button_and_votes(lab, browser, tmp_path):
 
     wait(
         lambda: browser.execute_script(
-            "return window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+            "return window.jupyterapp?.shell?.currentWidget"
+            "?.sessionContext?.session?.kernel?.status === 'idle'"
         ),
         "no kernel",
     )

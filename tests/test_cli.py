@@ -394,6 +394,7 @@ def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path, started, wait_u
     assert list(steps) == list(range(len(steps))) and len(steps) > 1
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path, capsys):
     """All of it but the length: two steps, and a fixed sample of each test set."""
     folder, config = tmp_path / "demo", small_config(tmp_path)

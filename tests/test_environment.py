@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-FILES = sorted((ROOT / "vqr1").glob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    """The name by which a file of vqr1 is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in sorted((ROOT / "vqr1").rglob("*.py"))}
+"""Every file of the package by its dotted name."""
 
 CONDA_NAMES = {"torch": "pytorch", "ray": "ray-data"}
 """conda-forge's name where it is not PyPI's."""
@@ -32,46 +41,26 @@ OWN_ENVIRONMENT = {"vllm"}
 imported.
 """
 
-ROOMS = {
-    "__init__": "nothing",
-    "thurstone": "nothing",
-    "prompts": "nothing",
-    "metrics": "nothing",
-    "distortions": "nothing",
-    "pictures": "nothing",
-    "places": "nothing",
-    "people": "places",
-    "readers": "distortions people",  # below data, whose load_ratings is the one door to all sets
-    "data": "distortions pictures places prompts readers",
-    "observers": "places thurstone",
-    "simulated": "data distortions observers pictures",
-    "rewards": "thurstone prompts",
-    "policy": "places prompts",
-    "sharing": "policy",
-    "answers": "nothing",
-    "engines": "answers policy",
-    "scoring": "answers engines pictures prompts policy sharing thurstone",
-    "bulk": "pictures scoring",
-    "config": "readers rewards thurstone",
-    "cards": "config",
-    "plots": "nothing",
-    "evaluation": "all above",
-    "runlog": "all above",
-    "pretraining": "distortions data policy prompts runlog",  # it teaches the words of prompts
-    "training": "all above",
-    "imaging": "data pretraining",
-    "progress": "all above",
-    "table2": "all above",
-    "baselines": "all above",
-    "studies": "all above",
-    "demo": "all above",
-    "cluster": "all above",
-    "votes": "all above",
-    "widgets": "all above",
-    "cli": "all above",
-    "__main__": "all above",
-}
-"""The table of DESIGN.md, section 1: what each file may import from vqr1, in the order of the floors."""
+FLOORS = (
+    "thurstone",
+    "metrics",
+    "prompts",
+    "distortions",
+    "data",
+    "rewards",
+    "policy",
+    "engines",
+    "scoring",
+    "config",
+    "evaluation",
+    "training",
+    "serving",
+    "experiments",
+    "cli",
+)
+"""The way up, from the mathematics to the command line: a file, or a folder whole. Nothing needs what stands
+after it, also not by what it imports in turn.
+"""
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
@@ -123,10 +112,35 @@ def distribution(name: str) -> str:
     return canonicalize_name(COMES_WITH.get(name) or IMPORT_NAMES.get(name, name))
 
 
-def rooms(path: Path) -> set[str]:
-    """The files of vqr1 that a file of vqr1 imports."""
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("vqr1.")}
-    return {name for name in names if (ROOT / "vqr1" / f"{name}.py").exists()}
+def own_imports(path: Path) -> set[str]:
+    """The files of vqr1, by dotted name, that a file of vqr1 imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}, line {node.lineno}: vqr1 is imported by its full name"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & MODULES.keys() or {node.module}
+    return found & MODULES.keys()
+
+
+GRAPH = {name: own_imports(path) for name, path in MODULES.items()}
+
+
+def needed(name: str) -> set[str]:
+    """All files that are imported with a file, itself too."""
+    found, waiting = set(), [name]
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            waiting += GRAPH[name]
+    return found
+
+
+def floor(name: str) -> str:
+    """The file or folder of vqr1 that a dotted name belongs to."""
+    return name.split(".")[1] if "." in name else name
 
 
 # --- what is declared ---------------------------------------------------------------------------
@@ -174,40 +188,53 @@ def test_torchvision_is_in_the_gpu_extra_alone():
 # --- what is imported ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_import_is_declared(path):
+def undeclared(names: set[str], declared: dict[str, Requirement]) -> set[str]:
+    return {name for name in names if distribution(name) not in declared}
+
+
+def test_every_import_is_declared():
     declared = requirements("gpu", "notebooks", "scale", "heic")
-    assert {n for n in third_party(path) if distribution(n) not in declared} - OWN_ENVIRONMENT == set()
+    missing = {n: undeclared(third_party(path), declared) - OWN_ENVIRONMENT for n, path in MODULES.items()}
+    assert {name: names for name, names in missing.items() if names} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_the_head_of_a_file_imports_core_dependencies_only(path):
+def test_the_head_of_a_file_imports_core_dependencies_only():
     """So that `pip install vqr1` without extras gives a command that starts; widgets need notebooks."""
-    declared = requirements("notebooks") if path.stem == "widgets" else requirements()
-    assert {n for n in third_party(path, top_level=True) if distribution(n) not in declared} == set()
+    core, more = requirements(), requirements("notebooks")
+    missing = {
+        name: undeclared(third_party(path, top_level=True), more if name == "vqr1.widgets" else core)
+        for name, path in MODULES.items()
+    }
+    assert {name: names for name, names in missing.items() if names} == {}
 
 
 def test_every_import_of_the_tests_is_declared():
     paths = sorted((ROOT / "tests").rglob("*.py"))
     own = {path.stem for path in paths} | {"packaging"}  # packaging comes with pytest
-    missing = {p.name: {n for n in third_party(p) - own if distribution(n) not in ALL} for p in paths}
+    missing = {path.name: undeclared(third_party(path) - own, ALL) for path in paths}
     assert {name: names for name, names in missing.items() if names} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_imports_only_from_the_floors_below(path):
-    assert path.stem in ROOMS, f"{path.name} has no place in DESIGN.md's table of rooms"
-    order = list(ROOMS)
-    above = set(order[: order.index(path.stem)])
-    allowed = above if ROOMS[path.stem] == "all above" else set(ROOMS[path.stem].split())
-    assert rooms(path) <= allowed - {"nothing"}
+def test_an_import_goes_down():
+    for below, name in enumerate(FLOORS):
+        files = [file for file in MODULES if floor(file) == name]
+        assert files, f"vqr1/{name} is not there"
+        above = {file: {n for n in needed(file) if floor(n) in FLOORS[below + 1 :]} for file in files}
+        assert {file: names for file, names in above.items() if names} == {}
 
 
-def test_the_table_of_rooms_has_no_circle():
-    order = list(ROOMS)
-    for position, (room, may) in enumerate(ROOMS.items()):
-        if may not in ("nothing", "all above"):
-            assert set(may.split()) <= set(order[:position]), room
+def test_imports_make_no_circle():
+    list(TopologicalSorter(GRAPH).static_order())  # CycleError names the files
+
+
+def test_a_circle_would_be_found():
+    graph = GRAPH | {"vqr1.data.images": {"vqr1.cli"}, "vqr1.cli": {"vqr1.data.images"}}
+    with pytest.raises(CycleError, match="vqr1.cli"):
+        list(TopologicalSorter(graph).static_order())
+
+
+def test_few_files_stand_directly_in_the_package():
+    assert len(list((ROOT / "vqr1").glob("*.py"))) <= 20
 
 
 def python(code: str) -> None:
@@ -216,15 +243,29 @@ def python(code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_no_module_needs_torchvision():
     """None in sys.modules makes every import of it fail, also where the gpu extra is installed."""
     python(
-        "import importlib, pkgutil, sys, vqr1\n"
+        "import importlib, sys\n"
         "sys.modules['torchvision'] = None\n"
-        "names = [m.name for m in pkgutil.iter_modules(vqr1.__path__) if m.name != '__main__']\n"
-        "for name in names: importlib.import_module(f'vqr1.{name}')\n"
+        f"for name in {list(MODULES)}: importlib.import_module(name)\n"
         "assert sys.modules['torchvision'] is None"
     )
+
+
+# --- format and lint ---------------------------------------------------------------------------
+
+
+def ruff(*arguments: str) -> str:
+    """What ruff says of the whole repository, "" where it finds nothing."""
+    command = [sys.executable, "-m", "ruff", *arguments, "--quiet", "."]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_code_and_notebooks_are_linted_and_formatted():
+    assert ruff("check", "--output-format=concise") == ""
+    assert ruff("format", "--check") == "", "run: make format"
 
 
 # --- what is tracked, and make ------------------------------------------------------------------
@@ -260,7 +301,7 @@ def test_make_alone_lists_every_target():
     assert shown == phony.group(1).split()
 
 
-@pytest.mark.parametrize("target", ["install", "demo", "test", "bench", "notebooks"])
+@pytest.mark.parametrize("target", ["install", "demo", "lint", "check", "test", "bench", "notebooks"])
 def test_make_target_parses_and_installs_first(target, tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_environment import CONDA_NAMES, PROJECT, ROOT, conda_lines, distribution
+from conftest import of_each
+from test_environment import CONDA_NAMES, MODULES, PROJECT, ROOT, conda_lines, distribution
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("0*.ipynb"))
@@ -20,15 +21,13 @@ REPOSITORY = PROJECT["urls"]["Repository"]
 WIDGET = "application/vnd.jupyter.widget"
 PUBLIC = {
     node.name
-    for path in (ROOT / "vqr1").glob("*.py")
+    for path in MODULES.values()
     for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
 } - {"main"}
 
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_file = pytest.mark.parametrize(
-    "path", NOTEBOOKS + SOLUTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
+every_notebook = of_each(NOTEBOOKS)
+every_file = of_each(NOTEBOOKS + SOLUTIONS)
 
 
 def cells(path: Path, kind: str | None = None) -> list[dict]:
@@ -106,10 +105,10 @@ def test_it_is_small(path):
 
 @every_file
 def test_code_fits_a_narrow_page(path):
-    """80 columns, so that nothing scrolls on Colab; 25 lines, so that a cell is seen whole."""
+    """80 columns, so that nothing scrolls on Colab; 35 lines, so that a cell is seen whole."""
     code = sources(path, "code")
     assert [line for source in code for line in source.split("\n") if len(line) > 80] == []
-    assert [source[:60] for source in code if source.count("\n") >= 25] == []
+    assert [source[:60] for source in code if source.count("\n") >= 35] == []
 
 
 @every_file
@@ -208,6 +207,7 @@ def test_its_links_to_files_lead_somewhere(path):
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
+@pytest.mark.slow
 def test_the_setup_cell_on_colab(tmp_path):
     """As on Colab but for its folder: git takes this checkout for the address, and pip has nothing to do
     here.

@@ -22,10 +22,11 @@ from vqr1.prompts import (
 )
 
 PAPER = (  # arXiv 2505.14460, Table 1
-    "You are doing the image quality assessment task. Here is the question: What is your overall rating on the quality "
-    "of this picture? The rating should be a float between 1 and 5, rounded to two decimal places, with 1 representing "
-    "very poor quality and 5 representing excellent quality. First output the thinking process in <think> </think> tags "
-    "and then output the final answer with only one score in <answer> </answer> tags."
+    "You are doing the image quality assessment task. Here is the question: What is your overall rating on "
+    "the quality of this picture? The rating should be a float between 1 and 5, rounded to two decimal "
+    "places, with 1 representing very poor quality and 5 representing excellent quality. First output the "
+    "thinking process in <think> </think> tags and then output the final answer with only one score in "
+    "<answer> </answer> tags."
 )
 NAN = math.nan
 

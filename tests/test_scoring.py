@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vqr1 import scoring
-from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor, load_policy
+from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor
 from vqr1.prompts import format_ok, messages, named_distortions, parse_score
 from vqr1.scoring import OPEN, Scorer
 from vqr1.thurstone import comparative_probability
@@ -232,7 +232,8 @@ def qwen_processor(untrained):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: i for i, text in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab, merges))
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = [
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -408,8 +409,8 @@ def brute_force(model, processor, image, thinking, text):
 
 
 @pytest.fixture(scope="module")
-def trained():
-    return load_policy("tiny-policy", dtype=torch.float32)
+def trained(tiny):
+    return tiny
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -680,10 +681,8 @@ def test_what_is_no_picture_and_no_list_is_a_type_error_that_says_what_is_taken(
         scorer.describe,
         lambda one: scorer.compare(picture(0), one),
     ):
-        with pytest.raises(
-            TypeError,
-            match=rf"^{type(given).__name__} is .*give a path, .* a PIL image, a numpy array \(H, W\).* tensor",
-        ):
+        wanted = r"give a path, .* a PIL image, a numpy array \(H, W\).* tensor"
+        with pytest.raises(TypeError, match=f"^{type(given).__name__} is .*{wanted}"):
             method(given)
     with pytest.raises(TypeError, match="list is not one picture"):
         scorer.compare([picture(0)], picture(0))

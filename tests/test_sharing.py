@@ -226,7 +226,7 @@ def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
 
 
 def adapted(seed=0):
-    """The embedded policy with an adapter that already says something, prepared as GRPOTrainer prepares it."""
+    """The embedded policy with an adapter that says something, prepared as GRPOTrainer prepares it."""
     model, processor = load_policy("tiny-policy")
     trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     torch.manual_seed(seed)
@@ -444,7 +444,7 @@ def test_model_classes_that_it_was_not_shown_for_go_the_stock_way(tmp_path):
 
 
 def test_trl_still_has_the_seams():
-    """An update of TRL that moves them must not go unseen: nothing would be shared, and nothing would fail."""
+    """An update of TRL that moves them must be seen: nothing would be shared, and nothing would fail."""
     source = inspect.getsource(trl.GRPOTrainer._get_per_token_logps_and_entropies)
     assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
     assert 'model_inputs["image_grid_thw"]' in source and "labels[:, :-logits_to_keep] = -100" in source

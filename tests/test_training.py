@@ -168,7 +168,8 @@ def question(rows):
     """One picture and the paper's question, as the model takes it."""
 
     def inputs(processor) -> dict:
-        prompt = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+        asked = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
+        prompt = f"{asked}<|im_start|>assistant\n"
         return processor(text=[prompt], images=[render(rows.iloc[0])], return_tensors="pt")
 
     return inputs
@@ -220,7 +221,7 @@ def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(True, True), (False, False), (False, True)])
 def test_a_policy_that_wants_to_write_a_picture_never_does(share, checkpointing, rows, tmp_path, monkeypatch):
-    """A sampled placeholder has no picture: the forward for log-probabilities would fail, hours into a run."""
+    """A sampled placeholder has no picture: the forward for log-probabilities would fail, late in a run."""
     model, processor = load_policy()
     barred, seen = pushed(model, processor), []
     generate = trl.GRPOTrainer._generate_single_turn
@@ -551,6 +552,7 @@ def test_every_keyword_given_to_trl_exists(called):
     assert given and given <= set(inspect.signature(getattr(trl, called)).parameters)
 
 
+@pytest.mark.slow
 def test_nobody_is_told_that_a_training_starts():
     """The library's telemetry is off also where neither CI nor the user's environment says so."""
     code = (

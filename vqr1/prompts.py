@@ -24,9 +24,9 @@ SCORE_MIN, SCORE_MAX = 1.0, 5.0
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _ONE_NUMBER = re.compile(
     r"""[^0-9]*
-    (?<![^\s*_`"'“‘(\[{:=~])                              # the start, a space, or a mark that is no part of a number
+    (?<![^\s*_`"'“‘(\[{:=~])              # the start, a space, or a mark that is no part of a number
     ([+-]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++))
-    (?:\s*(?:/|\(?(?:out\s+)?of)\s*5(?:\.0+)?(?![0-9]))?  # its scale, if stated: /5, of 5, out of 5, (out of 5)
+    (?:\s*(?:/|\(?(?:out\s+)?of)\s*5(?:\.0+)?(?![0-9]))?  # its scale, if stated: /5, of 5, (out of 5)
     (?=[\s.,;:!?)\]}*_`"'”’]|\Z)(?!\s*(?:%|percent))
     [^0-9]*""",
     re.VERBOSE | re.IGNORECASE,

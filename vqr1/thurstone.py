@@ -33,8 +33,10 @@ def comparative_probability(
     shapes and unless gamma > 0. Source: the paper's p_k(x_i, x_j); gamma from the official code.
 
     >>> scores, variances = torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([0.5])
-    >>> comparative_probability(scores, variances, torch.tensor([3.0]), torch.tensor([0.5]))   # Phi(-1), Phi(0), Phi(1)
+    >>> comparative_probability(scores, variances, torch.tensor([3.0]), torch.tensor([0.5]))
     tensor([[[0.1587, 0.5000, 0.8413]]])
+
+    These are Phi(-1), Phi(0) and Phi(1).
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}")
@@ -72,9 +74,8 @@ def true_preference(mos) -> torch.Tensor:
     """Return the preferences that the mean opinion scores state.
 
     p[i, j] = 1 if mos_i > mos_j, 0.5 if equal, 0 if less. ``mos`` is (B,), in any scale where higher is
-    better
-    (numbers that are not a tensor are read as float64); the result is (B, B). Raises ValueError if a MOS is not
-    finite or the shape is not (B,). Source: the paper's p(x_i, x_j).
+    better (numbers that are not a tensor are read as float64); the result is (B, B). Raises ValueError if a
+    MOS is not finite or the shape is not (B,). Source: the paper's p(x_i, x_j).
 
     >>> true_preference(torch.tensor([3.0, 1.0, 3.0]))
     tensor([[0.5000, 1.0000, 0.5000],
@@ -116,9 +117,8 @@ def ranking_reward(
     The variants of the paper's Table 4:
 
     - ``binary``: 1 instead of the fidelity if p_k(i, j), thresholded at 0.5, agrees with p(i, j), else 0.
-      The paper
-      states no rule for ties; here the gain is 1 - |p - threshold(p_k)| with threshold(0.5) = 0.5, so a tie on one
-      side only gives 0.5, and ties on both give 1;
+      The paper states no rule for ties; here the gain is 1 - |p - threshold(p_k)| with threshold(0.5) =
+      0.5, so a tie on one side only gives 0.5, and ties on both give 1;
     - ``average``: p_k(i, j) is the mean over k' of Phi((s_ik - s_jk') / sqrt(var_i + var_j + gamma)) (Eq. 7);
     - ``variance``: this number in place of every var_i; 1.0 is Thurstone's Case V.
 

@@ -35,7 +35,7 @@ def rows(policy: str, dtype: torch.dtype, count: int) -> list[dict]:
     loaded, pictures, found = load_policy(policy, dtype=dtype), crops(count, (64, 96, 160, 224)), []
     for mode, thinking in MODES.items():
 
-        def scored(order: list[int], size: int) -> list:
+        def scored(order: list[int], size: int, thinking: bool = thinking) -> list:
             return Scorer(loaded, thinking, batch_size=size, max_new_tokens=TOKENS).score(
                 [pictures[i] for i in order]
             )

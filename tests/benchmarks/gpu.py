@@ -1,8 +1,8 @@
 """What a real model takes on a GPU: one GRPO step of Qwen2.5-VL 3B and 7B in 4 bits, and batch scoring.
 
-    python tests/benchmarks/gpu.py                      # measured where there is a GPU; else computed, and said so
+    python tests/benchmarks/gpu.py                      # measured on a GPU; without one computed, and said so
     python tests/benchmarks/gpu.py --csv gpu.csv        # and write the rows
-    python tests/benchmarks/gpu.py --tiny               # the same code on a CPU, in seconds: its numbers mean nothing
+    python tests/benchmarks/gpu.py --tiny               # the same code on a CPU: its numbers mean nothing
 
 The architectures are exact, the weights random: nothing is downloaded, and time and memory do not depend on
 them. A random model does not stop early, so all 256 tokens are sampled: with thinking, an upper bound. 8
@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
 
-from vqr1.config import Settings, load_config
+from vqr1.config import Settings, load_config  # noqa: E402
 from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
 from vqr1.policy import (  # noqa: E402
     CHAT_TEMPLATE,
@@ -255,7 +255,7 @@ def configuration(tiny: bool, steps: int) -> Settings:
 
 
 def grpo_step(model, processor, tiny: bool, out: Path) -> dict:
-    """Return the seconds of the second of two steps, by part, and the tokens sampled per second of rollout."""
+    """Return the seconds of the second of two steps, by part, and the tokens per second of rollout."""
     config = configuration(tiny, 2)
     trainer, clock = build_trainer(config, out, (model, processor), photographs(8, tiny)), Clock()
     trainer.model.generate = clock.around("rollout", trainer.model.generate)
@@ -354,13 +354,13 @@ def main() -> int:
     else:
         rows, parts = computed()
         print(
-            "No GPU here: nothing below was measured. Memory in GiB, COMPUTED from the architectures (vqr1.policy.memory_by_part):\n"
+            "No GPU here: nothing below was measured. "
+            "Memory in GiB, COMPUTED from the architectures (vqr1.policy.memory_by_part):\n"
         )
         print(parts.round(2).to_string(), "\n")
     table, about = pd.DataFrame(rows, columns=COLUMNS), f"bitsandbytes {bnb.__version__}"
-    print(
-        f"{about}; {machine_line(0)}\n8 images of 512x384 x 6 completions x 256 tokens, 4-bit NF4, LoRA rank 16"
-    )
+    print(f"{about}; {machine_line(0)}")
+    print("8 images of 512x384 x 6 completions x 256 tokens, 4-bit NF4, LoRA rank 16")
     print(table.dropna(axis=1, how="all").round(2).to_string(index=False))
     if args.csv:
         write_table(args.csv, table, numbers="%.4g", about=about)

@@ -3,7 +3,7 @@ there are many.
 
     python tests/benchmarks/scoring.py                                # a few minutes on two cores
     python tests/benchmarks/scoring.py --pictures 16 --repeats 1 --counts 20 40
-    python tests/benchmarks/scoring.py --full --csv data/runs         # 10,000 pictures, too; writes scoring-bench.csv there
+    python tests/benchmarks/scoring.py --full --csv data/runs         # 10,000 pictures, too; writes a CSV
 
 The official way is that of the official README: pictures are opened one by one, the whole prompt is
 repeated for each, one answer is sampled (top_k 50), and a regular expression takes the number out. Same
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +157,8 @@ def speed(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
     rows = []
     for mode, thinking in MODES.items():
         ways = {
-            "official": lambda: official(policy, files, thinking),
-            "Scorer": lambda: [
+            "official": lambda thinking=thinking: official(policy, files, thinking),
+            "Scorer": lambda thinking=thinking: [
                 score.score
                 for score in Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS).score(files)
             ],
@@ -224,7 +225,7 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
         stages.watch("generate", scorer, "_generate")
         stages.watch("tree", scorer, "_answers")
         try:
-            seconds, _, _ = timed(lambda: scorer.score(files))
+            seconds, _, _ = timed(partial(scorer.score, files))
         finally:
             scoring.read_picture, tower.forward, type(processor).__call__ = kept
         took = {
@@ -292,7 +293,7 @@ def growth(policy: tuple, counts: list[int]) -> list[dict]:
         scorer.score([f"{folder}/{i}.png" for i in range(min(64, distinct))])
         for count in counts:
             seconds, memory, _ = timed(
-                lambda: [
+                lambda count=count: [
                     len(window)
                     for window in scorer.batches(f"{folder}/{i % distinct}.png" for i in range(count))
                 ]

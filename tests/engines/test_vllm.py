@@ -128,8 +128,8 @@ class LLM:
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_policy("tiny-policy", dtype=torch.float32)
+def policy(tiny):
+    return tiny
 
 
 @pytest.fixture

@@ -53,8 +53,8 @@ def rated(count: int = 24) -> tuple[pd.DataFrame, list[Image.Image]]:
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_policy("tiny-policy")
+def policy(tiny):
+    return tiny
 
 
 # Classical measures

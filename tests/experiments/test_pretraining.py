@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_stream(untrained):
 
 def test_workers_see_different_pictures(quick, monkeypatch):
     for number in (0, 1):
-        monkeypatch.setattr(pretraining, "get_worker_info", lambda: SimpleNamespace(id=number))
+        monkeypatch.setattr(pretraining, "get_worker_info", lambda number=number: SimpleNamespace(id=number))
         draw(DistortionStream(NO_PIXELS, 0, procedural=1.0), 5)
     assert not {seed for *_, seed in quick[:5]} & {seed for *_, seed in quick[5:]}
 
@@ -306,6 +306,7 @@ def test_perception_calls_a_picture_clean_whatever_was_done_to_it_unseen():
     assert batch["strength"].tolist() == [2, 0, 5]
 
 
+@pytest.mark.slow
 def test_pretraining_again_finds_the_weights_of_every_stage(tmp_path):
     """The Trainer alone would look for the model's names in files that have the hub's, and start anew."""
 

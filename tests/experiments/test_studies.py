@@ -203,6 +203,7 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_study_keeps_a_row_for_every_run_and_set(made):
     rows = read_study(made / "small.csv")
     assert list(rows) == STUDY_COLUMNS and set(rows["study"]) == {"small"}
@@ -222,6 +223,7 @@ def test_a_study_keeps_a_row_for_every_run_and_set(made):
     assert (made / "small.csv").read_text().startswith("# ")
 
 
+@pytest.mark.slow
 def test_the_scores_are_those_that_the_rows_are_made_of(made):
     rows, scores = read_study(made / "small.csv"), read_table(made / "small-scores.csv.gz")
     assert list(scores)[: len(ROW)] == ROW and len(scores) == 24
@@ -234,6 +236,7 @@ def test_the_scores_are_those_that_the_rows_are_made_of(made):
     assert set(log["variant"]) == {"format"} and log["rollouts"].max() == 96
 
 
+@pytest.mark.slow
 def test_runs_that_are_there_are_not_made_again(made, capsys, monkeypatch):
     monkeypatch.setitem(STUDIES, "small", SMALL)
     monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda *args: pytest.fail("a run began"))
@@ -273,6 +276,7 @@ def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path,
     assert pools == [(2, torch.set_num_threads, (1,))] and "8 of 8 runs to make" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_differences_are_paired_with_the_one_run_of_a_variant_without_seeds(made):
     table = read_table(made / "small-differences.csv").set_index(["set", "variant", "statistic"])
     assert (table.xs("tower ranker", level="variant")["seeds"] == 2).all() and set(table["baseline"]) == {
@@ -299,6 +303,7 @@ def test_an_unknown_study_or_variant_is_named():
         study("demo", steps=5)
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_there_are_asked_for(made):
     with pytest.raises(ValueError, match="no scores of variant 'ranking'"):
         compared(made / "small.csv", [("PIQE", "ranking")], "sim-kadid")

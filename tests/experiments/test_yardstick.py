@@ -177,7 +177,8 @@ def sampling_rows(score) -> pd.DataFrame:
 
 def test_agreement_is_one_for_scores_in_order_and_minus_one_for_reversed():
     for sign in (1, -1):
-        found = progress.agreement_with(sampling_rows(lambda place, n: sign * place), "sampling steps")
+        rows = sampling_rows(lambda place, n, sign=sign: sign * place)
+        found = progress.agreement_with(rows, "sampling steps")
         assert {found[key] for key in ("srcc", "srcc_lo", "srcc_hi", "means", "means_lo", "means_hi")} == {
             sign
         }
@@ -236,6 +237,7 @@ def test_climbing_never_goes_down_and_repeats(photos, scorer):
     assert (one[list(progress.STRENGTHS)] >= 0).all(axis=None)
 
 
+@pytest.mark.slow
 def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, monkeypatch):
     """All networks and pictures are there, so that nothing is trained or scored: the stored rows must follow
     from the stored pictures.

@@ -70,6 +70,7 @@ def ray(monkeypatch):
     ray.shutdown()
 
 
+@pytest.mark.slow  # starts Ray
 def test_two_actors_give_the_rows_of_one_process(ray, pictures, tmp_path, capsys):
     out = tmp_path / "rows.csv"
     while True:

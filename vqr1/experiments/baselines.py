@@ -76,7 +76,7 @@ def piqe(images: list[Image.Image]) -> np.ndarray:
 
 
 def _classical(package: str) -> ModuleType:
-    """Return a package of the extra "notebooks"; ValueError, saying what to do, where it cannot be imported."""
+    """Return a package of the extra "notebooks"; ValueError, saying what to do, where it is missing."""
     try:
         return import_module(package)
     except ImportError as error:
