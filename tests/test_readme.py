@@ -1,21 +1,52 @@
-"""The README's commands, code, links and files are real."""
+"""The pages' commands, code, links and files are real."""
 
 import importlib.util
 import os
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from vqr1.cli import _parser, main
 from vqr1.config import load_config
+from vqr1.data.manifests import load_ratings, render_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
-SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)
+_spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools" / "readme_tables.py")
+tables = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tables)
+
+
+class Page(NamedTuple):
+    """A page of the repository, taken apart."""
+
+    path: Path
+    text: str
+    blocks: list[tuple[str, str]]
+    """Language and content of every block of code; one may be indented as part of a list."""
+    prose: str
+    spans: list[str]
+
+
+def page(path: Path) -> Page:
+    text = path.read_text(encoding="utf-8")
+    block = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+    blocks = [
+        (kind, re.sub(f"^{indent}", "", code, flags=re.M)) for indent, kind, code in block.findall(text)
+    ]
+    prose = block.sub("", text)
+    return Page(path, text, blocks, prose, re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose))
+
+
+PAGES = [page(path) for path in tables.PAGES]
+README = PAGES[0]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
 
 TINY = {
     "score": ["--policy", "tiny-policy"],
@@ -28,52 +59,64 @@ TINY = {
 """The quick commands, and what is added to make them quicker; the others take minutes or need data, and are
 only parsed.
 """
+NEEDS = ("--help", "--root", "--twins", "--actors", "--rebuild", "holiday", "FOLDER")
+"""Words of a command that is only parsed here: it shows help, needs a public set, starts Ray, writes into
+data/, or is a step of the recipe, which has a test of its own.
+"""
 
 
 def commands() -> list[list[str]]:
-    """Every command line of the README, in blocks and in prose, split into words."""
-    blocks = "\n".join(code for kind, code in BLOCKS if kind in ("bash", "sh", "shell", "console"))
+    """Every command line of the pages, in blocks and in prose, split into words."""
+    blocks = "\n".join(code for p in PAGES for kind, code in p.blocks if kind == "bash")
     lines = re.split(r"\n|&&", blocks.replace("\\\n", " "))
-    lines += [span for span in SPANS if re.match(r"(make|vqr1) [a-z]", span)]
-    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
-    words = [part for part in words if part]
-    return list(dict((" ".join(part), part) for part in words).values())
+    lines += [span for p in PAGES for span in p.spans if re.match(r"(make|vqr1) [a-z]", span)]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return list(dict((" ".join(part), part) for part in words if part).values())
 
 
 COMMANDS = commands()
-VQR1 = [words[1:] for words in COMMANDS if Path(words[0]).name == "vqr1"]
+VQR1 = [words[1:] for words in COMMANDS if words[0] == "vqr1"]
 VQR1 += [words[words.index("vqr1.cli") + 1 :] for words in COMMANDS if words[0] == "accelerate"]
+QUICK = [
+    words
+    for words in VQR1
+    if words[0] in TINY and len(words) > 1 and not re.search("|".join(NEEDS), " ".join(words))
+]
 
 
 def shown(words: list[str]) -> str:
     return " ".join(words)[:60]
 
 
+def test_the_front_page_is_short():
+    assert len(README.text.encode()) <= 10_240
+
+
 def test_every_command_is_of_a_kind_that_is_checked():
-    known = {"make", "vqr1", ".venv/bin/vqr1", "git", "cd", "source", "pip", "python", "accelerate"}
-    assert {words[0] for words in COMMANDS} <= known
-    assert len(VQR1) >= 5 and COMMANDS[:2] == [["make", "demo"], ["make", "test"]]
+    assert {words[0] for words in COMMANDS} <= {"make", "vqr1", "git", "cd", "source", "accelerate"}
+    assert {words[0] for words in QUICK} == set(TINY) and ["make", "demo"] in COMMANDS
 
 
-@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "make"], ids=shown)
-def test_make_command_has_its_target_and_variables(words):
+def test_make_commands_have_their_target_and_variables():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
     variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
-    set_here = {word.partition("=")[0] for word in words[1:] if "=" in word}
-    assert {word for word in words[1:] if "=" not in word} <= targets and set_here <= variables
+    words = {word for command in COMMANDS if command[0] == "make" for word in command[1:]}
+    assert {word for word in words if "=" not in word} <= targets
+    assert {word.partition("=")[0] for word in words if "=" in word} <= variables
 
 
-@pytest.mark.parametrize("words", VQR1, ids=shown)
-def test_vqr1_command_parses(words):
-    assert _parser().parse_args(words).command == words[0]
+def test_vqr1_commands_parse(capsys):
+    wrong = []
+    for words in VQR1:
+        try:
+            _parser().parse_args(words)
+        except SystemExit as left:
+            wrong += [words] if left.code else []
+    assert not wrong, capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words",
-    [words for words in VQR1 if words[0] in TINY and len(words) > 1 and "--root" not in words],
-    ids=shown,
-)
+@pytest.mark.parametrize("words", QUICK, ids=shown)
 def test_quick_vqr1_command_runs(words, tmp_path, monkeypatch, capsys):
     """In an empty folder beside which there is only data/, so that no run of the reader's own is needed or
     changed.
@@ -84,63 +127,117 @@ def test_quick_vqr1_command_runs(words, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_every_quick_command_is_shown():
-    assert {words[0] for words in VQR1} >= set(TINY)
+PYTHON = [
+    pytest.param(code, id=f"{named(p.path)}: {code.splitlines()[0]}")
+    for p in PAGES
+    for kind, code in p.blocks
+    if kind == "python"
+]
+PRINTS = dict(re.findall(r"```python\n([^`]*)```\n\nIt prints\n\n```text\n([^`]*)```", README.text))
+"""Code of the front page -> its output as shown there."""
 
 
-@pytest.mark.parametrize(
-    "code", [code for kind, code in BLOCKS if kind == "python"], ids=lambda code: code.splitlines()[0]
-)
+@pytest.mark.parametrize("code", PYTHON)
 def test_python_code_runs(code, tmp_path, monkeypatch, capsys):
     os.symlink(ROOT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    exec(
-        compile(code.replace('"runs/demo/policy"', '"tiny-policy"'), "README.md", "exec"),
-        {"__name__": "readme"},
-    )
-    assert capsys.readouterr().out.strip()
+    source = code.replace('"runs/demo/policy"', '"tiny-policy"')
+    exec(compile(source, "page", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    assert printed == PRINTS[code] if code in PRINTS else printed.strip()
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#\s]+)", PROSE))))
-def test_link_to_a_file_of_the_repository(target):
-    if not re.match(r"[a-z]+:", target):
-        assert (ROOT / target).exists(), f"README.md links to {target}, which is not there"
+def test_the_front_page_scores_and_trains():
+    """Its Python is the score in sixty seconds, with what it prints, and somebody's own GRPOTrainer."""
+    score, own = (code for kind, code in README.blocks if kind == "python")
+    assert list(PRINTS) == [score]
+    assert "GRPOTrainer(" in own and "RankingReward(" in own and "trainer.train()" in own
 
 
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        {
-            span
-            for span in SPANS
-            if re.fullmatch(r"[\w./-]+\.(py|csv|md|ipynb|yaml|yml|toml|txt)|[\w./-]+/", span)
-        }
-    ),
-)
-def test_named_file_is_there(name):
-    """A name without a folder is one of vqr1/ or of the top level; what make and runs write is not tracked."""
-    if not name.startswith(("runs/", ".venv/")):
-        assert any((ROOT / folder / name).exists() for folder in ("", "vqr1")), (
-            f"README.md names {name}, which is not there"
-        )
+def test_the_recipe_for_own_pictures_works(tmp_path, monkeypatch, capsys):
+    """Step by step as the README has it, with twelve pictures and fewer training steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "holiday").mkdir()
+    kinds = dict(README.blocks)
+    head, *shown_rows = kinds["csv"].splitlines()
+    assert {row.split(",")[-1] for row in shown_rows} == {"train", "val", "test"}
+    frame = load_ratings("sim-kadid").groupby("reference").head(1).head(12)
+    parts = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
+    lines = [head]
+    for i, (image, mos, part) in enumerate(zip(render_rows(frame, workers=1), frame["mos"], parts)):
+        image.save(tmp_path / "holiday" / f"{i}.jpg")
+        lines.append(f"{i}.jpg,holiday,{mos},{part}")
+    (tmp_path / "holiday" / "ratings.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "holiday" / "train.yaml").write_text(kinds["yaml"], encoding="utf-8")
+    recipe = [words[1:] for words in COMMANDS if words[0] == "vqr1" and "holiday" in " ".join(words)]
+    assert [words[0] for words in recipe] == ["data", "train", "evaluate", "score"]
+    for words in recipe:
+        few = {"train": ["--steps", "2"], "evaluate": ["--estimates", "expected"]}
+        assert main(words + few.get(words[0], [])) == 0, capsys.readouterr().err
+    assert len((tmp_path / "scores.csv").read_text(encoding="utf-8").splitlines()) == 13
 
 
-def test_numbers_say_where_they_come_from():
-    """The tables of results name at least one CSV of data/runs/."""
-    named = re.findall(r"data/runs/[\w.-]+\.csv", TEXT)
-    assert named and all((ROOT / name).is_file() for name in named)
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_headings_of_the_repository():
+    wrong = []
+    for p in PAGES:
+        for target in set(re.findall(r"\]\(([^)\s]+)\)", p.prose)):
+            name, _, anchor = target.partition("#")
+            path = p.path.parent / name if name else p.path
+            if not re.match(r"[a-z]+:", target) and not (
+                path.exists() and (not anchor or anchor in anchors(path))
+            ):
+                wrong.append(f"{named(p.path)} links to {target}")
+    assert not wrong
+
+
+def test_named_files_are_there():
+    """A name is one of the repository, of vqr1/ or of the page's own folder; what make, runs and readers
+    write is not tracked.
+    """
+    file = re.compile(r"[\w./-]+\.(py|csv|md|ipynb|yaml|yml|toml|txt)|[\w./-]+/")
+    wrong = []
+    for p in PAGES:
+        for name in {span for span in p.spans if file.fullmatch(span)}:
+            mine = name.startswith(("runs/", ".venv/", "holiday/"))
+            if not mine and not any((f / name).exists() for f in (ROOT, ROOT / "vqr1", p.path.parent)):
+                wrong.append(f"{named(p.path)} names {name}")
+    assert not wrong
+
+
+def test_every_page_is_reached_from_the_front_page():
+    reached, left = set(), [README.path]
+    while left:
+        path = left.pop()
+        reached.add(path)
+        found = next(p for p in PAGES if p.path == path)
+        targets = {(path.parent / name).resolve() for name in re.findall(r"\]\(([^)#\s]+)", found.prose)}
+        left += [p.path for p in PAGES if p.path in targets - reached]
+    assert reached == {p.path for p in PAGES}
+
+
+def test_every_result_is_told_of():
+    """No table of data/runs/ is there that no page speaks of; logs and differences belong to theirs."""
+    told = " ".join(p.text for p in PAGES)
+    names = {re.sub("-(log|differences)$", "", f.stem) for f in (ROOT / "data" / "runs").glob("*.csv")}
+    assert {name for name in names if not re.search(rf"\b{name}(-log|-differences)?\.csv", told)} == set()
 
 
 def test_result_tables_are_those_of_the_csvs():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools" / "readme_tables.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.renewed(TEXT) == TEXT, "run: python tools/readme_tables.py"
+    wrong = [named(p.path) for p in PAGES if tables.renewed(p.text) != p.text]
+    assert not wrong, "run: python tools/readme_tables.py"
+    assert {name for p in PAGES for name in tables.TABLE.findall(p.text)} == set(tables.TABLES)
 
 
 def test_settings_are_those_of_the_configurations():
     """The table beside the paper: every setting named as TRL names it."""
-    table = TEXT[TEXT.index("| setting |") :].split("\n\n")[0].splitlines()
+    text = next(p.text for p in PAGES if p.path.parent.name == "configs")
+    table = text[text.index("| setting |") :].split("\n\n")[0].splitlines()
     head, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in table)
     rows = [row for row in rows if re.fullmatch(r"`\w+`", row[0])]
     assert head[3:] == ["kadid-7b-qlora", "paper-7b-full"] and len(rows) >= 10
@@ -153,4 +250,6 @@ def test_settings_are_those_of_the_configurations():
 
 
 def test_ratings_are_called_simulated():
-    assert "simulated" in TEXT and "No picture here was rated by people" in " ".join(TEXT.split())
+    assert "*simulated*" in README.text and "No picture here was rated by people" in " ".join(
+        README.text.split()
+    )

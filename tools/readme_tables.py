@@ -1,7 +1,7 @@
-"""Write the README's result tables again from data/runs/*.csv: `python tools/readme_tables.py`. A test
-fails while they disagree.
+"""Write the pages' result tables again from data/runs/*.csv: `python tools/readme_tables.py`. A test fails
+while they disagree.
 
-A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`.
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`, on one page or several.
 """
 
 import re
@@ -14,7 +14,17 @@ import pandas as pd
 from vqr1.records import markdown, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RUNS = ROOT / "README.md", ROOT / "data" / "runs"
+RUNS = ROOT / "data" / "runs"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "data" / "README.md",
+    RUNS / "README.md",
+    ROOT / "vqr1" / "configs" / "README.md",
+    ROOT / "vqr1" / "serving" / "README.md",
+    ROOT / "tests" / "benchmarks" / "README.md",
+]
+"""What people read, the front page first."""
 
 
 def read(name: str) -> pd.DataFrame:
@@ -162,17 +172,29 @@ TABLES = {
 }
 
 
+TABLE = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end \1 -->", re.DOTALL)
+
+
 def renewed(text: str) -> str:
-    """Return the README with every table made again."""
-    for name, table in TABLES.items():
-        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            sys.exit(
-                f"README.md has no place for table {name}: put <!-- table {name} --> and <!-- end {name} --> there"
-            )
-        text = pattern.sub(lambda found, made=table(): f"{found[1]}{made}\n{found[2]}", text)
-    return text
+    """Return a page with every table on it made again; KeyError for a table that nobody makes."""
+    return TABLE.sub(
+        lambda found: f"<!-- table {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end {found[1]} -->", text
+    )
+
+
+def renew() -> None:
+    """Write every page again; exit with the tables that no page has a place for."""
+    homeless = set(TABLES)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        homeless -= set(TABLE.findall(text))
+        page.write_text(renewed(text), encoding="utf-8")
+    if homeless:
+        sys.exit(
+            f"no page has a place for the tables {', '.join(sorted(homeless))}: "
+            "put <!-- table NAME --> and <!-- end NAME --> there"
+        )
 
 
 if __name__ == "__main__":
-    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+    renew()
