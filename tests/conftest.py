@@ -134,7 +134,7 @@ def tiny():
 def untrained():
     """(model, processor) of the embedded policy before any training. Shared: copy the model to change it."""
     from vqr1.experiments.pretraining import corpus
-    from vqr1.policy import build_policy
+    from vqr1.experiments.tiny import build_policy
 
     model, processor = build_policy(corpus(), 0)
     return model.eval(), processor

@@ -2,6 +2,7 @@
 written.
 """
 
+import copy
 import math
 from functools import partial
 
@@ -257,11 +258,17 @@ def test_a_split_without_rows_is_named(manifest):
 class Told:
     """In the Scorer's place: a picture is a number, its score; half a point more with thinking."""
 
-    made = []
+    made, asked = [], []
 
     def __init__(self, policy, thinking, estimate, seed=0):
         self.made.append((policy, thinking, estimate, seed))
-        self.model, self.processor, self.thinking = "model", "processor", thinking
+        self.thinking = thinking
+
+    def with_(self, thinking, estimate):
+        self.asked.append((thinking, estimate))
+        other = copy.copy(self)
+        other.thinking = thinking
+        return other
 
     def batches(self, images):
         for image in images:
@@ -344,14 +351,15 @@ def test_an_expected_score_is_well_formed_up_to_its_number(monkeypatch, thinking
 def test_every_set_is_scored_by_every_estimate_in_every_mode(monkeypatch):
     monkeypatch.setattr(evaluation, "Scorer", Told)
     Told.made.clear()
+    Told.asked.clear()
     frames = {
         "one": with_images(rated([0] * 6), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
         "two": with_images(rated([0] * 6, name="two"), [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]),
         "sim-mixed": with_images(mixed(0, 0, 0, 0), [4.0, 3.0, 2.0, 1.0]),
     }
     result, tables = evaluate("a policy", frames, estimates=("expected", "greedy"), seed=3)
-    assert Told.made[0] == ("a policy", True, "expected", 3) and len(Told.made) == 4
-    assert {policy for policy, *_ in Told.made[1:]} == {("model", "processor")}  # loaded once
+    assert Told.made == [("a policy", True, "expected", 3)]  # loaded once
+    assert Told.asked == [(mode, estimate) for mode in (True, False) for estimate in ("expected", "greedy")]
     assert set(tables) == {
         (name, estimate, thinking)
         for name in frames

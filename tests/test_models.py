@@ -35,19 +35,15 @@ from vqr1 import policy, training
 from vqr1.cards import model_card
 from vqr1.config import CONFIGS, Settings, config_for_device, load_config, write_yaml
 from vqr1.data.manifests import MANIFEST_COLUMNS, load_ratings
-from vqr1.engines.answers import ANSWERS
-from vqr1.policy import (
-    CHAT_TEMPLATE,
-    SPECIAL,
-    PictureProcessor,
-    load_policy,
-    lora_config,
-    memory_by_part,
-    qwen_config,
-)
+from vqr1.engines import transformers as engines
+from vqr1.engines.answers import ANSWERS, OPEN
+from vqr1.engines.transformers import Reached
+from vqr1.experiments import memory
+from vqr1.experiments.memory import memory_by_part, qwen_config
+from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL
+from vqr1.policy import PictureProcessor, load_policy, lora_config
 from vqr1.prompts import messages
 from vqr1.rewards import reward_functions
-from vqr1.scoring import Scorer
 from vqr1.sharing import look_once, prompt_once
 from vqr1.training import adapter_of, build_trainer, grpo_config, set_rows, train
 
@@ -399,10 +395,12 @@ def test_the_answers_probabilities_are_those_of_writing_them_out(folder, answer)
     DeepStack and all.
     """
     model, processor = load_policy(folder)
-    scorer = Scorer((model.eval(), processor), numbered=True)
-    ids, mask, cache = scorer._prefill([scorer._open(picture) for picture in pictures()], scorer._prefix())
-    last = torch.full((3,), ids.shape[1] - 1)
-    found = scorer._answers(ids, mask, last, cache)[:, 0, ANSWERS.index(answer)]
+    engine = engines.load((model.eval(), processor))
+    prepared = [engine.prepare(picture).picture for picture in pictures()]
+    prefilled = engine._prefill(prepared, engine._prompt(messages(False, numbered=True), OPEN))
+    last = torch.full((3,), prefilled.ids.shape[1] - 1)
+    reached = Reached(prefilled.ids, prefilled.mask, last, prefilled.cache)
+    found = engine._answers(reached)[:, 0, ANSWERS.index(answer)]
     whole = asked(processor, pictures(), f"<answer>{answer}", thinking=False, numbered=True)
     logp = model(**whole).logits.log_softmax(-1)
     expected = sum(
@@ -487,7 +485,7 @@ def test_four_bit_takes_what_is_computed(folder):
 
 def test_sizes_are_the_published_ones():
     """Qwen2.5-VL-7B has 8.29 billion parameters (the paper's Table 5), 3B 3.75."""
-    totals = [sum(policy._parameters(qwen_config(size))[0].values()) / 1e9 for size in ("3B", "7B")]
+    totals = [sum(memory._parameters(qwen_config(size))[0].values()) / 1e9 for size in ("3B", "7B")]
     assert totals == pytest.approx([3.755, 8.292], abs=0.001)
 
 
@@ -670,15 +668,25 @@ def test_a_random_policy_for_the_benchmark_is_built_as_load_policy_builds_one(be
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
+def names_in(module: str, tree: ast.Module) -> dict:
+    """The names of a module, and those that its functions import from the libraries."""
+    names = dict(vars(importlib.import_module(module)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in LIBRARIES:
+            exec(ast.unparse(node), names)
+    return names
+
+
 def library_calls() -> list:
     """(file, line, callable, keyword) of every keyword given to a callable of the libraries."""
     found = []
     for name, path in MODULES.items():
-        module = importlib.import_module(name)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = names_in(name, tree)
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and node.keywords:
                 try:
-                    called = eval(ast.unparse(node.func), vars(module))
+                    called = eval(ast.unparse(node.func), names)
                 except (NameError, AttributeError, TypeError, SyntaxError):
                     continue  # a method of a local object
                 if str(getattr(called, "__module__", "")).partition(".")[0] in LIBRARIES:

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import subprocess
 import sys
 
 import bitsandbytes as bnb
@@ -15,7 +16,9 @@ from torch.testing import assert_close
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vqr1 import policy
-from vqr1.policy import PictureProcessor, load_policy, load_processor, lora_config, start_from_energies
+from vqr1.experiments.tiny import PATCH, build_policy, start_from_energies
+from vqr1.places import EMBEDDED
+from vqr1.policy import PictureProcessor, Policy, as_policy, load_policy, load_processor, lora_config
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING, messages
 from vqr1.scoring import Scorer
 
@@ -52,8 +55,8 @@ def test_every_linear_layer_suits_4_bit_on_cpus(untrained):
 
 
 def test_the_same_seed_builds_the_same_weights(untrained):
-    again, _ = policy.build_policy(["strong jpeg blocking"], 0)
-    other, _ = policy.build_policy(["strong jpeg blocking"], 1)
+    again, _ = build_policy(["strong jpeg blocking"], 0)
+    other, _ = build_policy(["strong jpeg blocking"], 1)
     name = "model.visual.blocks.0.mlp.gate_proj.weight"
     assert_close(again.get_parameter(name), untrained[0].get_parameter(name), rtol=0, atol=0)
     assert not torch.equal(again.get_parameter(name), other.get_parameter(name))
@@ -249,7 +252,7 @@ def test_the_first_block_starts_with_squares(untrained):
     """silu(x) x + silu(-x) (-x) = x^2, channel by channel, before they are mixed."""
     model = copy.deepcopy(untrained[0])
     torch.manual_seed(0)
-    patches = torch.randn(500, 3 * policy.PATCH**2)
+    patches = torch.randn(500, 3 * PATCH**2)
     start_from_energies(model, patches)
     x, mlp = torch.randn(9, 192) * 2, model.model.visual.blocks[0].mlp
     mix = mlp.down_proj.weight[:, :192]
@@ -276,3 +279,29 @@ def test_on_a_gpu_without_bf16_the_vision_tower_is_no_half_precision(untrained_f
     if not quantize:  # its features go on in the language model's precision
         score = Scorer((model, processor)).score([Image.new("RGB", (64, 64), "gray")])[0]
         assert not math.isnan(score.mass)
+
+
+# The pair
+
+
+def test_a_policy_is_a_pair_that_knows_its_name(untrained_folder):
+    model, processor = loaded = load_policy(untrained_folder)
+    assert loaded.model is model and loaded.processor is processor and loaded.name == str(untrained_folder)
+    assert as_policy(loaded) is loaded and as_policy(untrained_folder).name == loaded.name
+    own = as_policy((model, processor))
+    assert own.model is model and own.name == "the given policy"
+    copied = copy.deepcopy(Policy("a", "b", "c"))
+    assert copied == ("a", "b") and copied.name == "c"
+
+
+def test_scoring_imports_neither_what_quantises_nor_what_trains():
+    """Each of them takes as long as scoring a few pictures."""
+    code = (
+        "import sys; from vqr1.scoring import Scorer; "
+        "print(Scorer().score('data/photos/kitten.jpg')[0].score > 1, "
+        "sorted({'bitsandbytes', 'peft', 'pandas', 'trl', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=EMBEDDED.parent, check=True
+    )
+    assert ran.stdout == "True []\n"

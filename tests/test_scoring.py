@@ -23,8 +23,10 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vqr1 import scoring
-from vqr1.policy import CHAT_TEMPLATE, SPECIAL, PictureProcessor
+from vqr1.data import ahead
+from vqr1.engines import transformers as engine
+from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL
+from vqr1.policy import PictureProcessor
 from vqr1.prompts import format_ok, messages, named_distortions, parse_score
 from vqr1.scoring import OPEN, Scorer
 from vqr1.thurstone import comparative_probability
@@ -305,12 +307,12 @@ def test_what_the_parser_does_not_read_is_no_expected_score(spelled, answer):
 
 def test_white_space_that_clings_to_the_tag_is_taken_off(spelled):
     scorer = spelled({"3.50": 1.0}, thinking=True)
-    tokenizer = scorer.processor.tokenizer
+    tokenizer = scorer.engine.processor.tokenizer
     plain, newline = (
         tokenizer.encode(f"<think>sharp</think><answer>{end}", add_special_tokens=False) for end in ("", "\n")
     )
     written = newline if len(newline) == len(plain) else plain  # ">\n" is one token of Qwen's
-    assert scorer._thoughts(torch.tensor(written)) == "<think>sharp</think><answer>"
+    assert scorer.engine._thoughts(torch.tensor(written)) == "<think>sharp</think><answer>"
 
 
 # NaN in the logits
@@ -576,7 +578,7 @@ def test_a_file_that_cannot_be_read_is_a_row_with_an_error(known, bad_files, est
 
 def test_a_batch_without_a_readable_picture_needs_no_model(known, bad_files):
     scorer = known()
-    assert all(score.error for score in scorer.score(bad_files)) and scorer.model.batches == []
+    assert all(score.error for score in scorer.score(bad_files)) and scorer.engine.model.batches == []
     assert scorer.score([]) == []
 
 
@@ -759,7 +761,7 @@ def test_a_tensor_of_another_range_or_shape_is_refused_with_a_remedy(known, chan
 def test_pixels_keep_their_values_and_rounding_outside_the_range_is_clipped(known, monkeypatch):
     """What the image processor is given is what was handed over."""
     scorer, seen = known({"3.00": 1.0}), []
-    processor = scorer.processor.image_processor
+    processor = scorer.engine.processor.image_processor
     real = type(processor).__call__
     monkeypatch.setattr(
         type(processor),
@@ -870,18 +872,19 @@ def test_batches_are_formed_by_size_and_the_order_kept(known):
         3,
         4,
     ] * 3 + [3]
-    assert scorer.model.batches == [[4, 4], [4, 4], [6, 6], [6]]  # widths in patches
+    assert scorer.engine.model.batches == [[4, 4], [4, 4], [6, 6], [6]]  # widths in patches
 
 
+@torch.no_grad()
 def test_the_prompt_is_the_processors_own(trained, photo):
     """Ids, mask and positions are put together from parts; they are what the processor and the model make of
     the whole.
     """
     model, processor = trained
     pictures = crops(photo)[:2]
-    scorer = Scorer(trained, thinking=True)
-    opened = [scorer._open(image) for image in pictures]
-    ids, mask, cache = scorer._prefill(opened, scorer._prefix())
+    asked = engine.load(trained)
+    opened = [asked.prepare(image).picture for image in pictures]
+    ids, mask, cache = asked._prefill(opened, asked._prompt(messages(True), ""))
     text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
     whole = processor(text=[text] * 2, images=pictures, padding=True, return_tensors="pt")
     assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask)] == [
@@ -895,14 +898,14 @@ def test_the_prompt_is_the_processors_own(trained, photo):
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(known):
     scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=4)
-    real = scorer._prefill
+    real = scorer.engine._prefill
 
-    def small(pictures, prefix):
+    def small(pictures, prompt):
         if len(pictures) > 1 or pictures[0]["image_grid_thw"][0, 2] == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(pictures, prefix)
+        return real(pictures, prompt)
 
-    scorer._prefill = small
+    scorer.engine._prefill = small
     one, two, three = scorer.score([picture(0), picture(1), picture(0)])
     assert (
         (one.score, three.score) == (pytest.approx(3.0), pytest.approx(3.0))
@@ -916,17 +919,17 @@ def test_what_did_not_fit_is_freed_before_its_halves_are_tried(known):
     than the whole.
     """
     scorer, tensors, alive = known({"3.00": 1.0}, batch_size=8), [], []
-    real = scorer._prefill
+    real = scorer.engine._prefill
 
-    def short(pictures, prefix):
+    def short(pictures, prompt):
         alive.append(sum(tensor() is not None for tensor in tensors))
         activations = torch.zeros(1000)
         tensors.append(weakref.ref(activations))
         if len(pictures) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(pictures, prefix)
+        return real(pictures, prompt)
 
-    scorer._prefill = short
+    scorer.engine._prefill = short
     assert [score.error for score in scorer.score([picture(0)] * 4)] == [""] * 4
     assert alive == [0] * 7  # tries: 4, 2, 1, 1, 2, 1, 1
 
@@ -936,8 +939,8 @@ def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
     at most.
     """
     scorer, held, most = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=16), [0], [0]
-    size = scorer._open(picture(0))["pixel_values"].nbytes
-    monkeypatch.setattr(scoring, "HELD", 2 * size)
+    size = scorer.engine.prepare(picture(0)).nbytes
+    monkeypatch.setattr(ahead, "HELD", 2 * size)
     real, window, windows, lock = scorer._open, scorer._window, [], threading.Lock()
 
     def opened(image):
@@ -946,10 +949,10 @@ def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
             most[0] = max(most[0], held[0])
         return real(image)
 
-    def scored(pictures, prefix):
+    def scored(pictures):
         windows.append(len(pictures))
         time.sleep(0.02)  # the threads have time to decode as much as they may
-        result = window(pictures, prefix)
+        result = window(pictures)
         with lock:
             held[0] -= len(pictures)
         return result
@@ -957,7 +960,7 @@ def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
     scorer._open, scorer._window = opened, scored
     assert [round(score.score) for score in scorer.score([picture(0)] * 40)] == [3] * 40
     assert windows == [2] * 20
-    assert 2 < most[0] <= 2 * 2 + scoring.THREADS
+    assert 2 < most[0] <= 2 * 2 + ahead.THREADS
     mixed = [picture(i % 2) for i in range(9)] + ["missing.png"]
     assert [round(score.score) for score in scorer.score(mixed)[:-1]] == [3, 4] * 4 + [3]  # the order is kept
 
@@ -965,7 +968,7 @@ def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
 def test_a_stream_of_large_pictures_can_be_left(known, monkeypatch):
     """Threads that wait for room do not keep the program from going on."""
     scorer = known({"3.00": 1.0})
-    monkeypatch.setattr(scoring, "HELD", 1)
+    monkeypatch.setattr(ahead, "HELD", 1)
     windows = scorer.batches([picture(0)] * 40)
     assert len(next(windows)) == 1
     windows.close()
@@ -975,25 +978,25 @@ def test_a_stream_of_large_pictures_can_be_left(known, monkeypatch):
 
 
 def test_large_pictures_make_small_batches(known, monkeypatch):
-    monkeypatch.setattr(scoring, "PATCHES", 50)
+    monkeypatch.setattr(engine, "PATCHES", 50)
     scorer = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=4)
     assert [round(score.score) for score in scorer.score([picture(i % 2) for i in range(7)])] == [
         3,
         4,
     ] * 3 + [3]
-    assert scorer.model.batches == [[4, 4, 4], [4, 6], [6, 6]]  # of 16 and 24 patches, padded
-    monkeypatch.setattr(scoring, "PATCHES", 1)
-    scorer.model.batches.clear()
+    assert scorer.engine.model.batches == [[4, 4, 4], [4, 6], [6, 6]]  # of 16 and 24 patches, padded
+    monkeypatch.setattr(engine, "PATCHES", 1)
+    scorer.engine.model.batches.clear()
     assert [round(score.score) for score in scorer.score([picture(1), picture(0)])] == [4, 3]
-    assert scorer.model.batches == [[4], [6]]  # alone, a picture may be larger
+    assert scorer.engine.model.batches == [[4], [6]]  # alone, a picture may be larger
 
 
 def test_twelve_megapixels_are_held_four_at_a_time():
     """SPAQ's size in Qwen2.5-VL's patches: 288 MB each; two windows of 64 were 34 GiB."""
     size = 61_204 * 3 * 2 * 14 * 14 * 4
-    assert 3 * size < scoring.HELD < 4 * size and 2 * scoring.HELD + 5 * size < 4 * 2**30
-    assert len(scoring._batched([0, 1], [61_204] * 2, 16)) == 2
-    assert [len(batch) for batch in scoring._batched([*range(40)], [256] * 40, 16)] == [
+    assert 3 * size < ahead.HELD < 4 * size and 2 * ahead.HELD + 5 * size < 4 * 2**30
+    assert len(engine._batched([0, 1], [61_204] * 2, 16)) == 2
+    assert [len(batch) for batch in engine._batched([*range(40)], [256] * 40, 16)] == [
         16,
         16,
         8,
@@ -1034,18 +1037,18 @@ def test_a_batch_needs_a_picture(known, size):
 def test_scoring_is_done_in_eval_mode_and_puts_training_back(known, estimate):
     scorer = known(MIXED, estimate=estimate)
     for training in (True, False):
-        scorer.model.train(training)
+        scorer.engine.model.train(training)
         scorer.score([picture(0)])
-        assert scorer.model.training is training
-    assert set(scorer.model.modes) == {False}
+        assert scorer.engine.model.training is training
+    assert set(scorer.engine.model.modes) == {False}
 
 
 def test_training_is_put_back_after_an_error(known):
     scorer = known()  # no distribution: the model's forward raises
-    scorer.model.train()
+    scorer.engine.model.train()
     with pytest.raises(IndexError):
         scorer.score([picture(0)])
-    assert scorer.model.training
+    assert scorer.engine.model.training
 
 
 def test_scores_leave_no_gradient_behind(untrained):
@@ -1065,6 +1068,23 @@ def test_scores_leave_no_gradient_behind(untrained):
 def test_wrong_settings_are_named(known, options, message):
     with pytest.raises(ValueError, match=message):
         known(MIXED, **options)
+
+
+def test_other_settings_ask_the_same_loaded_policy(known):
+    scorer = known(MIXED, thinking=True, seed=3)
+    sampler = scorer.with_(thinking=False, estimate="sample", k=4)
+    assert sampler.engine is scorer.engine
+    assert (sampler.estimate, sampler.k, sampler.seed, sampler.thinking) == ("sample", 4, 3, False)
+    assert (scorer.estimate, scorer.k, scorer.thinking) == ("expected", 6, True)
+    assert len(sampler.score([picture(0)])[0].answers) == 4
+    with pytest.raises(ValueError, match="k is 1"):
+        scorer.with_(estimate="sample", k=1)
+    with pytest.raises(TypeError, match="temperature is no setting.*thinking, estimate"):
+        scorer.with_(temperature=2.0)
+
+
+def test_direction_and_range_are_said_as_pyiqa_says_them(known):
+    assert known(MIXED).lower_better is False and Scorer.score_range == (1, 5)
 
 
 def test_only_the_expected_score_needs_a_token_per_digit(untrained):

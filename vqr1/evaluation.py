@@ -258,11 +258,10 @@ def evaluate(
         tables are keyed by (set, estimate, thinking).
     """
     rows, tables = [], {}
-    pair = policy if isinstance(policy, tuple) else None
+    asked = Scorer(policy, modes[0], estimates[0], seed=seed)
     for thinking in modes:
         for estimate in estimates:
-            scorer = Scorer(pair or policy, thinking, estimate, seed=seed)
-            pair = scorer.model, scorer.processor
+            scorer = asked.with_(thinking=thinking, estimate=estimate)
             for name, own in sets.items():
                 table = score_frame(
                     scorer, own, f"{name}, {estimate}, {'thinking' if thinking else 'non-thinking'}"

@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from vqr1.policy import base_of
 
 SHARED = ("qwen2_5_vl", "qwen3_vl")
-"""Model types that this holds for; all others go the stock way."""
+"""Model types that this holds for; all others use the stock code."""
 
 
 def share(model: PreTrainedModel, prompts: bool = True) -> None:
@@ -107,10 +107,17 @@ def prefill(
 ) -> Cache:
     """Run prompts with one picture each through the model, all but their last token, and return the cache.
 
-    ids, mask: (B, T); pixel_values, grid: as the image processor gives them; cache: of the first tokens,
-    where these are known. The model keeps `rope_deltas`, how far positions are from the number of tokens,
-    as it does for its own prefill. Ready for `generate(ids, mask, past_key_values=cache)`, and for K
-    answers after `cache.batch_repeat_interleave(K)`.
+    The model keeps `rope_deltas`, how far positions are from the number of tokens, as it does for its own
+    prefill. The cache is ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after
+    `cache.batch_repeat_interleave(K)`.
+
+    Args:
+        model: with or without an adapter.
+        ids: (B, T), tokens.
+        mask: (B, T), 1 for real tokens.
+        pixel_values: of all pictures, as the image processor gives them.
+        grid: (B, 3), likewise.
+        cache: of the first tokens, where these are known.
     """
     inner = base_of(model).model
     kinds = (ids == model.config.image_token_id).int()
@@ -133,7 +140,7 @@ def prefill_once(model: PreTrainedModel) -> None:
     answers.
 
     The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a
-    cache go the stock way.
+    cache use the stock `generate`.
     """
     generate = model.generate
 
@@ -150,12 +157,7 @@ def prefill_once(model: PreTrainedModel) -> None:
             return generate(*args, **inputs)
         with torch.no_grad():
             cache, _ = _prefill_distinct(model, ids, inputs["attention_mask"], pixels, grid)
-        rest = {
-            key: value
-            for key, value in inputs.items()
-            if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-        }
-        return generate(**rest, past_key_values=cache)
+        return generate(**_without_pictures(inputs), past_key_values=cache)
 
     model.generate = shared
 
@@ -165,9 +167,9 @@ def prompt_once(model: PreTrainedModel) -> None:
     answer on the prompt's cache.
 
     Of N = B K rows of P prompt and C answer tokens, B P + N C are computed instead of N (P + C). Seam: the
-    forward that TRL calls with ``fused_lm_head=True`` and labels that are -100 for the prompt. The stock
-    way goes a call without these, without one picture per prompt, and with gradient checkpointing, which
-    allows no cache.
+    forward that TRL calls with ``fused_lm_head=True`` and labels that are -100 for the prompt. Calls without
+    these arguments, with several pictures per prompt, or under gradient checkpointing, which allows no
+    cache, use the stock forward.
     """
     base = base_of(model)
     forward = base.forward
@@ -181,18 +183,11 @@ def prompt_once(model: PreTrainedModel) -> None:
         alike = inputs.get("fused_lm_head") and answered and grid is not None and len(grid) == len(ids)
         if not alike or (base.is_gradient_checkpointing and base.training):
             return forward(*args, **inputs)
-        mask, start = (
-            inputs["attention_mask"],
-            int((labels != -100).any(0).int().argmax()) - 1,
-        )  # of the prompt's last token
-        rest = {
-            key: value
-            for key, value in inputs.items()
-            if key not in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-        }
+        mask = inputs["attention_mask"]
+        start = int((labels != -100).any(0).int().argmax()) - 1  # of the prompt's last token
         cache, delta = _prefill_distinct(base, ids[:, : start + 1], mask[:, : start + 1], pixels, grid)
         position = mask.cumsum(1)[:, start:] - 1 + delta  # (N, 1 + C)
-        rest |= {
+        rest = _without_pictures(inputs) | {
             "input_ids": ids[:, start:],
             "labels": labels[:, start:],
             "position_ids": position.expand(3, -1, -1),
@@ -202,12 +197,16 @@ def prompt_once(model: PreTrainedModel) -> None:
     base.forward = shared
 
 
+def _without_pictures(inputs: dict) -> dict:
+    """Return the inputs of a call whose pictures are in the cache already."""
+    gone = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    return {key: value for key, value in inputs.items() if key not in gone}
+
+
 def _prefill_distinct(
     model, ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor
 ) -> tuple[Cache, torch.Tensor]:
-    """Return the cache of N prompts, of which each distinct one was run once, and their `rope_deltas` (N,
-    1).
-    """
+    """Return the cache of N prompts, each distinct one run once, and their `rope_deltas`, (N, 1)."""
     pictures = pixels.split(grid.prod(1).tolist())
     first, places = distinct([*zip(zip(map(tuple, grid.tolist()), map(tuple, ids.tolist())), pictures)])
     order = torch.tensor(places, device=ids.device)
@@ -219,18 +218,16 @@ def _prefill_distinct(
 
 
 def distinct(items: list[tuple[tuple, torch.Tensor]]) -> tuple[list[int], list[int]]:
-    """Return (positions of the distinct items, which of these each item is), exact. An item is a key and a
-    tensor, equal in both.
+    """Return (positions of the distinct items, which of these each item is), exact.
+
+    items: of a key and a tensor; two are the same if both are equal.
 
     >>> a, b = torch.ones(2, 3), torch.zeros(2, 3)
     >>> distinct([((), a), ((), b), ((), a.clone()), ((1,), a)])
     ([0, 1, 3], [0, 1, 0, 2])
     """
-    first, places, groups = (
-        [],
-        [],
-        {},
-    )  # groups: key and a few of the numbers -> places of the distinct items with these
+    first, places = [], []
+    groups = {}  # key and a few of the numbers -> places of the distinct items with these
     for i, (key, tensor) in enumerate(items):
         group = groups.setdefault((key, *tensor[len(tensor) // 2].flatten()[:4].tolist()), [])
         place = next((place for place in group if torch.equal(items[first[place]][1], tensor)), len(first))

@@ -16,7 +16,7 @@ from vqr1.cards import model_card
 from vqr1.config import Settings, load_config
 from vqr1.data.batches import one_set_batches, prompt_rows
 from vqr1.data.manifests import load_ratings, pictures_of
-from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, own_names
+from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, save_native_names
 from vqr1.records import machine_line
 from vqr1.rewards import reward_functions
 from vqr1.runlog import ProgressBar, RunLog, resume_from, save_settings, step_of
@@ -154,7 +154,7 @@ def _trainer(
         processing_class=processor,
         peft_config=adapter,
     )
-    own_names(trainer.model)
+    save_native_names(trainer.model)
     note_base(trainer.model)
     return trainer
 

@@ -71,9 +71,7 @@ def explore(scorer: Scorer, image: Image.Image, k: int = 6, seed: int = 0) -> tu
 
     Raises ValueError where there is no score.
     """
-    sampler = Scorer(
-        (scorer.model, scorer.processor), True, "sample", k, max_new_tokens=scorer.max_new_tokens, seed=seed
-    )
+    sampler = scorer.with_(thinking=True, estimate="sample", k=k, seed=seed)
     scores = scorer.score([image]) + sampler.score([image])
     for score in scores:
         if score.error:

@@ -33,18 +33,15 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noq
 
 from vqr1.config import Settings, load_config  # noqa: E402
 from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
+from vqr1.experiments.memory import PROMPT_TOKENS, memory_by_part, qwen_config  # noqa: E402
+from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL  # noqa: E402
 from vqr1.policy import (  # noqa: E402
-    CHAT_TEMPLATE,
-    PROMPT_TOKENS,
-    SPECIAL,
     TINY,
     PictureProcessor,
     default_dtype,
+    disable_cpu_packing,
     four_bit,
-    keep_gradients,
     load_processor,
-    memory_by_part,
-    qwen_config,
 )
 from vqr1.records import machine_line, write_table  # noqa: E402
 from vqr1.scoring import Scorer  # noqa: E402
@@ -136,7 +133,7 @@ def random_policy(config, device: torch.device, dtype: torch.dtype):
         config.text_config.pad_token_id,
         config.text_config.eos_token_id,
     )
-    keep_gradients(model)
+    disable_cpu_packing(model)
     return model, processor
 
 
@@ -355,7 +352,7 @@ def main() -> int:
         rows, parts = computed()
         print(
             "No GPU here: nothing below was measured. "
-            "Memory in GiB, COMPUTED from the architectures (vqr1.policy.memory_by_part):\n"
+            "Memory in GiB, COMPUTED from the architectures (vqr1.experiments.memory.memory_by_part):\n"
         )
         print(parts.round(2).to_string(), "\n")
     table, about = pd.DataFrame(rows, columns=COLUMNS), f"bitsandbytes {bnb.__version__}"

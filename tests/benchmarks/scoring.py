@@ -36,7 +36,7 @@ from vqr1 import scoring  # noqa: E402
 from vqr1.policy import base_of, load_policy  # noqa: E402
 from vqr1.prompts import messages  # noqa: E402
 from vqr1.records import machine_line, markdown, write_table  # noqa: E402
-from vqr1.scoring import Score, Scorer  # noqa: E402
+from vqr1.scoring import Scorer  # noqa: E402
 
 BATCH, TOKENS = 16, 256
 MODES = {"non-thinking": False, "thinking": True}
@@ -216,14 +216,15 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
     rows = []
     for mode, thinking in MODES.items():
         scorer, stages = Scorer(policy, thinking, batch_size=BATCH, max_new_tokens=TOKENS), Stages()
-        tower, processor = base_of(scorer.model).model.visual, scorer.processor.image_processor
+        engine = scorer.engine
+        tower, processor = base_of(engine.model).model.visual, engine.processor.image_processor
         kept = scoring.read_picture, tower.forward, type(processor).__call__
         stages.watch("decode", scoring, "read_picture")
         stages.watch("image processor", type(processor), "__call__")
         stages.watch("vision tower", tower, "forward")
-        stages.watch("prefill", scorer, "_prefill")
-        stages.watch("generate", scorer, "_generate")
-        stages.watch("tree", scorer, "_answers")
+        stages.watch("prefill", engine, "_prefill")
+        stages.watch("generate", engine, "_generate")
+        stages.watch("tree", engine, "_answers")
         try:
             seconds, _, _ = timed(partial(scorer.score, files))
         finally:
@@ -249,20 +250,19 @@ def forward(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
     """
     model, processor = policy
     scorer = Scorer(policy, batch_size=BATCH)
-    batch = [scorer._open(file) for file in files[:BATCH]]
+    batch = [scorer.engine.prepare(scoring.read_picture(file)) for file in files[:BATCH]]
     text = processor.apply_chat_template(messages(False), tokenize=False, add_generation_prompt=True)
     pictures = [scoring.read_picture(file) for file in files[:BATCH]]
     inputs = processor(text=[text] * len(batch), images=pictures, padding=True, return_tensors="pt").to(
         model.device
     )
-    prefix = scorer._prefix()
 
     def plain():
         with torch.no_grad():
             return model(**inputs, logits_to_keep=1, use_cache=True)
 
     def expected():
-        scorer._batch(batch, [Score() for _ in batch], prefix)
+        scorer.engine.distributions(messages(False), batch, False, TOKENS, BATCH)
 
     plain(), expected()  # once without a clock
     pairs = [(timed(plain)[0], timed(expected)[0]) for _ in range(5 * repeats)]

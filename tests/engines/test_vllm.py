@@ -14,12 +14,21 @@ import torch
 from conftest import pushed
 from PIL import Image
 
+from vqr1.engines import transformers
 from vqr1.engines import vllm as engines
-from vqr1.engines.answers import ANSWERS, BEGINNINGS, COLUMNS, OPENINGS, VALUES, tokens_of
-from vqr1.engines.vllm import RANKS, Vllm, chance, distribution, llm_options, load_vllm, request, unasked
+from vqr1.engines.answers import ANSWERS, BEGINNINGS, COLUMNS, OPEN, OPENINGS, VALUES
+from vqr1.engines.vllm import (
+    RANKS,
+    Vllm,
+    answer_probability,
+    distribution,
+    image_prompt,
+    llm_options,
+    open_prefixes,
+)
 from vqr1.policy import BASE, VISION, load_policy, lora_config
 from vqr1.prompts import messages
-from vqr1.scoring import OPEN, Scorer
+from vqr1.scoring import Scorer
 
 
 @dataclass
@@ -134,12 +143,7 @@ def policy(tiny):
 
 @pytest.fixture
 def vllm(policy):
-    return Vllm(LLM(policy), SamplingParams)
-
-
-@pytest.fixture
-def tokens(policy):
-    return tokens_of(policy[1].tokenizer)
+    return Vllm(LLM(policy), policy[1], SamplingParams)
 
 
 def prompt(processor, thinking, start=""):
@@ -147,12 +151,15 @@ def prompt(processor, thinking, start=""):
     return processor.tokenizer(text + start).input_ids
 
 
-class Watched(Scorer):
-    """A Scorer that keeps the distribution it read."""
+def distributions(engine, images, thinking=False, max_tokens=64):
+    prepared = [engine.prepare(image) for image in images]
+    return engine.distributions(messages(thinking), prepared, thinking, max_tokens, batch_size=1)
 
-    def _answers(self, *args):
-        self.read = super()._answers(*args)
-        return self.read
+
+def texts(engine, images, k, max_tokens, seed):
+    prepared = [engine.prepare(image) for image in images]
+    answers = engine.texts(messages(False), prepared, k, max_tokens, seed, batch_size=1)
+    return [text for answer in answers for text in answer.texts]
 
 
 @pytest.fixture
@@ -192,13 +199,13 @@ def test_the_chain_rule_gives_back_the_distribution():
         if p[i, j]
     }
     assert found == pytest.approx(share)
-    assert {answer: chance(tree_of(share), answer) for answer in share} == pytest.approx(share)
+    assert {answer: answer_probability(tree_of(share), answer) for answer in share} == pytest.approx(share)
 
 
 def test_only_likely_beginnings_are_asked_for():
     share = {"3.25": 1 - 1e-4, "4.25": 5e-5, " 3.00": 5e-5 - 1e-10, "2.00": 1e-10}
     whole, known = tree_of(share), {}
-    while asked := unasked(known):
+    while asked := open_prefixes(known):
         known |= {text: whole[text] for text in asked}
     assert {text[0] for text in known if text} == {"3", "4"} and len(known) == 1 + 2 * 3
 
@@ -207,24 +214,22 @@ def test_only_likely_beginnings_are_asked_for():
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_the_distribution_is_that_of_the_transformers_engine(policy, vllm, tokens, pictures, thinking):
+def test_the_distribution_is_that_of_the_transformers_engine(policy, vllm, pictures, thinking):
     for picture in pictures:
-        ours = Watched(policy, thinking, batch_size=1)
-        score = ours.score([picture])[0]
-        stop = {"stop": OPEN, "tag": ours.tag, "max_tokens": 64} if thinking else {}
-        texts, p, written = vllm.distributions(
-            prompt(policy[1], thinking, "" if thinking else OPEN), [picture], tokens, **stop
-        )
-        assert p.shape == (1, 3, 1231) and (p[0] - ours.read[0]).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
-        assert written[0].endswith("</answer>")
-        assert (texts[0] or OPEN) == score.answers[0]
-        assert float(p[0].sum(0) @ VALUES / p.sum()) == pytest.approx(score.score, abs=1e-5)
+        ours = distributions(transformers.load(policy), [picture], thinking)[0]
+        score = Scorer(policy, thinking, batch_size=1, max_new_tokens=64).score([picture])[0]
+        found = distributions(vllm, [picture], thinking)[0]
+        p = found.probability
+        assert p.shape == (3, 1231) and (p - ours.probability).abs().max() < 1e-5 and 0.5 < p.sum() <= 1
+        assert found.likeliest == ours.likeliest and found.likeliest.endswith("</answer>")
+        assert found.texts == ours.texts == score.answers and not found.error
+        assert float(p.sum(0) @ VALUES / p.sum()) == pytest.approx(score.score, abs=1e-5)
     assert len(vllm.llm.calls) == 2 * (5 + thinking)
 
 
-def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm, tokens, pictures):
-    ids = prompt(policy[1], False, OPEN)
-    _, together, _ = vllm.distributions(ids, pictures, tokens)
+def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm, pictures):
+    ids, tokens = prompt(policy[1], False, OPEN), vllm.tokens
+    together = distributions(vllm, pictures)
     assert len(vllm.llm.calls) == 5
     named = {}
     for rows, params in vllm.llm.calls:
@@ -234,22 +239,22 @@ def test_pictures_go_down_the_tree_together_each_under_its_own_name(policy, vllm
             named.setdefault(row["multi_modal_uuids"]["image"][0], row["multi_modal_data"]["image"])
             assert named[row["multi_modal_uuids"]["image"][0]] is row["multi_modal_data"]["image"]
     assert len(named) == 2
-    alone = torch.cat([vllm.distributions(ids, [picture], tokens)[1] for picture in pictures])
-    assert (together - alone).abs().max() < 1e-5
+    for one, picture in zip(together, pictures, strict=True):
+        assert (one.probability - distributions(vllm, [picture])[0].probability).abs().max() < 1e-5
 
 
-def test_a_reasoning_without_an_answer_has_no_distribution(policy, vllm, tokens, pictures):
-    texts, p, _ = vllm.distributions(prompt(policy[1], True), pictures, tokens, stop=OPEN, max_tokens=3)
-    assert not p.any() and all(text and OPEN not in text for text in texts) and len(vllm.llm.calls) == 1
+def test_a_reasoning_without_an_answer_has_no_distribution(vllm, pictures):
+    for answer in distributions(vllm, pictures, thinking=True, max_tokens=3):
+        assert not answer.probability.any() and answer.texts[0] and OPEN not in answer.texts[0]
+    assert len(vllm.llm.calls) == 1
 
 
 def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
-    ids = prompt(policy[1], False)
-    greedy = vllm.texts(ids, pictures, 1, 12, 0)
+    greedy = texts(vllm, pictures, 1, 12, 0)
     assert greedy == [
         score.answers[0] for score in Scorer(policy, estimate="greedy", max_new_tokens=12).score(pictures)
     ]
-    sampled = vllm.texts(ids, pictures, 3, 12, 7)
+    sampled = texts(vllm, pictures, 3, 12, 7)
     assert len(sampled) == 6 and len(set(sampled)) > 2 and all("<answer>" in text for text in sampled)
     (_, one), (_, two) = vllm.llm.calls
     assert (one.temperature, one.n) == (0, 1) and (two.temperature, two.n, two.seed) == (1, 3, 7)
@@ -259,7 +264,7 @@ def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
 
 
 def test_a_request_holds_one_image_token_and_what_was_said_since(photo):
-    assert request([1, 9, 2], photo, "a", [5, 6]) == {
+    assert image_prompt([1, 9, 2], photo, "a", [5, 6]) == {
         "prompt_token_ids": [1, 9, 2, 5, 6],
         "multi_modal_data": {"image": photo},
         "multi_modal_uuids": {"image": ["a"]},
@@ -295,7 +300,7 @@ def test_an_adapter_of_too_high_a_rank_is_refused(tmp_path):
 def test_without_vllm_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModuleNotFoundError, match="pip install vllm==.*transformers"):
-        load_vllm("tiny-policy")
+        engines.load("tiny-policy")
 
 
 @pytest.fixture
@@ -312,15 +317,15 @@ def stand_in(monkeypatch):
 
 
 def test_a_policy_is_loaded_with_its_own_processor(stand_in, policy):
-    vllm, processor = load_vllm("tiny-policy")
-    assert type(processor) is type(policy[1]) and vllm.lora is None
+    vllm = engines.load("tiny-policy")
+    assert type(vllm.processor) is type(policy[1]) and vllm.lora is None
     assert vllm.llm.options == {
         "max_model_len": engines.MAX_TOKENS,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "enable_prefix_caching": True,
     }
     own = LLM(policy)
-    assert load_vllm((own, processor))[0].llm is own
+    assert engines.load((own, vllm.processor)).llm is own
 
 
 def test_an_adapter_on_a_base_in_4_bits_is_not_served_on_the_one_in_bf16(tmp_path):
@@ -360,19 +365,23 @@ def test_a_picture_that_vllm_refuses_costs_its_own_score_alone(stand_in, policy,
 def test_an_answer_from_vllm_never_holds_a_picture(stand_in, policy, pictures):
     model, processor = copy.deepcopy(policy[0]), policy[1]
     barred = pushed(model, processor)
-    vllm = Vllm(LLM((model, processor)), SamplingParams)
-    ids = prompt(processor, True)
+    vllm = Vllm(LLM((model, processor)), processor, SamplingParams)
+    prepared = [vllm.prepare(picture) for picture in pictures]
+
+    def write(k):
+        vllm.texts(messages(True), prepared, k, 6, 0, batch_size=2)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm, "never", [])
-        vllm.texts(ids, pictures, 2, 6, 0)
+        patch.setattr(vllm, "barred", [])
+        write(2)
         assert set(vllm.llm.ids[-1]) <= barred  # it would
-    vllm.texts(ids, pictures, 2, 6, 0)
-    vllm.texts(ids, pictures, 1, 6, 0)
-    vllm.distributions(ids, pictures, {}, OPEN, 0, 6, 6)
+    write(2)
+    write(1)
+    distributions(vllm, pictures, thinking=True, max_tokens=6)
     rows = vllm.llm.ids[-8:]
     assert len(rows) == 2 * 2 + 2 + 2 and not barred & {token for row in rows for token in row}
-    own, _ = load_vllm((vllm.llm, processor))
-    assert set(own.never) == set(load_vllm("tiny-policy")[0].never) == set(VISION)
+    own = engines.load((vllm.llm, processor))
+    assert set(own.barred) == set(engines.load("tiny-policy").barred) == set(VISION)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,69 @@
-"""The engines that a policy answers through: transformers, and vLLM."""
+"""The engines that a policy answers through: transformers, and vLLM.
+
+An engine is one file here, with a function `load(policy)` that returns what `Engine` describes; its file's
+name goes into `ENGINES`. Nothing else knows about engines: the `Scorer` hands pictures over, and makes scores
+of the answers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vqr1.engines.answers import Answer, Prepared
+
+ENGINES = ("transformers", "vllm")
+
+
+class Engine(Protocol):
+    """What an engine must offer.
+
+    A `chat` is a list of messages with one image, as `vqr1.prompts.messages` gives it. Answers come back in
+    the order of the pictures; a picture that the engine cannot answer for costs its own answer alone, which
+    says why in its `error`. The engine may split what it is given into batches of at most `batch_size`.
+    """
+
+    def check(self, estimate: str) -> None:
+        """Raise ValueError, saying what else to use, if this policy cannot be asked for this estimate."""
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Return an RGB image as the model takes it, and its bytes. Several threads call it at a time.
+
+        Raises ValueError for an image that the model does not take.
+        """
+
+    def texts(
+        self, chat: list[dict], prepared: list[Prepared], k: int, max_tokens: int, seed: int, batch_size: int
+    ) -> list[Answer]:
+        """Return k completions of each picture, in `Answer.texts`: greedy if k is 1, else sampled at
+        temperature 1, neither top-k nor top-p.
+        """
+
+    def distributions(
+        self, chat: list[dict], prepared: list[Prepared], thinking: bool, max_tokens: int, batch_size: int
+    ) -> list[Answer]:
+        """Return the text before each picture's answer, the probability of every answer after it, and the
+        likeliest one.
+
+        thinking: generate greedily up to the opening tag first, in at most `max_tokens`; otherwise the tag
+        is put into the model's mouth.
+        """
+
+
+def load_engine(name: str, policy: str | Path | tuple) -> Engine:
+    """Return the engine of this name with a policy in it.
+
+    Args:
+        name: one of `ENGINES`.
+        policy: what the engine's own `load` takes.
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine {name!r} is unknown; use one of {', '.join(ENGINES)}")
+    return import_module(f"{__name__}.{name}").load(policy)

@@ -10,7 +10,15 @@ the mass, which is too large by their probability. What the likeliest answer goe
 moves a mean by 2e-4 of the distance between its own mean and the others' at most.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
+
+OPEN = "<answer>"
+AHEAD = 12
+"""Tokens that the likeliest answer is followed for, to see what it is."""
+NOT_NUMBERS = "the model's output holds NaN or infinity; in fp16, load the policy with dtype=torch.float32"
 
 DIGITS = "0123456789"
 FIRST = [*DIGITS, ""]
@@ -55,6 +63,75 @@ _ANSWER_PARENT = torch.tensor([BEGINNINGS.index(text[:-1]) for text in ANSWERS])
 _ANSWER_COLUMN = torch.tensor([COLUMNS.index(text[-1]) for text in ANSWERS])
 _FULL_STOP = torch.tensor([text.endswith(END) and "." in text for text in ANSWERS])
 """Of each answer, whether a point after it is a full stop: 3.5. is a number, too."""
+
+
+class Prepared(NamedTuple):
+    """A picture as an engine takes it, and the bytes of memory that it holds."""
+
+    picture: Any
+    nbytes: int
+
+
+class Answer(NamedTuple):
+    """What an engine says of one picture.
+
+    texts: its completions, or the one text before the answer; none where the engine cannot answer.
+    probability: of each of `ANSWERS` after each of `OPENINGS`, (3, 1231); None for completions.
+    likeliest: the likeliest answer after the text, up to its closing tag.
+    error: why it counts for nothing.
+    """
+
+    texts: list[str]
+    probability: torch.Tensor | None = None
+    likeliest: str = ""
+    error: str = ""
+
+
+def by_halves(
+    ask: Callable[[list], list[Answer]], items: list, refusal: type[Exception], explain: str
+) -> list[Answer]:
+    """Return ``ask(items)``; where it raises `refusal`, that of each half, and so on down to the item at
+    fault, whose answer is an error.
+
+    Args:
+        ask: from items to as many answers.
+        items: prepared pictures.
+        refusal: the error that says that these items cannot be asked together.
+        explain: the message for one item, in which {} stands for the error.
+
+    >>> one_at_a_time = lambda items: [Answer([str(1 // (len(items) == 1 and items[0]))])]
+    >>> [answer.error[:7] for answer in by_halves(one_at_a_time, [1, 0], ZeroDivisionError, "refused: {}")]
+    ['', 'refused']
+    """
+    try:
+        return ask(items)
+    except refusal as error:
+        why = str(error)  # go on outside of this clause: in it, the traceback keeps every tensor of the try
+    torch.cuda.empty_cache()
+    if len(items) == 1:
+        return [Answer([], error=explain.format(why))]
+    half = len(items) // 2
+    return [
+        answer for part in (items[:half], items[half:]) for answer in by_halves(ask, part, refusal, explain)
+    ]
+
+
+def around_image(processor, chat: list[dict], end: str = "") -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt before its image and after it.
+
+    Args:
+        processor: of the policy, which has the chat's layout.
+        chat: messages with one image.
+        end: the beginning of the answer, put after the prompt.
+    """
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    before, after = text.split(processor.image_token)
+    return processor.tokenizer(before).input_ids, processor.tokenizer(after + end).input_ids
+
+
+def tag_token(tokenizer) -> int:
+    """Return the last token of `OPEN`."""
+    return tokenizer.encode(OPEN, add_special_tokens=False)[-1]
 
 
 def tree(opening: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

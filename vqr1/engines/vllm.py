@@ -7,30 +7,43 @@ vLLM 0.31. It wants an older transformers than the rest of this package, and so 
 scores are near the transformers engine's, not equal, and may differ a little with the company in the batch.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoConfig, ProcessorMixin
 
+from vqr1.engines import Engine
 from vqr1.engines.answers import (
+    AHEAD,
     BEGINNINGS,
     COLUMNS,
+    OPEN,
     OPENINGS,
     RARE,
+    Answer,
+    Prepared,
+    around_image,
+    by_halves,
     closed,
     columns,
     likeliest,
     probabilities,
+    tag_token,
+    tokens_of,
 )
-from vqr1.policy import TINY, VISION, load_processor, never_sampled, trained_in_4_bits
+from vqr1.policy import TINY, load_processor, never_sampled, trained_in_4_bits
 
 INSTALL = (
-    "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.31.0 peft==0.21.2 bitsandbytes==0.50.2 pandas scipy scikit-image"
+    "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.31.0 peft==0.21.2 bitsandbytes==0.50.2 "
+    "pandas scipy scikit-image"
     " && .venv-vllm/bin/pip install --no-deps -e ."
 )
 MAX_TOKENS = 20_480
@@ -44,6 +57,9 @@ FLOOR = 1e-8
 """Beginnings less likely than this are not asked for; 133 of them change a mean by 2e-5 at most."""
 
 
+REFUSED = "vLLM does not take this picture: {}"
+
+
 class Refused(ValueError):
     """vLLM takes none of a call's requests, because of one of them."""
 
@@ -52,28 +68,28 @@ Tree = dict[str, dict[str, float]]
 """What follows each beginning: {beginning: {character: probability}}."""
 
 
-def chance(tree: Tree, text: str) -> float:
+def answer_probability(tree: Tree, text: str) -> float:
     """Return the probability that the answer begins with `text`, by the chain rule; 0 where the tree does
     not reach.
 
-    >>> chance({"": {"3": 0.5, "4": 0.5}, "3": {".": 0.9, "<": 0.1}}, "3.")
+    >>> answer_probability({"": {"3": 0.5, "4": 0.5}, "3": {".": 0.9, "<": 0.1}}, "3.")
     0.45
     """
     return math.prod(tree.get(text[:i], {}).get(character, 0.0) for i, character in enumerate(text))
 
 
-def unasked(tree: Tree) -> list[str]:
+def open_prefixes(tree: Tree) -> list[str]:
     """Return the beginnings to ask for next: likely enough by what is known; none when the tree is complete.
 
-    >>> unasked({}), unasked({"": {"3": 0.5, "4": 0.5, "7": 1e-9}})
+    >>> open_prefixes({}), open_prefixes({"": {"3": 0.5, "4": 0.5, "7": 1e-9}})
     ([''], ['3', '4'])
     """
-    openings = [opening for opening in OPENINGS if not opening or chance(tree, opening) >= RARE]
-    asked = [opening + text for opening in openings for text in BEGINNINGS]
-    return [text for text in asked if text not in tree and chance(tree, text) >= FLOOR]
+    openings = [opening for opening in OPENINGS if not opening or answer_probability(tree, opening) >= RARE]
+    prefixes = [opening + text for opening in openings for text in BEGINNINGS]
+    return [text for text in prefixes if text not in tree and answer_probability(tree, text) >= FLOOR]
 
 
-def following(logprobs: Mapping[int, object], tokens: Mapping[str, int]) -> dict[str, float]:
+def next_characters(logprobs: Mapping[int, object], tokens: Mapping[str, int]) -> dict[str, float]:
     """Return the probability of each of `COLUMNS` from vLLM's {token: Logprob} of one position."""
     listed = torch.tensor([logprobs[token].logprob for token in tokens.values()], dtype=torch.float64).exp()
     return dict(zip(COLUMNS, columns(listed).tolist()))
@@ -88,21 +104,24 @@ def distribution(tree: Tree) -> torch.Tensor:
     return probabilities(torch.tensor(following, dtype=torch.float64))
 
 
-def request(prompt: list[int], picture: Image.Image, name: str, more: Sequence[int] = ()) -> dict:
-    """Return a ``vllm.TokensPrompt``: the prompt with one image token, which vLLM repeats as the picture
-    needs, and `more`.
+def image_prompt(prompt: list[int], image: Image.Image, name: str, more: Sequence[int] = ()) -> dict:
+    """Return a ``vllm.TokensPrompt``.
 
-    name: the picture's, unique in the engine's life: its cache knows the picture again by it without
-    hashing pixels.
+    Args:
+        prompt: its tokens, with one image token, which vLLM repeats as the image needs.
+        image: RGB.
+        name: the image's, unique in the engine's life: its cache knows the image again by it without hashing
+            pixels.
+        more: tokens that have been said since.
     """
     return {
         "prompt_token_ids": [*prompt, *more],
-        "multi_modal_data": {"image": picture},
+        "multi_modal_data": {"image": image},
         "multi_modal_uuids": {"image": [name]},
     }
 
 
-def reading(tokens: Mapping[str, int]) -> dict:
+def logprob_settings(tokens: Mapping[str, int]) -> dict:
     """Return the sampling settings that read off the log-probabilities of these tokens as they are, before
     any truncation.
     """
@@ -136,113 +155,136 @@ def llm_options(policy: str | Path) -> tuple[dict, str | None]:
     )
     if rank is None:
         raise ValueError(
-            f"{path}: vLLM serves adapters up to rank {RANKS[-1]}, and this one has {adapter['r']}; use engine='transformers'"
+            f"{path}: vLLM serves adapters up to rank {RANKS[-1]}, and this one has {adapter['r']}; "
+            "use engine='transformers'"
         )
     if trained_in_4_bits(path):
         raise ValueError(
-            f"{path}: this adapter was trained on a base in 4 bits, and vLLM serves the base in bf16, with which its scores differ; "
-            "write out what it was trained on, vqr1.policy.merge_adapter(folder, output), and serve that; or use engine='transformers'"
+            f"{path}: this adapter was trained on a base in 4 bits, and vLLM serves the base in bf16, with "
+            "which its scores differ; write out what it was trained on, vqr1.policy.merge_adapter(folder, "
+            "output), and serve that; or use engine='transformers'"
         )
     return options | {"model": base, "enable_lora": True, "max_lora_rank": rank}, str(path)
 
 
-def load_vllm(policy: str | Path | tuple) -> tuple["Vllm", ProcessorMixin]:
-    """Return (engine, processor) of a model's or an adapter's folder, of a hub name, or of a pair
-    (``vllm.LLM``, processor) of your own.
+def load(policy: str | Path | tuple) -> Vllm:
+    """Return the engine with a policy.
 
-    Raises ModuleNotFoundError, saying how to install it, where vLLM is missing.
+    Args:
+        policy: a model's or an adapter's folder, a hub name, or a pair (``vllm.LLM``, processor) of your own.
+
+    Raises:
+        ModuleNotFoundError: vLLM is missing; the message says how to install it.
     """
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"engine='vllm' needs vLLM ({error}). It runs on a GPU and wants its own environment: {INSTALL}; or use engine='transformers'"
+            f"engine='vllm' needs vLLM ({error}). It runs on a GPU and wants its own environment: {INSTALL}; "
+            "or use engine='transformers'"
         ) from error
     if isinstance(policy, tuple):
-        return Vllm(policy[0], SamplingParams, never=never_sampled(policy[1])), policy[1]
+        return Vllm(*policy, SamplingParams)
     options, adapter = llm_options(policy)
     lora = LoRARequest("vqr1", 1, adapter) if adapter else None
     processor = load_processor(options["model"], AutoConfig.from_pretrained(options["model"]).model_type)
-    return Vllm(LLM(**options), SamplingParams, lora, never_sampled(processor)), processor
+    return Vllm(LLM(**options), processor, SamplingParams, lora)
 
 
-class Vllm:
-    """What the Scorer asks of a model, asked of vLLM: texts, or the distribution of the answer."""
+class Vllm(Engine):
+    """Asks vLLM; see `vqr1.engines.Engine`. It makes its own batches, so `batch_size` changes nothing."""
 
-    def __init__(self, llm, sampling_params, lora=None, never: Iterable[str] = VISION):
-        self.llm, self.sampling_params, self.lora, self.never = llm, sampling_params, lora, list(never)
+    def __init__(self, llm, processor: ProcessorMixin, sampling_params: type, lora=None):
+        self.llm, self.processor, self.sampling_params, self.lora = llm, processor, sampling_params, lora
+        self.barred = list(never_sampled(processor))
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """The token of every character that may follow the beginning of a number."""
+        return tokens_of(self.processor.tokenizer)
+
+    def check(self, estimate: str) -> None:
+        if estimate == "expected":
+            tokens_of(self.processor.tokenizer)
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        return Prepared(image, 3 * image.width * image.height)  # vLLM has an image processor of its own
 
     def texts(
-        self, prompt: list[int], pictures: list[Image.Image], k: int, max_tokens: int, seed: int
-    ) -> list[str]:
-        """Return k completions of each picture, one picture after the other: greedy if k is 1, else sampled
-        at temperature 1.
-        """
+        self, chat: list[dict], prepared: list[Prepared], k: int, max_tokens: int, seed: int, batch_size: int
+    ) -> list[Answer]:
+        prompt = self._prompt(chat)
         how = {"n": k, "temperature": 1.0, "seed": seed} if k > 1 else {"temperature": 0.0}
-        rows = [request(prompt, picture, uuid.uuid4().hex) for picture in pictures]
-        outputs = self._run(rows, max_tokens=max_tokens, bad_words=self.never, **how)
-        return [answer.text for output in outputs for answer in output.outputs]
+
+        def ask(images: list[Image.Image]) -> list[Answer]:
+            rows = [image_prompt(prompt, image, uuid.uuid4().hex) for image in images]
+            outputs = self._run(rows, max_tokens=max_tokens, bad_words=self.barred, **how)
+            return [Answer([completion.text for completion in output.outputs]) for output in outputs]
+
+        return by_halves(ask, [picture for picture, _ in prepared], Refused, REFUSED)
 
     def distributions(
-        self,
-        prompt: list[int],
-        pictures: list[Image.Image],
-        tokens: Mapping[str, int],
-        stop: str = "",
-        tag: int = -1,
-        max_tokens: int = 0,
-        ahead: int = 12,
-    ) -> tuple[list[str], torch.Tensor, list[str]]:
-        """Return the text before each picture's answer, the probability of each answer after it, (B, 3,
-        1231), and the likeliest one.
+        self, chat: list[dict], prepared: list[Prepared], thinking: bool, max_tokens: int, batch_size: int
+    ) -> list[Answer]:
+        prompt = self._prompt(chat, "" if thinking else OPEN)
 
-        tokens: those of `answers.tokens_of`. With `stop`, whose last token is `tag`, text is generated
-        greedily up to it first; where it does not come within `max_tokens`, the probabilities are 0. All
-        pictures go down the tree together, in at most six calls, the last one of which follows the
-        likeliest number for `ahead` tokens.
-        """
-        names = [uuid.uuid4().hex for _ in pictures]
-        texts, more = [""] * len(pictures), [[]] * len(pictures)
-        if stop:
-            first = [request(prompt, picture, name) for picture, name in zip(pictures, names)]
-            outputs = self._run(
-                first,
-                temperature=0.0,
-                max_tokens=max_tokens,
-                stop=[stop],
-                include_stop_str_in_output=True,
-                bad_words=self.never,
-            )
-            texts, more = (
-                [output.outputs[0].text for output in outputs],
-                [[*output.outputs[0].token_ids[:-1], tag] for output in outputs],
-            )
-        trees: list[Tree] = [{} for _ in pictures]
-        ready = [i for i, text in enumerate(texts) if text.endswith(stop)]
-        while asked := [(i, text) for i in ready for text in unasked(trees[i])]:
-            rows = [
-                request(prompt, pictures[i], names[i], more[i] + [tokens[c] for c in text])
-                for i, text in asked
+        def ask(images: list[Image.Image]) -> list[Answer]:
+            names = [uuid.uuid4().hex for _ in images]
+            texts, more = [OPEN] * len(images), [[]] * len(images)
+            if thinking:
+                rows = [image_prompt(prompt, image, name) for image, name in zip(images, names)]
+                texts, more = self._think(rows, max_tokens)
+
+            def row(i: int, text: str) -> dict:
+                return image_prompt(prompt, images[i], names[i], more[i] + [self.tokens[c] for c in text])
+
+            ready = [i for i, text in enumerate(texts) if text.endswith(OPEN)]
+            trees = self._trees(row, ready, len(images))
+            probability = [distribution(tree) for tree in trees]
+            followed = self._follow(row, {i: likeliest(probability[i]) for i in ready})
+            return [
+                Answer([text], p, followed.get(i, "")) for i, (text, p) in enumerate(zip(texts, probability))
             ]
-            for (i, text), output in zip(asked, self._run(rows, **reading(tokens))):
-                trees[i][text] = following(output.outputs[0].logprobs[0], tokens)
-        probability = torch.stack([distribution(tree) for tree in trees])
-        starts, written = [likeliest(p) for p in probability], [""] * len(pictures)
-        rows = [
-            request(prompt, pictures[i], names[i], more[i] + [tokens[c] for c in starts[i]]) for i in ready
-        ]
-        how = {
-            "temperature": 0.0,
-            "max_tokens": ahead,
-            "stop": ["</"],
-            "include_stop_str_in_output": True,
-            "bad_words": self.never,
-        }
-        for i, output in zip(ready, self._run(rows, **how) if rows else []):
+
+        return by_halves(ask, [picture for picture, _ in prepared], Refused, REFUSED)
+
+    def _prompt(self, chat: list[dict], end: str = "") -> list[int]:
+        before, after = around_image(self.processor, chat, end)
+        return [*before, self.processor.image_token_id, *after]
+
+    def _think(self, rows: list[dict], max_tokens: int) -> tuple[list[str], list[list[int]]]:
+        """Return what is generated greedily up to the opening tag: texts, and tokens that end with the tag's
+        own.
+        """
+        how = {"stop": [OPEN], "include_stop_str_in_output": True, "bad_words": self.barred}
+        outputs = self._run(rows, temperature=0.0, max_tokens=max_tokens, **how)
+        written, tag = [output.outputs[0] for output in outputs], tag_token(self.processor.tokenizer)
+        return [one.text for one in written], [[*one.token_ids[:-1], tag] for one in written]
+
+    def _trees(self, row: Callable[[int, str], dict], ready: list[int], count: int) -> list[Tree]:
+        """Return the trees of `count` pictures; those that are not ready stay empty. All go down together,
+        in at most five calls.
+        """
+        trees: list[Tree] = [{} for _ in range(count)]
+        while asked := [(i, text) for i in ready for text in open_prefixes(trees[i])]:
+            outputs = self._run([row(i, text) for i, text in asked], **logprob_settings(self.tokens))
+            for (i, text), output in zip(asked, outputs):
+                trees[i][text] = next_characters(output.outputs[0].logprobs[0], self.tokens)
+        return trees
+
+    def _follow(self, row: Callable[[int, str], dict], starts: dict[int, str]) -> dict[int, str]:
+        """Return how the likeliest answers go on greedily, for `AHEAD` tokens at most."""
+        if not starts:
+            return {}
+        how = {"stop": ["</"], "include_stop_str_in_output": True, "bad_words": self.barred}
+        rows = [row(i, start) for i, start in starts.items()]
+        outputs = self._run(rows, temperature=0.0, max_tokens=AHEAD, **how)
+        followed = {}
+        for (i, start), output in zip(starts.items(), outputs):
             answer = output.outputs[0]
-            written[i] = closed(starts[i] + answer.text, answer.finish_reason == "length")
-        return texts, probability, written
+            followed[i] = closed(start + answer.text, answer.finish_reason == "length")
+        return followed
 
     def _run(self, requests: list[dict], **settings) -> list:
         """Return vLLM's outputs; raise Refused where it finds fault with a request, which it does before it

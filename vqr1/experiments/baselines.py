@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy.fft import idct
 from torch import nn
 
 from vqr1 import quiet
@@ -32,6 +31,7 @@ from vqr1.experiments.pretraining import (
     perception_batch,
     pool_tokens,
 )
+from vqr1.experiments.tiny import dct_basis
 from vqr1.policy import base_of
 from vqr1.records import write_table
 from vqr1.scoring import Scorer
@@ -125,7 +125,7 @@ class Magnitude(nn.Module):
 
 def dct_filters() -> torch.Tensor:
     """Return 8 x 8 DCT filters of an RGB picture, (24, 3, 8, 8): 16 frequencies of luma, 4 of each chroma."""
-    basis = idct(np.eye(8), norm="ortho")  # (frequency, 8)
+    basis = dct_basis(8)
     colors = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
     chosen = [
         (color, u, v)

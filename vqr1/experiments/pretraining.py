@@ -22,7 +22,8 @@ from vqr1.data.manifests import CROP, TRAINED
 from vqr1.data.photographs import photographs
 from vqr1.distortions import distort, true_strength
 from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
-from vqr1.policy import build_policy, own_names, start_from_energies
+from vqr1.experiments.tiny import build_policy, start_from_energies
+from vqr1.policy import save_native_names
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
 from vqr1.runlog import last_checkpoint, same_settings, save_settings, step_of
 
@@ -289,7 +290,7 @@ def pretrain(
         seed,
     )
     model.model.visual.requires_grad_(False)
-    own_names(model)
+    save_native_names(model)
     _train(
         model, DistortionStream(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed
     )

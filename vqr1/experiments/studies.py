@@ -187,7 +187,7 @@ def run(
         learned = TRAINED[line.method](config, training_frame(config, line.change.get("rows"), pool), output)
         seconds = time.process_time() - start
     sets = _test_rows(tuple(plan.sets.items()))
-    if isinstance(learned, tuple):
+    if not callable(learned):
         tables = evaluate(learned, sets, modes=(config.thinking,))[1]
     else:
         tables = {

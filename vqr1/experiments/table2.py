@@ -11,7 +11,7 @@ from vqr1.data.manifests import EMBEDDED, data_root
 from vqr1.data.public_sets import PUBLIC_SETS
 from vqr1.evaluation import Rows, agreement, evaluation_rows, save_scores, score_frame, unread
 from vqr1.metrics import bootstrap, plcc
-from vqr1.policy import load_policy
+from vqr1.policy import as_policy
 from vqr1.records import machine_line, markdown, read_table
 from vqr1.scoring import Scorer
 
@@ -59,10 +59,10 @@ def measure(
         the set was scored, or without a GPU the process's peak until then; unread, how many pictures cannot
         be read.
     """
-    pair, rows = policy if isinstance(policy, tuple) else load_policy(policy), []
+    asked, rows = Scorer(policy, modes[0], estimates[0]), []
     for thinking in modes:
         for estimate in estimates:
-            scorer = Scorer(pair, thinking, estimate)
+            scorer = asked.with_(thinking=thinking, estimate=estimate)
             for name, own in sets.items():
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
@@ -174,10 +174,9 @@ def table2(
             f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} "
             "(`vqr1 data --list` says where each is)"
         )
-    pair = policy if isinstance(policy, tuple) else load_policy(policy)
-    label = "the given policy" if isinstance(policy, tuple) else Path(policy).name
-    measured = measure(pair, sets, estimates, out=Path(out) if out else None)
-    report = _report(measured, missing, label, pair[0].num_parameters(), limit)
+    policy = as_policy(policy)
+    measured = measure(policy, sets, estimates, out=Path(out) if out else None)
+    report = _report(measured, missing, Path(policy.name).name, policy.model.num_parameters(), limit)
     if out:
         (Path(out) / "table2.md").write_text(report, encoding="utf-8")
         measured.to_csv(Path(out) / "measured.csv", index=False)
