@@ -53,25 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-def of_each(paths: list[Path]) -> Callable:
-    """A check of one file as one test of them all, which lists what each file fails with."""
-
-    def test_of_all(check: Callable[[Path], None]) -> Callable[[], None]:
-        def test() -> None:
-            failures = []
-            for path in paths:
-                try:
-                    check(path)
-                except AssertionError as error:
-                    failures.append(f"{path.relative_to(ROOT)}: {error}")
-            assert not failures, "\n\n".join(failures)
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return test
-
-    return test_of_all
-
-
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen]]:
     """Start a command in a group of its own; however the test ends, nothing of the group is left behind."""
@@ -148,21 +129,3 @@ def untrained_folder(untrained, tmp_path_factory) -> Path:
     copy.deepcopy(model).half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def pushed(model, processor) -> set[int]:
-    """Make a model want nothing but a picture's placeholder and its kin; return their ids."""
-    import torch
-
-    from vqr1.policy import VISION
-
-    ids = processor.tokenizer.convert_tokens_to_ids(list(VISION))
-    head = model.lm_head
-    head.weight = torch.nn.Parameter(
-        head.weight.detach().clone()
-    )  # not the embeddings', to which it was tied
-    head.bias = torch.nn.Parameter(
-        torch.zeros(len(head.weight), dtype=head.weight.dtype), requires_grad=False
-    )
-    head.bias.data[ids] = 100.0
-    return set(ids)

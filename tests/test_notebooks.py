@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import of_each
+from shared import of_each
 from test_environment import CONDA_NAMES, MODULES, PROJECT, ROOT, conda_lines, distribution
 
 FOLDER = ROOT / "notebooks"

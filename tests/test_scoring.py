@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import pushed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shared import pushed
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

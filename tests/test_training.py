@@ -21,8 +21,8 @@ import pytest
 import torch
 import trl
 import yaml
-from conftest import pushed
 from PIL import Image
+from shared import pushed
 
 from vqr1 import rewards, training
 from vqr1.cli import main

@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import pushed
 from PIL import Image
+from shared import pushed
 
 from vqr1.engines import transformers
 from vqr1.engines import vllm as engines
