@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ import pytest
 import torch
 import trl
 import yaml
+from huggingface_hub import constants
 from PIL import Image
 from shared import pushed
 
@@ -552,19 +552,19 @@ def test_every_keyword_given_to_trl_exists(called):
     assert given and given <= set(inspect.signature(getattr(trl, called)).parameters)
 
 
-@pytest.mark.slow
-def test_nobody_is_told_that_a_training_starts():
-    """The library's telemetry is off also where neither CI nor the user's environment says so."""
-    code = (
-        "from vqr1.cli import main; assert main(['train', '--config', 'nope']) == 2\n"
-        "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
-    )
-    asked = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CI")
-    environment = {name: value for name, value in os.environ.items() if name not in asked}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_nobody_is_told_that_a_training_starts(rows, tmp_path, monkeypatch):
+    """The library's telemetry is off while a trainer is built, also where no environment says so."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    seen = []
+
+    class Watched(trl.GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            seen.append(constants.HF_HUB_DISABLE_TELEMETRY)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(training, "GRPOTrainer", Watched)
+    build_trainer(tiny(), tmp_path, frame=rows)
+    assert seen == [True] and not constants.HF_HUB_DISABLE_TELEMETRY
 
 
 # --- two processes ------------------------------------------------------------------------------

@@ -7,15 +7,15 @@ memory of a step grow.
 
 *Step*: the embedded policy by configs/cpu.yaml with a KL term (beta = 0.04), 16 images at 112 px and 4 at
 448 px, K = 6; on a GPU also a randomly initialised 3B as in gpu.py. One trainer takes its steps by turns in
-the stock way (``share: false``, and each repeat of a picture through the image processor, as TRL does with
-Qwen's own) and in the sharing one. The two steps of a pair have the same pictures and seed, and as the
-learning rate is 0, the same answers; each pair has new pictures, so that nothing is remembered. Medians
-after a pair to warm up. A part's seconds are without those of the parts inside it. *Floor*, right after
-each step: its own calls of the model again, in the same way, and nothing else: `generate` with the prepared
-inputs, then for each micro-batch one forward for the log-probabilities of its answers, and the backward of
-their sum. No image processing, reference, reward, optimizer, metrics, logs. The reference model is no
-overhead of the trainer, but the price of beta > 0, which cpu.yaml does not pay: it is left out of the
-overhead.
+the stock way (``share_prompts: false``, and each repeat of a picture through the image processor, as TRL
+does with Qwen's own) and in the sharing one. The two steps of a pair have the same pictures and seed, and
+as the learning rate is as good as 0, the same answers; each pair has new pictures, so that nothing is
+remembered. Medians after a pair to warm up. A part's seconds are without those of the parts inside it.
+*Floor*, right after each step: its own calls of the model again, in the same way, and nothing else:
+`generate` with the prepared inputs, then for each micro-batch one forward for the log-probabilities of its
+answers, and the backward of their sum. No image processing, reference, reward, optimizer, metrics, logs.
+The reference model is no overhead of the trainer, but the price of beta > 0, which cpu.yaml does not pay:
+it is left out of the overhead.
 
 *Growth*, in the sharing way: from 8 images of 112 px, K = 6, 32 new tokens (no answer ends earlier), one
 quantity is changed; the second of two steps is timed. Ranks: processes with gloo and one thread each, 8
