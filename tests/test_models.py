@@ -283,7 +283,7 @@ def test_every_lora_weight_gets_a_gradient_and_the_frozen_tower_none(folder, tmp
     """With gradient checkpointing, as all configurations for a GPU have it."""
     monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
-    config = small(max_steps=1) | {"policy": str(folder), "quantize": False}
+    config = small(max_steps=1).changed(model_name_or_path=str(folder), load_in_4bit=False)
     trainer = build_trainer(config, tmp_path, frame=rows)
     assert trainer.args.gradient_checkpointing
     for name, weight in trainer.model.named_parameters():
@@ -304,7 +304,7 @@ def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch
     """And validation, which the trainer's autocast does not wrap, runs on its weights."""
     monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
-    config = small(max_steps=1, bf16=True) | {"policy": str(folder), "dtype": "bfloat16"}
+    config = small(max_steps=1, bf16=True).changed(model_name_or_path=str(folder), dtype="bfloat16")
     seen = []
     monkeypatch.setattr(training, "build_trainer", lambda *args: seen.append(build_trainer(*args)) or seen[0])
     train(config, tmp_path, frame=rows)
