@@ -11,10 +11,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP_FLAGS := --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-# Each process takes a file of tests or a notebook whole, the longest first (tests/conftest.py).
+# Each process runs whole test files or notebooks, the longest first (tests/conftest.py).
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Many containers set it. Without bytecode every process compiles torch and transformers anew, 10 s each.
+# Many containers set it, and without bytecode every process compiles torch and transformers anew (10 s).
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ help: ## show this list
 	@echo "  WORKERS=2             processes that run tests side by side; each takes about 2 GB of memory"
 	@echo "  ARGS='…'              more arguments for vqr1 demo, pytest or the benchmarks"
 
-install: $(STAMP) ## set up .venv with everything (about 2 GB, some minutes the first time)
+install: $(STAMP) ## set up .venv with everything (about 2 GB, a few minutes the first time)
 
 # The stamp is written last, so an interrupted installation starts again. A TORCH_INDEX given later
 # does not change an installed torch: `make clean` first. Files are compiled when first imported
@@ -55,21 +55,21 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the main job: evaluate, train by RL to rank, evaluate again (writes runs/demo/)
 	$(BIN)/vqr1 demo $(ARGS)
 
-lint: $(STAMP) ## format and lint of code and notebooks, by ruff
+lint: $(STAMP) ## check style and format of code and notebooks
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
 
-check: lint ## lint and the fast tests, for the edit loop: no notebook, no browser
+check: lint ## lint, and run the fast tests while you edit: no notebook, no browser
 	$(PYTEST) -m "not slow and not browser" tests vqr1 $(ARGS)
 
-test: $(STAMP) ## the whole test suite, notebooks too, offline
+test: $(STAMP) ## run all tests, notebooks too, offline
 	$(PYTEST) $(ARGS)
 
-bench: $(STAMP) ## the benchmarks, one after the other
+bench: $(STAMP) ## run the benchmarks, one by one
 	@set -e; for script in tests/benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
-notebooks: $(STAMP) ## run every notebook and its solutions, and store the outputs in place
+notebooks: $(STAMP) ## run the notebooks and solutions, and store their outputs in place
 	$(BIN)/python tools/run_notebooks.py $(or $(ARGS),$(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb))
 
 clean: ## remove .venv and caches (runs/ stays)
