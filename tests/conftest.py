@@ -1,4 +1,4 @@
-"""Set before anything imports torch or the Hub: offline, quiet, few threads, the same every time."""
+"""Make every test run offline, quiet, on few threads and the same each time, before torch is imported."""
 
 import copy
 import csv
@@ -41,7 +41,7 @@ LONGEST = (
     "test_yardstick.py",
     "test_scoring.py",
 )
-"""The longest first, so that no process has one of them left when all else is done."""
+"""Files that take longest go first, so that no process starts one when the others are done."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start a command in a group of its own; however the test ends, nothing of the group is left behind."""
+    """Start a command in a process group, all of which is killed however the test ends."""
     processes = []
 
     def start(command: list[str], **options) -> subprocess.Popen:
@@ -73,7 +73,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool], subprocess.Popen], None]:
-    """Wait for a condition, however long it takes; a process that ends before is an error."""
+    """Wait for a condition as long as it takes; fail if the process ends before."""
 
     def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         while not condition():
@@ -85,7 +85,7 @@ def wait_until() -> Callable[[Callable[[], bool], subprocess.Popen], None]:
 
 @pytest.fixture(scope="session")
 def photo() -> Image.Image:
-    """The first test photograph of data/photos.csv, RGB, 512x384 or 384x512."""
+    """Return the first test photograph of data/photos.csv: RGB, 512x384 or 384x512."""
     with open(ROOT / "data" / "photos.csv", newline="", encoding="utf-8") as file:
         row = next(row for row in csv.DictReader(file) if row["split"] == "test")
     with Image.open(ROOT / "data" / row["image"]) as image:
@@ -94,7 +94,7 @@ def photo() -> Image.Image:
 
 @pytest.fixture(scope="session")
 def real_sets() -> Path:
-    """The folder of real sets, or of a part of them: VQR1_REAL, else shared/real beside the repository."""
+    """Return the folder of all or some real sets: VQR1_REAL, else shared/real beside the repository."""
     folder = Path(os.environ.get("VQR1_REAL") or ROOT.parent / "shared" / "real")
     if not folder.is_dir():
         pytest.skip(f"{folder} is no folder: clone real sets (vqr1 data --list), name theirs in VQR1_REAL")

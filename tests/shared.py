@@ -1,5 +1,6 @@
-"""What several files of tests use and is no fixture. Not in conftest.py: the notebooks have one of that name,
-too, and only one of them can be imported by it.
+"""Share what several test files use, except fixtures.
+
+It is not in conftest.py: the notebooks have a file of that name too, and only one can be imported by it.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def of_each(paths: list[Path]) -> Callable:
-    """A check of one file as one test of them all, which lists what each file fails with."""
+    """Turn a check of one file into one test of all files, which lists every failure."""
 
     def test_of_all(check: Callable[[Path], None]) -> Callable[[], None]:
         def test() -> None:
@@ -28,7 +29,7 @@ def of_each(paths: list[Path]) -> Callable:
 
 
 def pushed(model, processor) -> set[int]:
-    """Make a model want nothing but a picture's placeholder and its kin; return their ids."""
+    """Make a model write only a picture's placeholder and its kin; return their ids."""
     import torch
 
     from vqr1.policy import VISION

@@ -24,7 +24,7 @@ NAME = "03_interactive_evaluation.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 PATIENCE = 1500
-"""Seconds: a loaded machine needs minutes where a quiet one needs two seconds; this only ends what hangs."""
+"""Seconds after which a hanging test ends: a loaded machine needs minutes, a quiet one two seconds."""
 
 pytestmark = [
     pytest.mark.browser,
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def cut_notebook(folder: Path) -> None:
-    """Write notebook 03 with its cells tagged "browser" alone, without outputs."""
+    """Write notebook 03 with only its cells tagged "browser", without outputs."""
     content = json.loads((ROOT / "notebooks" / NAME).read_text(encoding="utf-8"))
     kept = [cell for cell in content["cells"] if "browser" in cell["metadata"].get("tags", [])]
     content["cells"] = [cell | {"outputs": [], "execution_count": None} for cell in kept]
@@ -53,9 +53,7 @@ def answers(url: str) -> bool:
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of a JupyterLab that serves the cut notebook and keeps its settings out of the user's
-    home.
-    """
+    """Serve the cut notebook in JupyterLab, with settings outside the user's home; return the address."""
     cut_notebook(tmp_path / "notebooks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -119,7 +117,7 @@ def test_a_slider_a_button_and_votes(lab, browser, tmp_path):
         return WebDriverWait(browser, PATIENCE).until(lambda _: condition(), message)
 
     def find(name):
-        """The elements of a widget; JupyterLab may replace them at any time, so they are looked up anew."""
+        """Look up a widget's elements anew, since JupyterLab may replace them at any time."""
         return browser.find_elements(By.CSS_SELECTOR, f".vqr1-{name}")
 
     def text(name):

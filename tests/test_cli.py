@@ -66,7 +66,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 
 
 def refused(arguments: list[str], capsys) -> str:
-    """Run a command that cannot be done with what it was given; return the one line it says."""
+    """Run a command that must be refused; return its one-line error."""
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"vqr1 {arguments[0]}: ") and "Traceback" not in said
@@ -139,12 +139,12 @@ WORKERS = [
     (["study", "progress"], "experiments.yardstick.study", (("tiny-policy", "ranker"),)),
     (["study", "progress", "--variants", "ranker"], "experiments.yardstick.study", (["ranker"],)),
 ]
-"""A call, the function that does its work, and what that is given first."""
+"""A call, the function that does its work, and the first arguments that it gets."""
 
 
 @pytest.mark.parametrize(("arguments", "worker", "given"), WORKERS, ids=[" ".join(row[0]) for row in WORKERS])
 def test_every_command_hands_its_arguments_to_its_worker(arguments, worker, given, monkeypatch):
-    """The worker itself is replaced: what it does is tested where it lives."""
+    """The worker is replaced: what it does has its own tests."""
 
     class Called(Exception):
         pass
@@ -191,7 +191,7 @@ def test_a_number_that_would_be_taken_for_none_given_is_refused(arguments, capsy
 
 @pytest.fixture
 def pictures(tmp_path) -> list[str]:
-    """A good picture, four that cannot be read, and another good one."""
+    """Return a good picture, four unreadable ones and another good one."""
     Image.effect_noise((64, 64), 40).save(tmp_path / "good.png")
     whole = PHOTO.read_bytes()
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
@@ -259,7 +259,7 @@ def test_a_cluster_takes_one_folder_and_a_file(more, capsys):
 
 
 def test_what_needs_no_policy_starts_without_torch():
-    """Whole processes: this one has imported all of it."""
+    """It takes fresh processes: this one has imported everything."""
     code = (
         "import sys; from vqr1.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -375,7 +375,7 @@ def test_a_run_is_not_overwritten(command, tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path, started, wait_until):
-    """SIGINT to a process in the middle of training; the next step would take as long as the last."""
+    """The process gets SIGINT in the middle of training; its next step would take as long as the last."""
     settings, folder = small_config(tmp_path, max_steps=60, logging_steps=1, save_steps=1), tmp_path / "run"
     command = [sys.executable, "-m", "vqr1.cli", "train", "--config", settings, "--out", str(folder)]
     process = started(
@@ -396,7 +396,7 @@ def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path, started, wait_u
 
 @pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path, capsys):
-    """All of it but the length: two steps, and a fixed sample of each test set."""
+    """The demo is whole, but short: two steps, and a fixed sample of each test set."""
     folder, config = tmp_path / "demo", small_config(tmp_path)
     assert main(["demo", "--config", config, "--steps", "2", "--limit", "66", "--out", str(folder)]) == 0
     said, report = capsys.readouterr().out, (folder / "report.md").read_text(encoding="utf-8")

@@ -1,6 +1,4 @@
-"""Settings that cannot be meant are refused on one line, before anything is loaded; a run goes on with its
-own.
-"""
+"""Bad settings are refused on one line before anything is loaded; a run goes on with its own."""
 
 import inspect
 import re
@@ -27,7 +25,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def with_line(key: str, value: str) -> str:
-    """The text of a file that extends cpu by one key, under grpo where it is one of TRL's."""
+    """Return a configuration that extends cpu by one key, which goes under grpo if it is TRL's."""
     return (
         f"extends: cpu\n{key}: {value}\n" if key in HINTS[""] else f"extends: cpu\ngrpo:\n  {key}: {value}\n"
     )
@@ -276,7 +274,7 @@ def test_a_file_shows_only_what_it_decides(tmp_path):
 
 
 def test_a_file_extends_another_key_by_key(tmp_path):
-    """By name, and by a path from its own folder; lists are replaced."""
+    """It names its parent, or gives its path from its own folder; lists are replaced."""
     (tmp_path / "below").mkdir()
     write_yaml(tmp_path / "one.yaml", {"extends": "cpu", "grpo": {"seed": 3}, "validation": {"rows": 8}})
     more = {"extends": "../one.yaml", "grpo": {"beta": 0.1}, "sets": ["sim-five"]}

@@ -1,4 +1,4 @@
-"""Distortions: seeded, any size, the published numbers, and the order that people saw."""
+"""Distortions are seeded, take any size, and have the published numbers and the order people saw."""
 
 import csv
 import itertools

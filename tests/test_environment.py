@@ -1,4 +1,4 @@
-"""What is declared, pinned, imported and tracked agrees; no model is loaded here."""
+"""Declared, pinned, imported and tracked names agree; no model is loaded here."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ PROJECT = PYPROJECT["project"]
 
 
 def dotted(path: Path) -> str:
-    """The name by which a file of vqr1 is imported."""
+    """Return the name by which a file of vqr1 is imported."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -28,18 +28,16 @@ MODULES = {dotted(path): path for path in sorted((ROOT / "vqr1").rglob("*.py"))}
 """Every file of the package by its dotted name."""
 
 CONDA_NAMES = {"torch": "pytorch", "ray": "ray-data"}
-"""conda-forge's name where it is not PyPI's."""
+"""conda-forge's names that differ from PyPI's."""
 
 IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
-"""PyPI's name where it is not the import's."""
+"""PyPI's names that differ from the import's."""
 
 COMES_WITH = {"IPython": "ipywidgets", "safetensors": "transformers"}
-"""What a declared package brings along and is documented to."""
+"""Imports that a declared package is documented to bring."""
 
 OWN_ENVIRONMENT = {"vllm"}
-"""What pins other versions than ours, so that no extra can hold it; its absence is handled where it is
-imported.
-"""
+"""Packages that pin other versions than ours, so no extra can have them; the import handles absence."""
 
 FLOORS = (
     "thurstone",
@@ -58,13 +56,14 @@ FLOORS = (
     "experiments",
     "cli",
 )
-"""The way up, from the mathematics to the command line: a file, or a folder whole. Nothing needs what stands
-after it, also not by what it imports in turn.
+"""Files and whole folders from the mathematics up to the command line.
+
+None needs what stands after it, neither directly nor through its imports.
 """
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
-    """The core requirements and those of the extras, by normalised name."""
+    """Return core requirements and those of the extras, by normalised name."""
     texts = PROJECT["dependencies"] + [
         text for extra in extras for text in PROJECT["optional-dependencies"][extra]
     ]
@@ -81,7 +80,7 @@ def pins() -> dict[str, Version]:
 
 
 def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
-    """environment.yml by name: (requirement, reason, in use and not commented out)."""
+    """Read environment.yml by name: (requirement, reason, whether it is not commented out)."""
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     found = re.findall(
         r"^  (?: {4})?(# )?- ([a-z][\w.-]*(?:[<>=!~][^\s#]*)?)[ \t]*(?:# *(.*))?$", text, re.MULTILINE
@@ -91,7 +90,7 @@ def conda_lines() -> dict[str, tuple[Requirement, str, bool]]:
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:
-    """The absolute names that a file imports, "vqr1.data.manifests" for ``from vqr1 import data`` too."""
+    """Return the absolute names that a file imports, "vqr1.data" for ``from vqr1 import data`` too."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     names = set()
     for node in tree.body if top_level else ast.walk(tree):
@@ -113,7 +112,7 @@ def distribution(name: str) -> str:
 
 
 def own_imports(path: Path) -> set[str]:
-    """The files of vqr1, by dotted name, that a file of vqr1 imports anywhere in it."""
+    """Return the files of vqr1, by dotted name, that one of them imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -129,7 +128,7 @@ GRAPH = {name: own_imports(path) for name, path in MODULES.items()}
 
 
 def needed(name: str) -> set[str]:
-    """All files that are imported with a file, itself too."""
+    """Return a file and all files imported with it."""
     found, waiting = set(), [name]
     while waiting:
         if (name := waiting.pop()) not in found:
@@ -139,7 +138,7 @@ def needed(name: str) -> set[str]:
 
 
 def floor(name: str) -> str:
-    """The file or folder of vqr1 that a dotted name belongs to."""
+    """Return the file or folder of vqr1 that a dotted name belongs to."""
     return name.split(".")[1] if "." in name else name
 
 
@@ -199,7 +198,7 @@ def test_every_import_is_declared():
 
 
 def test_the_head_of_a_file_imports_core_dependencies_only():
-    """So that `pip install vqr1` without extras gives a command that starts; widgets need notebooks."""
+    """This way `pip install vqr1` without extras gives a command that starts; widgets need notebooks."""
     core, more = requirements(), requirements("notebooks")
     missing = {
         name: undeclared(third_party(path, top_level=True), more if name == "vqr1.widgets" else core)
@@ -238,14 +237,14 @@ def test_few_files_stand_directly_in_the_package():
 
 
 def python(code: str) -> None:
-    """Run code in a fresh interpreter; its error is the test's."""
+    """Run code in a fresh interpreter; its failure fails the test."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_no_module_needs_torchvision():
-    """None in sys.modules makes every import of it fail, also where the gpu extra is installed."""
+    """None in sys.modules makes every import of it fail, even with the gpu extra installed."""
     python(
         "import importlib, sys\n"
         "sys.modules['torchvision'] = None\n"
@@ -258,7 +257,7 @@ def test_no_module_needs_torchvision():
 
 
 def ruff(*arguments: str) -> str:
-    """What ruff says of the whole repository, "" where it finds nothing."""
+    """Return ruff's report on the whole repository, "" if it finds nothing."""
     command = [sys.executable, "-m", "ruff", *arguments, "--quiet", "."]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
@@ -272,7 +271,7 @@ def test_code_and_notebooks_are_linted_and_formatted():
 
 
 def tracked() -> list[Path]:
-    """The files that git tracks; the test is skipped outside a checkout."""
+    """Return the files that git tracks; skip the test outside a checkout."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -282,7 +281,7 @@ def tracked() -> list[Path]:
 
 @pytest.mark.parametrize("room, limit", [("", 20), ("data/photos", 8), ("data/tiny-policy", 8.2)])
 def test_tracked_files_stay_small(room, limit):
-    """Limits in MB of 10^6 bytes; the policy's are 7.5 for its weights and some for the tokenizer."""
+    """Limits are in MB of 10^6 bytes; the policy's allow 7.5 for its weights and some for the tokenizer."""
     size = sum(path.stat().st_size for path in tracked() if path.is_relative_to(ROOT / room))
     assert size < limit * 1e6, f"{room or 'the repository'} holds {size / 1e6:.1f} MB"
 

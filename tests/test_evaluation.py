@@ -1,6 +1,4 @@
-"""Result rows from scored rows: agreement, dominance, oracles, gains, names, and the tables that are
-written.
-"""
+"""Scored rows become result rows and tables: agreement, dominance, oracles, gains and names."""
 
 import copy
 import math
@@ -31,7 +29,7 @@ NAN = math.nan
 
 
 def test_a_set_has_one_protocol():
-    """Of several sets: the one they share, else they are pooled."""
+    """Several sets use the protocol they share; otherwise they are pooled."""
     wanted = {
         ("sim-mixed",): "dominance",
         ("sriqa-bench",): "per content",
@@ -49,7 +47,7 @@ def few_resamples(monkeypatch):
 
 
 def rated(scores, mos=None, name="sim-kadid"):
-    """Rows of photographs a, b, c in turn, whose MOS rise unless they are given."""
+    """Return rows of photographs a, b, c in turn, with rising MOS unless it is given."""
     count = len(scores)
     return pd.DataFrame(
         {
@@ -74,7 +72,7 @@ def test_agreement_with_ratings_is_correlation():
 
 
 def test_a_set_with_subsets_has_the_correlation_within_each():
-    """Over all rows the subset decides; within ss02 the order is reversed."""
+    """Over all rows the subset decides the order; within ss02 it is reversed."""
     row = agreement(rated([1.0, 2.0, 3.0, 6.0, 5.0, 4.0]).assign(subset=["ss01"] * 3 + ["ss02"] * 3))
     assert (row["srcc_ss01"], row["srcc_ss02"]) == (1.0, -1.0) and row["srcc"] > 0.7
     assert not any(name.startswith("srcc_ss") for name in agreement(rated([1.0, 2.0, 3.0])))
@@ -86,7 +84,7 @@ def test_an_unparseable_answer_is_counted_and_not_replaced():
 
 
 def mixed(*scores):
-    """Four rows of one crop: five pairs in which one is worse in every component that differs."""
+    """Return four rows of one crop: in five pairs one is worse in every component that differs."""
     return pd.DataFrame(
         {
             "dataset": "sim-mixed",
@@ -124,7 +122,7 @@ def test_without_a_pair_there_is_no_dominance():
 
 
 def test_a_set_rated_per_content_is_not_pooled():
-    """Two contents whose scores are in order within each, and whose MOS start again at 0."""
+    """Both contents have scores in order, but the MOS of each starts at 0."""
     table = rated([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 50.0, 100.0, 0.0, 50.0, 100.0], "sriqa-bench").assign(
         reference=list("aaabbb")
     )
@@ -256,7 +254,7 @@ def test_a_split_without_rows_is_named(manifest):
 
 
 class Told:
-    """In the Scorer's place: a picture is a number, its score; half a point more with thinking."""
+    """Stand in for the Scorer: a picture is its score as a number; thinking adds half a point."""
 
     made, asked = [], []
 
@@ -282,7 +280,7 @@ def with_images(frame, images):
 
 @pytest.mark.parametrize("name", ["sim-kadid", "sim-mixed"])
 def test_rendered_pictures_stand_beside_the_rows(name):
-    """In attrs, pandas would copy all of them at nearly every step."""
+    """If they were in attrs, pandas would copy all of them at nearly every step."""
     frame, images = evaluation_rows([name], limit=4)[name]
     assert len(frame) == len(images) == 4 and all(isinstance(image, Image.Image) for image in images[:])
     for table in (

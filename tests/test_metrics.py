@@ -1,4 +1,4 @@
-"""Correlations against scipy and by hand; intervals against simulated experiments."""
+"""Correlations match scipy and hand calculation; intervals match simulated experiments."""
 
 import math
 import warnings
@@ -33,7 +33,7 @@ def no_warning():
 
 
 def table(rows=200, photographs=20, noise=1.0, seed=0):
-    """Rows of several photographs: score = mos + an error of the photograph + an error of the row."""
+    """Return rows of several photographs: score = mos + the photograph's error + the row's error."""
     rng = np.random.default_rng(seed)
     reference = np.arange(rows) % photographs
     mos = rng.normal(3, 1, rows)
@@ -196,7 +196,7 @@ def test_interval_covers_the_truth_in_about_95_of_100_experiments():
 
 
 def test_a_statistic_is_given_the_arrays_of_its_columns_in_their_order():
-    """Indexing arrays is five times as fast as indexing a frame, and a thousand resamples are many."""
+    """Arrays index five times as fast as a frame, and there are a thousand resamples."""
     frame, given = table(), []
     bootstrap(frame, lambda *arrays: given.append(arrays) or 0.0, ["level", "mos"], n=5)
     assert len(given) == 5 and {type(array) for arrays in given for array in arrays} == {np.ndarray}
@@ -227,7 +227,7 @@ def test_a_paired_interval_is_narrower_than_that_of_one():
 
 
 def test_a_difference_of_one_run_is_that_of_resampled_frames():
-    """The percentiles of SRCC after minus SRCC before, over the same photographs in both."""
+    """It takes percentiles of SRCC after minus SRCC before, over the same photographs in both."""
     frame, n = table(60, 6), 50
     frame["before"] = frame["score"].sample(frac=1, random_state=0).to_numpy()
     found = difference(frame, ["score"], ["before"], n=n)
@@ -295,8 +295,9 @@ def test_summary_of_a_set_without_levels_has_no_within_level_srcc():
 
 
 def by_content(contents=30, versions=11, noise=0.4, seed=0):
-    """Scores follow quality; each content's mos is its quality scaled to 0..100, so that contents cannot be
-    compared.
+    """Return scores that follow quality; mos is scaled to 0..100 within each content.
+
+    So contents cannot be compared.
     """
     rng = np.random.default_rng(seed)
     quality = rng.normal(rng.normal(0, 3, (contents, 1)), 1, (contents, versions))
@@ -332,7 +333,7 @@ def test_agreement_per_content_is_the_mean_over_contents():
 
 
 def test_its_interval_is_as_wide_as_contents_differ():
-    """Standard error of a mean of 30 contents, against the width of the interval."""
+    """The interval's width is compared with the standard error of a mean of 30 contents."""
     frame = by_content(noise=1.5)
     row = content_agreement(frame, n=500)
     each = [srcc(group["score"], group["mos"]) for _, group in frame.groupby("reference")]

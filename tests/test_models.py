@@ -1,5 +1,6 @@
-"""The real models' classes, tiny and with random weights, through loading, QLoRA, GRPO, saving and scoring;
-their configurations.
+"""Tiny random models of the real classes are loaded, trained (QLoRA, GRPO), saved and scored.
+
+The configurations of the real models are checked too.
 """
 
 import ast
@@ -59,11 +60,11 @@ TEXT = dict(
     tie_word_embeddings=True,
     initializer_range=0.1,
 )
-"""Every size a multiple of 64, which 4-bit layers need on CPUs."""
+"""Sizes are multiples of 64, which 4-bit layers need on CPUs."""
 
 
 def qwen2_5(**ids):
-    """Qwen2.5-VL as published, but for the sizes: windows and full attention, patches of 14, two frames."""
+    """Return published Qwen2.5-VL in small: windows and full attention, patches of 14, two frames."""
     config = qwen_config("3B")
     for key, value in TEXT.items():
         setattr(config.text_config, key, value)
@@ -84,7 +85,7 @@ def qwen2_5(**ids):
 
 
 def qwen3(**ids):
-    """Qwen3-VL as published, but for the sizes: DeepStack from two layers, interleaved M-RoPE."""
+    """Return published Qwen3-VL in small: DeepStack from two layers, interleaved M-RoPE."""
     rope = {
         "rope_type": "default",
         "rope_theta": 5e6,
@@ -110,7 +111,7 @@ def qwen3(**ids):
 
 @pytest.fixture(scope="module", params=[qwen2_5, qwen3], ids=lambda build: build.__name__)
 def folder(request, untrained, tmp_path_factory) -> Path:
-    """A saved tiny model of the class, with the embedded tokenizer."""
+    """Save a tiny model of the class with the embedded tokenizer; return its folder."""
     tokenizer = untrained[1].tokenizer
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ def asked(processor, images: list[Image.Image], start: str = "", **prompt) -> di
 
 
 def small(**grpo) -> Settings:
-    """The kadid-7b-qlora configuration with 2 images x 3 completions of 6 tokens, on a CPU."""
+    """Return kadid-7b-qlora with 2 images x 3 completions of 6 tokens, on a CPU."""
     grpo = {
         "use_cpu": True,
         "bf16": False,
@@ -175,7 +176,7 @@ def small(**grpo) -> Settings:
 
 
 def length_reward(completions, **kwargs) -> list[float]:
-    """What a policy with random weights can earn."""
+    """Reward what a policy with random weights can earn."""
     return [float(len(set(completion[0]["content"]))) for completion in completions]
 
 
@@ -185,8 +186,9 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    """(output folder, model after, weights before) of two GRPO steps of a 4-bit model with an adapter,
-    numbered prompts, KL term.
+    """Return (output folder, model after, weights before) of two GRPO steps.
+
+    The model is 4-bit, with an adapter, numbered prompts and a KL term.
     """
     output = tmp_path_factory.mktemp("trained")
     config = small().changed(model_name_or_path=str(folder), picture_number=True)
@@ -280,7 +282,7 @@ def test_every_lora_weight_moves_and_no_frozen_one(trained):
 
 
 def test_every_lora_weight_gets_a_gradient_and_the_frozen_tower_none(folder, tmp_path, monkeypatch):
-    """With gradient checkpointing, as all configurations for a GPU have it."""
+    """Gradient checkpointing is on, as in all configurations for a GPU."""
     monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
     config = small(max_steps=1).changed(model_name_or_path=str(folder), load_in_4bit=False)
@@ -301,7 +303,7 @@ def test_every_lora_weight_gets_a_gradient_and_the_frozen_tower_none(folder, tmp
 
 
 def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch):
-    """And validation, which the trainer's autocast does not wrap, runs on its weights."""
+    """Validation, which the trainer's autocast does not wrap, runs on its weights too."""
     monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
     rows = load_ratings("sim-kadid").query("split == 'train'").iloc[::900].reset_index(drop=True)
     config = small(max_steps=1, bf16=True).changed(model_name_or_path=str(folder), dtype="bfloat16")
@@ -340,7 +342,7 @@ def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
 
 
 def test_a_trained_folder_says_how_it_was_trained_and_is_loaded_so(trained, tmp_path, caplog):
-    """By its path alone it scores as the trained policy does; on the base in full it says it does not."""
+    """Loaded by its path, it scores as trained; on the full-precision base it warns that it does not."""
 
     def said():
         return [record.getMessage() for record in caplog.records if record.name == "vqr1.policy"]
@@ -391,9 +393,7 @@ def test_an_adapter_in_the_vision_tower_is_trained_on_request(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("answer", ["3.25", "1.07", "5.90"])
 def test_the_answers_probabilities_are_those_of_writing_them_out(folder, answer):
-    """The tree of 133 beginnings under a 4-D mask gives what one forward per answer gives: 3-D positions,
-    DeepStack and all.
-    """
+    """The tree of 133 prefixes under a 4-D mask equals one forward per answer (3-D positions, DeepStack)."""
     model, processor = load_policy(folder)
     engine = engines.load((model.eval(), processor))
     prepared = [engine.prepare(picture).picture for picture in pictures()]
@@ -590,7 +590,7 @@ def test_a_card_names_a_base_of_the_hub_and_only_simulated_sets_simulated():
 
 @pytest.mark.parametrize("share", [look_once, prompt_once])
 def test_sharing_keeps_log_probabilities_and_gradients(folder, share):
-    """Of both classes: see tests/test_sharing.py for the embedded policy."""
+    """It holds for both classes; tests/test_sharing.py has the embedded policy."""
     found = []
     for shared in (False, True):
         model, processor = load_policy(folder)
@@ -669,7 +669,7 @@ LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def names_in(module: str, tree: ast.Module) -> dict:
-    """The names of a module, and those that its functions import from the libraries."""
+    """Return a module's names and those that its functions import from the libraries."""
     names = dict(vars(importlib.import_module(module)))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in LIBRARIES:
@@ -678,7 +678,7 @@ def names_in(module: str, tree: ast.Module) -> dict:
 
 
 def library_calls() -> list:
-    """(file, line, callable, keyword) of every keyword given to a callable of the libraries."""
+    """List (file, line, callable, keyword) for every keyword passed to the libraries."""
     found = []
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -696,7 +696,7 @@ def library_calls() -> list:
 
 
 def accepts(called, keyword: str) -> bool:
-    """A parameter of the signature; where it ends in **kwargs, a name that the code behind it uses."""
+    """Check the signature; where it ends in **kwargs, check for the name in the code behind it."""
     parameters = inspect.signature(called).parameters
     if keyword in parameters or called is GenerationConfig and hasattr(GenerationConfig(), keyword):
         return True

@@ -1,6 +1,4 @@
-"""What can be said of the notebooks without running them; nbval runs them (see notebooks/conftest.py). No
-torch here.
-"""
+"""Notebooks are checked without running them or importing torch; notebooks/conftest.py runs them."""
 
 import ast
 import json
@@ -31,7 +29,7 @@ every_file = of_each(NOTEBOOKS + SOLUTIONS)
 
 
 def cells(path: Path, kind: str | None = None) -> list[dict]:
-    """The cells, of one kind if asked; "source" is one string."""
+    """Return the cells, of one kind if asked, with "source" as one string."""
     content = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [
         cell | {"source": "".join(cell["source"])} for cell in content if kind in (None, cell["cell_type"])
@@ -60,7 +58,7 @@ def setup_cell(path: Path) -> str:
 
 
 def exercises(path: Path) -> dict[str, str]:
-    """The code cell after each heading "### Exercise N: title"."""
+    """Map each heading "### Exercise N: title" to the code cell after it."""
     content = cells(path)
     titles = [re.match(r"### (Exercise \d+: .+)", cell["source"]) for cell in content]
     return {title[1]: content[n + 1]["source"] for n, title in enumerate(titles) if title}
@@ -105,7 +103,7 @@ def test_it_is_small(path):
 
 @every_file
 def test_code_fits_a_narrow_page(path):
-    """80 columns, so that nothing scrolls on Colab; 35 lines, so that a cell is seen whole."""
+    """Within 80 columns nothing scrolls on Colab; within 35 lines a cell is seen whole."""
     code = sources(path, "code")
     assert [line for source in code for line in source.split("\n") if len(line) > 80] == []
     assert [source[:60] for source in code if source.count("\n") >= 35] == []
@@ -146,7 +144,7 @@ def test_it_imports_at_its_head_what_environment_yml_declares(path):
 
 @every_file
 def test_it_defines_nothing_that_vqr1_has(path):
-    """No function or class of the name of a public one, and no value in place of one that it imported."""
+    """It redefines no public function or class, and reassigns no name that it imported."""
     defined = {node.name for node in nodes(path) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assigned = {
         node.id for node in nodes(path) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)

@@ -1,4 +1,4 @@
-"""The embedded policy's architecture, its tokens and prompt, 4-bit and LoRA."""
+"""The embedded policy is tested: architecture, tokens, prompt, 4-bit and LoRA."""
 
 import copy
 import math
@@ -222,8 +222,9 @@ def gradients(model, inputs):
 
 
 def test_an_eval_pass_leaves_every_4_bit_lora_gradient_as_it_was(four_bit_lora):
-    """bitsandbytes packs weights in an eval-mode forward on AVX512-BF16 CPUs; gradients after it are
-    silently wrong.
+    """On AVX512-BF16 CPUs bitsandbytes packs weights in an eval-mode forward.
+
+    Gradients after it would be silently wrong.
     """
     model, processor = four_bit_lora
     inputs = asked(processor, noise(64, 64), noise(96, 64, 1)).to(model.device)
@@ -267,7 +268,7 @@ def test_the_first_block_starts_with_squares(untrained):
 
 @pytest.mark.parametrize("quantize", [False, True])
 def test_on_a_gpu_without_bf16_the_vision_tower_is_no_half_precision(untrained_folder, monkeypatch, quantize):
-    """What a T4 would load, on a CPU: only the answer to "which dtype" is put in."""
+    """A CPU loads what a T4 would: only the answer to "which dtype" is replaced."""
     monkeypatch.setattr(policy, "default_dtype", lambda: torch.float16)
     model, processor = load_policy(untrained_folder, quantize=quantize)
     kinds = {(".visual." in name, weight.dtype) for name, weight in model.named_parameters()}
@@ -295,7 +296,7 @@ def test_a_policy_is_a_pair_that_knows_its_name(untrained_folder):
 
 
 def test_scoring_imports_neither_what_quantises_nor_what_trains():
-    """Each of them takes as long as scoring a few pictures."""
+    """Importing either takes as long as scoring a few pictures."""
     code = (
         "import sys; from vqr1.scoring import Scorer; "
         "print(Scorer().score('data/photos/kitten.jpg')[0].score > 1, "

@@ -1,4 +1,4 @@
-"""The prompts word for word, the parser and the format by example, and the words for what is seen."""
+"""Prompts are checked word for word, the parser and format by example, and the words for what is seen."""
 
 import math
 from itertools import permutations

@@ -1,4 +1,4 @@
-"""The public face: what `from vqr1 import …` gives, and what importing it does not do."""
+"""Check what `from vqr1 import …` gives and what importing vqr1 must not do."""
 
 import subprocess
 import sys
@@ -70,5 +70,5 @@ def test_metrics_distortions_and_sets_load_no_torch():
 
 
 def test_training_is_imported_without_a_word():
-    """bitsandbytes, which TRL imports, has one to say on some CPUs."""
+    """bitsandbytes, which TRL imports, prints one on some CPUs."""
     assert python("from vqr1 import train, Scorer; import vqr1.plots, vqr1.experiments.baselines") == ""

@@ -20,12 +20,12 @@ _spec.loader.exec_module(tables)
 
 
 class Page(NamedTuple):
-    """A page of the repository, taken apart."""
+    """Hold a page of the repository, taken apart."""
 
     path: Path
     text: str
     blocks: list[tuple[str, str]]
-    """Language and content of every block of code; one may be indented as part of a list."""
+    """Language and content of each code block, which may be indented as part of a list."""
     prose: str
     spans: list[str]
 
@@ -56,17 +56,19 @@ TINY = {
     "data": [],
     "sheet": [],
 }
-"""The quick commands, and what is added to make them quicker; the others take minutes or need data, and are
-only parsed.
+"""Quick commands, with arguments that make them quicker.
+
+Others take minutes or need data, and are only parsed.
 """
 NEEDS = ("--help", "--root", "--twins", "--actors", "--rebuild", "holiday", "FOLDER")
-"""Words of a command that is only parsed here: it shows help, needs a public set, starts Ray, writes into
-data/, or is a step of the recipe, which has a test of its own.
+"""Words that mark a command as only parsed here.
+
+It shows help, needs a public set, starts Ray, writes into data/, or belongs to the recipe, tested below.
 """
 
 
 def commands() -> list[list[str]]:
-    """Every command line of the pages, in blocks and in prose, split into words."""
+    """Return each command of the pages, from blocks and prose, split into words."""
     blocks = "\n".join(code for p in PAGES for kind, code in p.blocks if kind == "bash")
     lines = re.split(r"\n|&&", blocks.replace("\\\n", " "))
     lines += [span for p in PAGES for span in p.spans if re.match(r"(make|vqr1) [a-z]", span)]
@@ -118,9 +120,7 @@ def test_vqr1_commands_parse(capsys):
 
 @pytest.mark.parametrize("words", QUICK, ids=shown)
 def test_quick_vqr1_command_runs(words, tmp_path, monkeypatch, capsys):
-    """In an empty folder beside which there is only data/, so that no run of the reader's own is needed or
-    changed.
-    """
+    """The folder holds only a link to data/, so no run of the reader's is needed or changed."""
     os.symlink(ROOT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert main(words + TINY[words[0]]) == 0
@@ -134,7 +134,7 @@ PYTHON = [
     if kind == "python"
 ]
 PRINTS = dict(re.findall(r"```python\n([^`]*)```\n\nIt prints\n\n```text\n([^`]*)```", README.text))
-"""Code of the front page -> its output as shown there."""
+"""Map code of the front page to its output as shown there."""
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -148,14 +148,14 @@ def test_python_code_runs(code, tmp_path, monkeypatch, capsys):
 
 
 def test_the_front_page_scores_and_trains():
-    """Its Python is the score in sixty seconds, with what it prints, and somebody's own GRPOTrainer."""
+    """Its Python is the score in sixty seconds, with its output, and a GRPOTrainer of one's own."""
     score, own = (code for kind, code in README.blocks if kind == "python")
     assert list(PRINTS) == [score]
     assert "GRPOTrainer(" in own and "RankingReward(" in own and "trainer.train()" in own
 
 
 def test_the_recipe_for_own_pictures_works(tmp_path, monkeypatch, capsys):
-    """Step by step as the README has it, with twelve pictures and fewer training steps."""
+    """Follow the README step by step, with twelve pictures and fewer training steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "holiday").mkdir()
     kinds = dict(README.blocks)
@@ -178,7 +178,7 @@ def test_the_recipe_for_own_pictures_works(tmp_path, monkeypatch, capsys):
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub gives a page's headings."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -197,8 +197,9 @@ def test_links_lead_to_files_and_headings_of_the_repository():
 
 
 def test_named_files_are_there():
-    """A name is one of the repository, of vqr1/ or of the page's own folder; what make, runs and readers
-    write is not tracked.
+    """A name is found in the repository, vqr1/ or the page's folder.
+
+    Files that make, runs and readers write are not tracked.
     """
     file = re.compile(r"[\w./-]+\.(py|csv|md|ipynb|yaml|yml|toml|txt)|[\w./-]+/")
     wrong = []
@@ -222,7 +223,7 @@ def test_every_page_is_reached_from_the_front_page():
 
 
 def test_every_result_is_told_of():
-    """No table of data/runs/ is there that no page speaks of; logs and differences belong to theirs."""
+    """Some page mentions each table of data/runs/; logs and differences belong to theirs."""
     told = " ".join(p.text for p in PAGES)
     names = {re.sub("-(log|differences)$", "", f.stem) for f in (ROOT / "data" / "runs").glob("*.csv")}
     assert {name for name in names if not re.search(rf"\b{name}(-log|-differences)?\.csv", told)} == set()
@@ -235,7 +236,7 @@ def test_result_tables_are_those_of_the_csvs():
 
 
 def test_settings_are_those_of_the_configurations():
-    """The table beside the paper: every setting named as TRL names it."""
+    """The table beside the paper gives each setting by TRL's name."""
     text = next(p.text for p in PAGES if p.path.parent.name == "configs")
     table = text[text.index("| setting |") :].split("\n\n")[0].splitlines()
     head, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in table)

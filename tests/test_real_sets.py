@@ -1,4 +1,4 @@
-"""The sets that everybody can clone, read as they are, where they or a part of them are there."""
+"""Public sets that anyone can clone are read, whole or in part, where they are present."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from vqr1.metrics import srcc
 
 @pytest.fixture(scope="module")
 def whole(real_sets):
-    """A function: name -> the set's folder, its rows (image "" where missing), whether none is missing."""
+    """Return a function: name -> the set's folder, its rows (image "" if missing), whether all are there."""
 
     def read(name: str):
         try:
@@ -50,7 +50,7 @@ def test_what_is_there_of_biq2021_can_be_opened(whole):
 
 
 def test_the_files_size_tells_of_the_quality_of_biq2021(whole):
-    """Paths are paired with the right ratings: SRCC 0.392 over all 12,000 pictures."""
+    """SRCC 0.392 over all 12,000 pictures shows that paths have the right ratings."""
     folder, _, complete = whole("biq2021")
     rows = load_ratings("biq2021", folder, strict=False)
     value = srcc([(folder / image).stat().st_size for image in rows["image"]], rows["mos"])

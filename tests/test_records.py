@@ -1,4 +1,4 @@
-"""Tables are written whole, with where they come from, and read as they were."""
+"""Tables are written whole, with their origin, and read back unchanged."""
 
 import math
 
@@ -15,7 +15,7 @@ TABLE = pd.DataFrame({"name": ["a", "b # c"], "value": [0.123456, NAN], "count":
 
 @pytest.mark.parametrize("name", ["table.csv", "deep/table.csv.gz"])
 def test_a_table_is_read_as_it_was_written(tmp_path, name):
-    """A # in a cell is no comment."""
+    """A # in a cell starts no comment."""
     write_table(tmp_path / name, TABLE, seed=3)
     pd.testing.assert_frame_equal(read_table(tmp_path / name), TABLE.round(4))
     assert [path.name for path in (tmp_path / name).parent.iterdir()] == [(tmp_path / name).name]

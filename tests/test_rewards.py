@@ -1,6 +1,6 @@
-"""The rewards as TRL calls them, in one process and in two.
+"""Call the rewards as TRL does, in one process and in two.
 
-Run by torchrun, this file is the worker of the test of two processes.
+Run by torchrun, this file is the worker of the two-process test.
 """
 
 import json
@@ -34,9 +34,7 @@ def answer(score):
 
 
 def batch(images=8, seed=0):
-    """Rows as TRL gives them: K completions of an image side by side, data sets interleaved, some
-    unparseable.
-    """
+    """Return rows as TRL gives them: an image's K completions side by side, sets mixed, some unparseable."""
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0.5, 5.5, (images, K)).round(2)
     scores[rng.random(scores.shape) < 0.2] = NAN
@@ -102,8 +100,9 @@ def test_a_bounded_reward_takes_a_score_out_of_range_for_none():
 
 
 def test_out_of_range_pays_unless_bounded():
-    """An answer of 300 to the better of two pictures widens its group so much that the sound answers beside
-    it lose; bounded, it earns nothing.
+    """An answer of 300 to the better of two pictures widens its group until the sound answers lose.
+
+    Bounded, it earns nothing.
     """
     completions = [answer(score) for score in (300, 4.5, 4.4, 1.4, 1.5, 1.6)]
     free, held = (
@@ -228,7 +227,7 @@ def test_regression_rewards_log_and_need_mos(reward):
 
 
 def test_two_processes_reward_the_same_completions_exactly_as_one(tmp_path, started):
-    """Equal and unequal shares of one batch, and a split group, on two gloo processes."""
+    """Two gloo processes get equal and unequal shares of one batch, and a split group."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join(
         filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])

@@ -1,4 +1,4 @@
-"""The folder of a run: what its log says, and when a run goes on."""
+"""Check the folder of a run: what its log says, and when a run resumes."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from vqr1.scoring import Score
 
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
-    """Six training rows of several photographs, types and levels."""
+    """Return six training rows of several photographs, types and levels."""
     return load_ratings("sim-kadid").query("split == 'train'").iloc[:1866:311].reset_index(drop=True)
 
 
@@ -25,7 +25,7 @@ def read_log(folder: Path) -> pd.DataFrame:
 
 
 class Fake:
-    """A scorer that gives rising scores."""
+    """Score with rising numbers."""
 
     seed, thinking = 0, False
 
@@ -55,7 +55,7 @@ def test_a_validation_between_two_logs_keeps_its_own_step(tmp_path, rows):
 
 
 def test_validation_never_compares_across_data_sets(tmp_path, rows):
-    """Two sets, each in the scorer's order; pooled, the second's small numbers would spoil it."""
+    """Each of two sets is in the scorer's order; pooled, the second's small numbers would spoil it."""
     frame = rows[:6].assign(dataset=list("aaabbb"), mos=[500.0, 600, 700, 1, 2, 3])
     log = RunLog(tmp_path / "log.csv", Fake(), frame, every=1)
     log.on_train_begin(None, at(0), None)
@@ -99,7 +99,7 @@ def test_outside_jupyter_the_live_plot_is_a_line_with_the_last_values(tmp_path, 
 
 @pytest.fixture
 def begun(tmp_path):
-    """(folder, settings) of a run that stopped at step 50."""
+    """Return (folder, settings) of a run that stopped at step 50."""
     config, folder = load_config("cpu"), tmp_path / "run"
     checkpoint = folder / "checkpoints" / "checkpoint-50"
     checkpoint.mkdir(parents=True)
@@ -110,7 +110,7 @@ def begun(tmp_path):
 
 
 def changed(config: Settings, key: str, value) -> Settings:
-    """Settings with another value at a dotted key."""
+    """Return settings with another value at a dotted key."""
     section, _, name = key.rpartition(".")
     return config.changed(**({section: {name: value}} if section else {key: value}))
 

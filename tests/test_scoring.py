@@ -1,6 +1,4 @@
-"""The Scorer: exact on models whose answers are known, equal to brute force on a real one, and honest about
-failures.
-"""
+"""The Scorer is exact on known models, equal to brute force on a real one, and honest about failures."""
 
 import copy
 import io
@@ -35,7 +33,7 @@ NAN = "nan in the logits"
 
 
 class KnownCache(SimpleNamespace):
-    """What a model keeps of a prefilled prompt: how long it is, and of which picture it was told."""
+    """Hold what a model keeps of a prefilled prompt: its length and its picture."""
 
     def get_seq_length(self):
         return self.length
@@ -48,11 +46,10 @@ class KnownCache(SimpleNamespace):
 
 
 class Known(torch.nn.Module):
-    """A model whose answers are known: a picture's width says from which distribution, {answer: probability}.
+    """Answer from a known distribution, {answer: probability}, chosen by the picture's width.
 
-    It writes an answer and its closing tag in the tokens that its tokenizer makes of them; NAN for an
-    answer: its logits hold one NaN. Like a transformer it knows of the text so far only what the attention
-    mask shows.
+    It writes an answer and its closing tag in its tokenizer's tokens. NAN as an answer puts one NaN in the
+    logits. Like a transformer, it sees only the text that the attention mask shows.
     """
 
     dtype, device = torch.float32, torch.device("cpu")
@@ -90,7 +87,7 @@ class Known(torch.nn.Module):
 
 
 class KnownInner:
-    """`Known` below its output layer: takes pictures in, and remembers which."""
+    """Stand below `Known`'s output layer: take pictures in, and remember which."""
 
     def __init__(self, outer):
         self.outer = outer
@@ -111,7 +108,7 @@ class KnownInner:
 
 
 def next_tokens(tokenizer, answers, so_far):
-    """Return {token: share} of what follows the tokens `so_far` among the answers; {} if nothing does."""
+    """Return {token: share} of what follows the tokens `so_far` in the answers; {} if nothing does."""
     shares = {}
     for answer, share in answers.items():
         ids = tokenizer.encode(f"{answer}</answer>", add_special_tokens=False)
@@ -121,13 +118,13 @@ def next_tokens(tokenizer, answers, so_far):
 
 
 def picture(number):
-    """A picture for which `Known` answers from its distribution of this number."""
+    """Return a picture for which `Known` answers from the distribution of this number."""
     return Image.new("RGB", (64 + 32 * number, 64), "gray")
 
 
 @pytest.fixture
 def known(untrained):
-    """known(*distributions, **options): a Scorer of a model with these answers."""
+    """Return known(*distributions, **options): a Scorer of a model with these answers."""
     processor = untrained[1]
     return lambda *answers, **options: Scorer((Known(processor, *answers), processor), **options)
 
@@ -205,9 +202,9 @@ SPELLINGS = {
 
 
 def qwen_processor(untrained):
-    """The embedded processor with a tokenizer that cuts answers as Qwen2.5's does: its pattern, and of its
-    merges those that matter.
+    """Return the embedded processor with a tokenizer that cuts answers as Qwen2.5's does.
 
+    It has Qwen2.5's pattern and those of its merges that matter.
     `<answer>` is `<`, `answer`, `>`; `>\\n`, ` </` and `.</` are one token each.
     """
     merges = [
@@ -264,8 +261,9 @@ def test_the_cut_down_tokenizer_cuts_as_qwens(untrained):
 
 @pytest.fixture(params=["embedded", "qwen", "qwen, whole"])
 def spelled(request, untrained):
-    """A Scorer of a model with these answers, in the embedded tokenizer, and in Qwen2.5's (whole: if a
-    folder is named that has it).
+    """Return a maker of Scorers of known answers, in the embedded and in Qwen2.5's tokenizer.
+
+    The whole of Qwen2.5's is used if QWEN_TOKENIZER names it.
     """
     processor = untrained[1] if request.param == "embedded" else qwen_processor(untrained)
     if request.param == "qwen, whole":
@@ -357,7 +355,7 @@ def test_one_nan_in_the_tree_is_an_error(known):
 
 
 def crops(photo):
-    """Small pictures of one photograph: four sizes, and two that differ in pixels alone."""
+    """Return small pictures of one photograph: four sizes, and two that differ only in pixels."""
     boxes = [
         (0, 0, 64, 64),
         (100, 60, 228, 156),
@@ -371,10 +369,9 @@ def crops(photo):
 
 @torch.no_grad()
 def brute_force(model, processor, image, thinking, text):
-    """Return (mean, std, mass) of the numbers from 0 to 10 after the prompt and `text`, one whole forward
-    for each d.d.
+    """Return (mean, std, mass) of the numbers 0 to 10 after prompt and `text`, by a full forward per d.d.
 
-    A number ends with any token but a digit, a point, a sign of doubt and the end of the completion.
+    A number ends with any token except a digit, a point, a sign of doubt and the end of the completion.
     """
     prompt = (
         processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False) + text
@@ -506,7 +503,7 @@ def test_sampling_leaves_the_global_generator_alone(known):
 
 
 def test_a_real_policy_samples_without_truncation(untrained):
-    """At temperature 1, top_k 0 and top_p 1, and of an untrained policy no two answers are alike."""
+    """At temperature 1, top_k 0 and top_p 1, no two answers of an untrained policy are alike."""
     score = Scorer(untrained, estimate="sample", k=4, max_new_tokens=6).score([picture(0)])[0]
     again = Scorer(untrained, estimate="sample", k=4, max_new_tokens=6).score([picture(0)])[0]
     assert len(set(score.answers)) == 4 and score.answers == again.answers
@@ -602,13 +599,11 @@ def test_an_opened_picture_that_cannot_be_decoded_is_a_row_with_an_error(known, 
 
 
 WIDE = 96
-"""Pixels of `picture(1)`, 64 high."""
+"""Width of `picture(1)` in pixels; it is 64 high."""
 
 
 def forms(folder):
-    """One picture, for which `Known` answers from its second distribution, in every form that a person may
-    hand over.
-    """
+    """Return one picture, for which `Known` answers from its second distribution, in every form."""
     image = picture(1)
     image.save(folder / "one.png")
     encoded, pixels = (folder / "one.png").read_bytes(), np.asarray(image)
@@ -651,7 +646,7 @@ def test_one_picture_in_any_form_is_a_list_of_one(known, tmp_path):
 
 
 def test_the_same_opened_picture_or_file_may_be_there_many_times(known, tmp_path):
-    """They are decoded in threads, and an opened picture is read when it is first decoded."""
+    """They are decoded in threads, and an opened picture is read when first decoded."""
     Image.effect_noise((1200, 64 * 12), 90).convert("RGB").resize((1200, 768)).save(tmp_path / "noise.png")
     scorer = known(*[{"3.00": 1.0}] * 100)
     for _ in range(5):
@@ -759,7 +754,7 @@ def test_a_tensor_of_another_range_or_shape_is_refused_with_a_remedy(known, chan
 
 
 def test_pixels_keep_their_values_and_rounding_outside_the_range_is_clipped(known, monkeypatch):
-    """What the image processor is given is what was handed over."""
+    """The image processor gets what was passed in."""
     scorer, seen = known({"3.00": 1.0}), []
     processor = scorer.engine.processor.image_processor
     real = type(processor).__call__
@@ -877,9 +872,7 @@ def test_batches_are_formed_by_size_and_the_order_kept(known):
 
 @torch.no_grad()
 def test_the_prompt_is_the_processors_own(trained, photo):
-    """Ids, mask and positions are put together from parts; they are what the processor and the model make of
-    the whole.
-    """
+    """Ids, mask and positions are put together from parts, yet equal those of processor and model."""
     model, processor = trained
     pictures = crops(photo)[:2]
     asked = engine.load(trained)
@@ -915,9 +908,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(known):
 
 
 def test_what_did_not_fit_is_freed_before_its_halves_are_tried(known):
-    """In the except clause the traceback would keep the failed tries' tensors, and the halves had less room
-    than the whole.
-    """
+    """In the except clause the traceback would keep the failed tensors, leaving the halves less room."""
     scorer, tensors, alive = known({"3.00": 1.0}, batch_size=8), [], []
     real = scorer.engine._prefill
 
@@ -935,8 +926,9 @@ def test_what_did_not_fit_is_freed_before_its_halves_are_tried(known):
 
 
 def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
-    """Of large pictures fewer are decoded at a time, whatever the batch size: two windows and one per thread
-    at most.
+    """Fewer large pictures are decoded at a time, whatever the batch size.
+
+    They fill at most two windows and one per thread.
     """
     scorer, held, most = known({"3.00": 1.0}, {"4.00": 1.0}, batch_size=16), [0], [0]
     size = scorer.engine.prepare(picture(0)).nbytes
@@ -966,7 +958,7 @@ def test_a_window_is_full_at_so_many_bytes(known, monkeypatch):
 
 
 def test_a_stream_of_large_pictures_can_be_left(known, monkeypatch):
-    """Threads that wait for room do not keep the program from going on."""
+    """Threads waiting for room do not stop the program from going on."""
     scorer = known({"3.00": 1.0})
     monkeypatch.setattr(ahead, "HELD", 1)
     windows = scorer.batches([picture(0)] * 40)
@@ -992,7 +984,7 @@ def test_large_pictures_make_small_batches(known, monkeypatch):
 
 
 def test_twelve_megapixels_are_held_four_at_a_time():
-    """SPAQ's size in Qwen2.5-VL's patches: 288 MB each; two windows of 64 were 34 GiB."""
+    """At SPAQ's size each takes 288 MB in Qwen2.5-VL's patches; two windows of 64 were 34 GiB."""
     size = 61_204 * 3 * 2 * 14 * 14 * 4
     assert 3 * size < ahead.HELD < 4 * size and 2 * ahead.HELD + 5 * size < 4 * 2**30
     assert len(engine._batched([0, 1], [61_204] * 2, 16)) == 2

@@ -1,5 +1,6 @@
-"""What K answers share is computed once, and nothing else changes: features, samples, log-probabilities,
-gradients, a whole step.
+"""What K answers share is computed once and changes nothing else.
+
+Features, samples, log-probabilities, gradients and a whole step stay the same.
 """
 
 import copy
@@ -40,9 +41,7 @@ def asked(processor, *pictures):
 
 @pytest.fixture
 def worked(monkeypatch):
-    """(processor of the embedded policy that processes once, sizes of the batches that its image processor
-    itself was given).
-    """
+    """Return (the embedded policy's processor, which processes once, batch sizes its image processor got)."""
     processor, batches = load_policy("tiny-policy")[1], []
     stock = type(processor)._process_images
 
@@ -94,8 +93,9 @@ def test_a_processor_that_processes_once_can_be_saved(worked, tmp_path):
 
 
 class Looks:
-    """A LoRA policy whose frozen tower looks once; `patches` lists how many each call of the tower itself
-    was given.
+    """Hold a LoRA policy whose frozen tower looks once.
+
+    `patches` lists how many each call of the tower got.
     """
 
     def __init__(self, untrained):
@@ -177,7 +177,7 @@ def test_a_policy_that_looks_once_answers_the_same(looks):
 
 
 def repeated(processor, photo, k=3):
-    """A batch as TRL makes it: three pictures of two sizes, each k times."""
+    """Return a batch as TRL makes it: three pictures of two sizes, each k times."""
     pictures = [photo.crop(box) for box in ((0, 0, 96, 64), (100, 60, 228, 156), (0, 0, 64, 96))]
     text = processor.apply_chat_template(messages(True), add_generation_prompt=True, tokenize=False)
     images = [picture for picture in pictures for _ in range(k)]
@@ -226,7 +226,7 @@ def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
 
 
 def adapted(seed=0):
-    """The embedded policy with an adapter that says something, prepared as GRPOTrainer prepares it."""
+    """Return the embedded policy with an adapter that is not zero, prepared as GRPOTrainer prepares it."""
     model, processor = load_policy("tiny-policy")
     trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     torch.manual_seed(seed)
@@ -240,9 +240,7 @@ def adapted(seed=0):
 
 
 def learned(model, batch, completions, mask, order):
-    """Log-probabilities and entropies (N, C) of the answers, and the gradient of a weighted sum, by TRL's
-    own call.
-    """
+    """Return log-probabilities and entropies (N, C), and a weighted sum's gradient, by TRL's own call."""
     rows = {
         name: value[order]
         for name, value in batch.items()
@@ -277,9 +275,7 @@ def learned(model, batch, completions, mask, order):
 
 @pytest.fixture(scope="module")
 def answered(photo):
-    """Three pictures of two sizes, so that prompts are padded, x 4 answers of different lengths, in no
-    order.
-    """
+    """Return three pictures of two sizes (padded prompts) x 4 answers of different lengths, unordered."""
     model, processor = adapted()
     batch = repeated(processor, photo, k=4)
     torch.manual_seed(1)
@@ -351,7 +347,7 @@ def test_other_calls_of_forward_are_left_alone(photo):
 
 
 def one_step(tmp_path, share, policy=None, **grpo):
-    """Two steps on pictures of three sizes, so that prompts are padded."""
+    """Run two steps on pictures of three sizes, so that prompts are padded."""
     config = load_config("cpu").changed(lora_r=4, lora_alpha=8, share_prompts=share)
     small = {
         "max_steps": 2,
@@ -381,7 +377,7 @@ def one_step(tmp_path, share, policy=None, **grpo):
 
 
 def patched(trainer) -> list[bool]:
-    """Which of the seams are not TRL's and transformers' own."""
+    """List which seams are not TRL's and transformers' own."""
     owners = {
         "generate": trainer.model,
         "forward": base_of(trainer.model).model.visual,
@@ -399,7 +395,7 @@ MICRO = {"per_device_train_batch_size": 6, "steps_per_generation": 2, "gradient_
     ids=["plain", "KL", "micro-batches, each learned from twice"],
 )
 def test_a_run_that_shares_is_the_stock_run(tmp_path, grpo):
-    """Same seed, same samples, same rewards, same weights after two steps."""
+    """The same seed gives the same samples, rewards and weights after two steps."""
     stock, stock_log, before = one_step(tmp_path / "stock", share=False, **grpo)
     shared, shared_log, after = one_step(tmp_path / "shared", share=True, **grpo)
     assert not any(patched(before)) and all(patched(after))  # the switch
@@ -422,7 +418,7 @@ def test_a_run_that_shares_is_the_stock_run(tmp_path, grpo):
 @pytest.mark.parametrize("grpo", [{}, MICRO], ids=["one batch", "micro-batches"])
 @pytest.mark.parametrize("share", [False, True])
 def test_with_checkpointing_in_bf16_the_first_steps_kl_is_0(tmp_path, share, grpo):
-    """Policy and reference are one model then, and go one way; 4-bit base, pictures of three sizes."""
+    """Policy and reference are then one model on one path; 4-bit base, pictures of three sizes."""
     policy = load_policy("tiny-policy", quantize=True, dtype=torch.bfloat16)
     options = {"bf16": True, "gradient_checkpointing": True, "beta": 0.1, "max_steps": 1} | grpo
     _, [log], trainer = one_step(tmp_path, share, policy, **options)
@@ -444,7 +440,7 @@ def test_model_classes_that_it_was_not_shown_for_go_the_stock_way(tmp_path):
 
 
 def test_trl_still_has_the_seams():
-    """An update of TRL that moves them must be seen: nothing would be shared, and nothing would fail."""
+    """If TRL moved them, nothing would be shared and nothing would fail, so this must notice."""
     source = inspect.getsource(trl.GRPOTrainer._get_per_token_logps_and_entropies)
     assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
     assert 'model_inputs["image_grid_thw"]' in source and "labels[:, :-logits_to_keep] = -100" in source

@@ -1,4 +1,4 @@
-"""The vectorised Thurstone mathematics against plain loops written from the paper's equations."""
+"""Vectorised Thurstone mathematics equals plain loops written from the paper's equations."""
 
 import math
 
@@ -31,7 +31,7 @@ def phi(x):
 def loop_reward(
     scores, mos, dataset=None, *, binary=False, average=False, variance=None, gamma=1e-6, eps=1e-6
 ):
-    """The paper's section 3 with Python loops over i, j and k; nothing is shared with vqr1."""
+    """Compute the paper's section 3 with Python loops over i, j and k; vqr1 shares none of it."""
     parsed = [[s for s in group if not math.isnan(s)] for group in scores]
     mean = [sum(group) / len(group) if group else 0.0 for group in parsed]
     var = [
@@ -64,9 +64,7 @@ def loop_reward(
 
 
 def batch(b, k, seed):
-    """Random scores with ties, NaN, groups of zero variance, groups with one and with no parseable
-    completion.
-    """
+    """Return random scores with ties, NaN, zero-variance groups, and groups with one or no score."""
     rng = np.random.default_rng(seed)
     scores = rng.uniform(1, 5, (b, k)).round(1)  # one decimal: ties
     scores[rng.random((b, k)) < 0.15] = NAN
@@ -372,8 +370,9 @@ def test_votes_that_allow_no_scale_are_named(wins, message):
 
 
 def test_the_papers_run_is_one_configuration_away():
-    """Its section 4.1 and the official code: AdamW, lr 1e-6, linear, K = 6, beta = 0.04, 8 images a GPU, 10
-    epochs of 6,125 images.
+    """Section 4.1 and the official code set AdamW, lr 1e-6, linear, K = 6 and beta = 0.04.
+
+    They take 8 images a GPU and 10 epochs of 6,125 images.
     """
     config = load_config("paper-7b-full")
     grpo = config.grpo
@@ -404,8 +403,9 @@ def test_the_papers_run_is_one_configuration_away():
 
 
 def test_the_papers_reward_is_its_equations_to_the_digit():
-    """Answers as text through the configuration's own reward, against plain loops; one answer in ten cannot
-    be parsed, MOS have ties.
+    """Answers as text go through the configuration's reward and through plain loops.
+
+    One answer in ten cannot be parsed, and MOS have ties.
     """
     config = load_config("paper-7b-full")
     ranking, form = reward_functions(config.reward, 6, config.thinking, config.reward_options)

@@ -1,6 +1,6 @@
-"""Training as it is run: a few steps of the embedded policy on a few pictures.
+"""Train the embedded policy for a few steps on a few pictures, as users do.
 
-Run by torchrun, this file is the worker of the test of two processes.
+Run by torchrun, this file is the worker of the two-process test.
 """
 
 import ast
@@ -39,8 +39,9 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def tiny(**grpo) -> Settings:
-    """The cpu configuration with 4 pictures x 3 completions and all weights trained; Adam's first step moves
-    each by the learning rate.
+    """Return the cpu configuration with 4 pictures x 3 completions and all weights trained.
+
+    Adam's first step moves each weight by the learning rate.
     """
     small = {"per_device_train_batch_size": 12, "num_generations": 3, "max_steps": 3}
     small |= {"warmup_steps": 0, "logging_steps": 1, "save_steps": 2} | grpo
@@ -53,18 +54,18 @@ def some_rows() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
-    """16 training rows of many photographs, types and levels."""
+    """Return 16 training rows of many photographs, types and levels."""
     return some_rows()
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    """Copies of all weights by the name they have without an adapter."""
+    """Return copies of all weights, by their names without an adapter."""
     return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
 def run(rows, tmp_path_factory):
-    """(folder, weights before, weights after) of a run of three steps."""
+    """Return (folder, weights before, weights after) of a run of three steps."""
     folder = tmp_path_factory.mktemp("run")
     model, processor = load_policy()
     before = weights(model)
@@ -114,8 +115,9 @@ def test_a_kl_term_is_that_of_the_untrained_policy_and_costs_no_second_look(rows
 
 @pytest.fixture(scope="module")
 def adapter(rows, tmp_path_factory):
-    """(folder, model after, weights before, [(gradients, dtypes) of each step]) of LoRA on 4-bit NF4,
-    validated before each.
+    """Return (folder, model after, weights before, [(gradients, dtypes) of each step]).
+
+    It trains LoRA on 4-bit NF4 and validates before each step.
     """
     seen = []
 
@@ -143,7 +145,7 @@ def adapter(rows, tmp_path_factory):
 
 
 def test_lora_on_4_bit_has_every_gradient_after_a_validation_pass(adapter):
-    """lora_B starts at zero, so lora_A's gradient is zero in the first step alone."""
+    """lora_B starts at zero, so only in the first step is lora_A's gradient zero."""
     folder, _, _, steps = adapter
     assert read_log(folder)["val_srcc"].notna().sum() == 4 and len(steps) == 3
     for number, (gradients, dtypes) in enumerate(steps):
@@ -165,7 +167,7 @@ def test_lora_on_4_bit_moves_the_adapter_and_not_the_base(adapter):
 
 @pytest.fixture(scope="module")
 def question(rows):
-    """One picture and the paper's question, as the model takes it."""
+    """Return one picture and the paper's question, as the model takes it."""
 
     def inputs(processor) -> dict:
         asked = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
@@ -176,7 +178,7 @@ def question(rows):
 
 
 def test_a_validation_pass_leaves_the_gradients_of_a_4_bit_model_as_they_were(adapter, question):
-    """bitsandbytes packs the weights for inference in an eval-mode forward, and never unpacks them."""
+    """In an eval-mode forward bitsandbytes packs weights for inference, and never unpacks them."""
     folder, *_ = adapter
     model, processor = load_policy(folder / "policy", quantize=True)
     inputs = question(processor)
@@ -221,7 +223,7 @@ def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(True, True), (False, False), (False, True)])
 def test_a_policy_that_wants_to_write_a_picture_never_does(share, checkpointing, rows, tmp_path, monkeypatch):
-    """A sampled placeholder has no picture: the forward for log-probabilities would fail, late in a run."""
+    """A sampled placeholder has no picture, so log-probabilities would fail late in a run."""
     model, processor = load_policy()
     barred, seen = pushed(model, processor), []
     generate = trl.GRPOTrainer._generate_single_turn
@@ -281,7 +283,7 @@ def test_run_folder_says_how_it_was_made(run):
 
 
 def training_command(config: Settings, folder: Path) -> list[str]:
-    """`vqr1 train` into folder/run."""
+    """Return `vqr1 train` into folder/run."""
     settings = folder / "tiny.yaml"
     write_yaml(settings, dataclasses.asdict(config))
     return [
@@ -333,7 +335,7 @@ def test_what_is_shown_takes_the_place_of_the_progress_bar(rows, tmp_path, capsy
 
 
 def rerun(config: Settings, folder: Path, frame: pd.DataFrame) -> dict[str, torch.Tensor]:
-    """Resume the run in the folder and return all of its weights at the end."""
+    """Resume the run in the folder; return all of its weights at the end."""
     model, processor = load_policy("tiny-policy", config.load_in_4bit)
     train(config, folder, resume=True, policy=(model, processor), frame=frame)
     return weights(model)
@@ -348,7 +350,7 @@ def test_resuming_a_finished_run_trains_no_further(run, rows, tmp_path):
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_ended(run, rows, tmp_path):
-    """Weights, optimizer, schedule, rows and random numbers go on from checkpoint-2."""
+    """Weights, optimizer, schedule, rows and random numbers continue from checkpoint-2."""
     folder, _, after = run
     again = Path(shutil.copytree(folder, tmp_path / "run"))
     shutil.rmtree(again / "checkpoints" / "checkpoint-3")
@@ -474,7 +476,7 @@ def arguments(**grpo) -> trl.GRPOConfig:
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_rows_are_in_batches_of_one_set_and_only_used_ones_are_rendered(thinking, rows, monkeypatch):
-    """A picture's gray value is its row, so that picture and MOS can be told to belong together."""
+    """A picture's gray value is its row, which shows that picture and MOS belong together."""
     frame = rows.assign(dataset=["one", "two"] * (len(rows) // 2) + ["one"] * (len(rows) % 2))
     rendered = []
 
@@ -553,7 +555,7 @@ def test_every_keyword_given_to_trl_exists(called):
 
 
 def test_nobody_is_told_that_a_training_starts(rows, tmp_path, monkeypatch):
-    """The library's telemetry is off while a trainer is built, also where no environment says so."""
+    """Telemetry is off while a trainer is built, even where no environment variable says so."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     seen = []
 

@@ -1,4 +1,4 @@
-"""Votes on blind pairs: their order, their count, their scale, and the manifest that training takes."""
+"""Check votes on blind pairs: order, count, scale, and the manifest that training takes."""
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from vqr1.votes import Ballot, blind_pairs, save_votes, scale_votes, vote_agreem
 
 @pytest.fixture
 def rated() -> pd.DataFrame:
-    """Six training rows, one type each."""
+    """Return six training rows, one type each."""
     rows = load_ratings("sim-kadid").query("split == 'train'").groupby("distortion").sample(1, random_state=0)
     return rows.sample(6, random_state=0)
 

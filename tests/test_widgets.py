@@ -1,6 +1,4 @@
-"""Notebook 03's applications without a browser: the plain functions, and the controls set as a click would
-set them.
-"""
+"""Notebook 03's applications run without a browser: plain functions, and controls set as by a click."""
 
 import io
 import sys
@@ -28,7 +26,7 @@ def scorer():
 
 @pytest.fixture
 def rated() -> pd.DataFrame:
-    """Six training rows, one type each."""
+    """Return six training rows, one type each."""
     rows = load_ratings("sim-kadid").query("split == 'train'").groupby("distortion").sample(1, random_state=0)
     return rows.sample(6, random_state=0)
 
@@ -40,7 +38,7 @@ def photographs():
 
 @pytest.fixture
 def folder(photo, tmp_path):
-    """Two pictures, one file that is none, and one that is not asked."""
+    """Return a folder: two pictures, one file that is none, and one never asked about."""
     widgets.degrade(photo).save(tmp_path / "good.png")
     widgets.degrade(photo, "jpeg", 5).save(tmp_path / "bad.png")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
@@ -67,12 +65,12 @@ def png(image: Image.Image) -> bytes:
 
 
 def parts(widget: w.Widget) -> list[w.Widget]:
-    """A widget and all that it holds."""
+    """Return a widget and everything in it."""
     return [widget, *(part for child in getattr(widget, "children", ()) for part in parts(child))]
 
 
 def named(app: w.Widget, name: str) -> w.Widget:
-    """The part with the class that the browser test goes by."""
+    """Return the part whose class the browser test looks for."""
     return next(part for part in parts(app) if f"vqr1-{name}" in getattr(part, "_dom_classes", ()))
 
 
@@ -116,7 +114,7 @@ def test_nothing_uploaded_is_said():
 
 
 def test_degrade_makes_the_pixels_of_a_manifest_row(photo):
-    """At full size, then cropped: the other order would cut 8x8 blocks elsewhere."""
+    """It distorts at full size, then crops: the other order would cut 8x8 blocks elsewhere."""
     from vqr1.distortions import distort
 
     x, y = (photo.width - 192) // 2, (photo.height - 192) // 2

@@ -1,4 +1,4 @@
-"""Which files are pictures: of folders, globs and lists."""
+"""Pictures are found in folders, globs and lists."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Any picture: upright RGB of 8 bits or a ValueError that names the file, never anything else."""
+"""Any picture becomes upright 8-bit RGB or a ValueError that names the file, never anything else."""
 
 import os
 import random
@@ -20,7 +20,7 @@ GREY = np.arange(0, 256, dtype=np.uint8).reshape(8, 32)
 
 
 def grey(image: Image.Image) -> np.ndarray:
-    """The grey levels of an RGB picture without colour."""
+    """Return the grey levels of an RGB picture without colour."""
     assert image.mode == "RGB"
     pixels = np.asarray(image)
     assert (pixels == pixels[..., :1]).all()
@@ -90,7 +90,7 @@ def test_an_opaque_alpha_channel_changes_nothing(photo):
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(kind, orientation, tmp_path):
-    """White is what the viewer sees at the top left: EXIF says where that corner is stored."""
+    """White must appear at the top left: EXIF says where that corner is stored."""
     rows, columns = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[
         orientation
     ]
@@ -140,7 +140,7 @@ BRIGHT = GREY / np.float32(255)
 
 
 def with_last(*values: float) -> np.ndarray:
-    """BRIGHT 32 times, 8,192 values, the last of which are these."""
+    """Return BRIGHT 32 times (8,192 values), ending in these values."""
     pixels = np.tile(BRIGHT, (8, 4))
     pixels[-1, -len(values) :] = values
     return pixels
@@ -190,7 +190,7 @@ def test_a_scale_that_cannot_be_told_is_refused_with_a_remedy(pixels, message, t
 
 
 def deep_png(path: Path, white: int) -> None:
-    """A PNG of 16-bit colours, which Pillow reads and does not write: GREY up to `white`."""
+    """Write a PNG of 16-bit colours (GREY up to `white`), which Pillow reads but does not write."""
     levels = np.rint(GREY * (white / 255)).astype(">u2")
     rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).tobytes() for row in levels)
 
@@ -278,9 +278,7 @@ def test_a_picture_that_no_processor_takes_is_refused(size, tmp_path):
 
 @pytest.mark.parametrize(("kind", "megabytes"), [("jpeg", 250), ("png", 500)])
 def test_a_large_picture_needs_bounded_memory(kind, megabytes, tmp_path):
-    """A JPEG is decoded at half size; a PNG of 108 million pixels takes 324 MB, and no second copy of that
-    size.
-    """
+    """A JPEG is decoded at half size; a PNG of 108 million pixels takes 324 MB, without a second copy."""
     Image.new("RGB", (12000, 9000), (10, 20, 30)).save(
         tmp_path / "large", kind, **({"compress_level": 1} if kind == "png" else {})
     )
@@ -395,9 +393,7 @@ def test_a_file_is_read_from_its_start_whoever_has_read_in_it(tmp_path, photo):
 
 
 def test_a_file_without_permission_is_named():
-    """Root may read everything, so it becomes nobody for a moment; pytest's own folders are closed to
-    nobody.
-    """
+    """Root may read everything, so it becomes nobody for a moment, who cannot enter pytest's folders."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -419,7 +415,7 @@ def test_a_file_without_permission_is_named():
     "kind", ["jpeg", "png", "gif", "webp", "avif", "tiff", "bmp", "ppm", "jpeg2000", "ico", "tga", "pcx"]
 )
 def test_damage_gives_a_picture_or_a_value_error(kind, tmp_path, photo):
-    """Files cut short, and files with bytes replaced; 60 of each kind, the same in every run."""
+    """Files are cut short or get bytes replaced: 60 of each kind, the same in every run."""
     whole, path, random_ = tmp_path / "whole", tmp_path / "damaged", random.Random(kind)
     photo.resize((96, 64)).save(whole, kind)
     data, refused = whole.read_bytes(), 0

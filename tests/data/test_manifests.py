@@ -1,4 +1,4 @@
-"""Manifests, rendering, rows for TRL, batches and dominance, each test named after what it holds."""
+"""Manifests, rendering, TRL rows, batches and dominance; each test is named after what it holds."""
 
 import hashlib
 import subprocess
@@ -41,7 +41,7 @@ ROOT = EMBEDDED
 
 @pytest.fixture
 def small(tmp_path):
-    """A folder with two photographs and the rows of a manifest that is right; tests spoil one thing."""
+    """Return a folder with two photographs and the rows of a correct manifest; tests spoil one thing."""
     (tmp_path / "photos").mkdir()
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -125,9 +125,7 @@ def test_pictures_without_a_seed_are_read_when_they_are_asked_for(tmp_path):
 
 
 def test_rendered_pictures_are_kept_at_three_bytes_a_pixel():
-    """Pillow takes four. Each is the picture that was rendered, by index and by slice, and one object while
-    it is remembered.
-    """
+    """Pillow takes four. By index and by slice, each is the rendered picture, and one object while kept."""
     frame = load_ratings("sim-kadid").iloc[[0, 7, 60]]
     kept, now = pictures_of(frame), render_rows(frame)
     assert len(kept) == 3 and kept[1] is kept[1] and kept[-1] is kept[2]
@@ -280,7 +278,7 @@ def test_a_missing_column_is_named(small, column):
 
 @pytest.fixture
 def own(tmp_path):
-    """own(text) -> the path of a table with this text, beside the pictures a.png, b.png and c.png."""
+    """Return own(text) -> path of a table with this text, beside pictures a.png, b.png and c.png."""
     for name in "abc":
         Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / f"{name}.png")
 
@@ -461,9 +459,7 @@ def test_what_comes_with_the_project_is_there_whatever_vqr1_data_says(tmp_path, 
 
 
 def test_what_comes_with_the_project_has_one_folder():
-    """No file but places.py works out for itself where it is, and only what reads public sets asks the
-    environment.
-    """
+    """Only places.py finds its own location, and only readers of public sets ask the environment."""
     places = [policy.TINY, observers.TABLE, baselines.CNN, people.TWINS]
     assert all(path.exists() and path.is_relative_to(EMBEDDED) for path in places)
     package = Path(data.__file__).parents[1]

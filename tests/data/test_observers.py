@@ -1,4 +1,4 @@
-"""Simulated observers: anchored to the published means, seeded, and never called people."""
+"""Simulated observers match the published means, are seeded, and are never called people."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The photographs: their form, their licences, and no near-duplicates across the splits."""
+"""Photographs have their form and licence, and no near-duplicates across the splits."""
 
 import csv
 import hashlib
@@ -35,20 +35,20 @@ SPLITS = read_splits()
 
 
 def phash(image: Image.Image) -> np.ndarray:
-    """64 bits: which of the 8x8 lowest DCT coefficients of the 32x32 grey picture exceed their median."""
+    """Return 64 bits: which of the 32x32 grey picture's 8x8 lowest DCT coefficients exceed their median."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), float)
     low = dctn(grey, norm="ortho")[:8, :8].ravel()
     return low > np.median(low)
 
 
 def distance(image: Image.Image, other: Image.Image) -> int:
-    """Hamming distance of the hashes, the smaller of the two with `other` as it is and mirrored."""
+    """Return the Hamming distance of the hashes, the smaller for `other` as it is and mirrored."""
     bits = phash(image)
     return min(int(np.sum(bits != phash(o))) for o in (other, ImageOps.mirror(other)))
 
 
 def altered_copy(image: Image.Image) -> Image.Image:
-    """The picture mirrored, re-cropped by 2%, made smaller and encoded again at quality 40."""
+    """Return the picture mirrored, re-cropped by 2%, made smaller and re-encoded at quality 40."""
     dx, dy = image.width // 50, image.height // 50
     copy = ImageOps.mirror(image).crop((dx, dy, image.width - dx // 2, image.height))
     out = io.BytesIO()
@@ -63,7 +63,7 @@ def images() -> dict[str, Image.Image]:
 
 @pytest.fixture(scope="module")
 def attribution() -> dict[str, list[str]]:
-    """File name -> the cells of its row in ATTRIBUTION.md."""
+    """Map each file name to the cells of its row in ATTRIBUTION.md."""
     text = (DATA / "photos" / "ATTRIBUTION.md").read_text(encoding="utf-8")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]

@@ -125,7 +125,7 @@ def spaq(root: Path) -> dict:
 
 
 def matlab(root: Path, names: list[str], mos: list[float], std: list[float]) -> None:
-    """Cells (N, 1) of names and rows (1, N) of numbers, as in ChallengeDB_release."""
+    """Write cells (N, 1) of names and rows (1, N) of numbers, as in ChallengeDB_release."""
     cells = np.empty((len(names), 1), dtype=object)
     cells[:, 0] = names
     (root / "Data").mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ SRIQA = {
 
 
 def sriqa(root: Path) -> dict:
-    """MOS/x.txt in falling order; LRImages hold a picture of the very name of the rated original."""
+    """Write MOS/x.txt in falling order; a picture in LRImages has the same name as the rated original."""
     rated = {}
     for content, scores in SRIQA.items():
         names = [f"{content}_{method}{'' if method == 'Original' else 'x4'}.png" for method in METHODS]
@@ -285,7 +285,7 @@ BIQ = {  # no picture here has a near twin in the set
 
 
 def biq_lists(root: Path, parts: dict) -> None:
-    """The header has two columns without a name."""
+    """Write a header with two nameless columns."""
     for part, rows in parts.items():
         lines = [f"{name},{mos},," for name, mos in rows.items()]
         text(root / f"{part} (Images and MOS).csv", ["Image Name,MOS,,", *lines])
@@ -305,7 +305,7 @@ CROPS = ("coffee1", "dolls1", "dolls2", "globe-fast1", "globe1", "loader3", "tea
 
 
 def srij(root: Path) -> dict:
-    """Names (1, N), originals in the middle; scores (n, 1) of the others; votes in a file per observer."""
+    """Write names (1, N), originals in the middle; scores (n, 1) of the others; a vote file per observer."""
     names = [f"{kind}-{crop}.tif" for kind in ("Yang10-2", "HD-1", "SRCNN-4") for crop in CROPS]
     originals = np.array([name.startswith("HD-1-") for name in names])
     truth = np.repeat([55.0, 80.0, 20.0], len(CROPS)) + np.tile(np.arange(len(CROPS)), 3)
@@ -335,7 +335,7 @@ def srij(root: Path) -> dict:
 PAIRS = [(1, 3, 1), (1, 2, -1), (2, 3, 0), (4, 1, -1), (4, 2, -1)]
 PAIRS += [(3, 4, 1), (5, 1, 1), (2, 5, 1), (3, 5, 1), (5, 4, 1)]
 SHARES = {1: 50.0, 2: 87.5, 3: 62.5, 4: 0.0, 5: 50.0}
-"""Of 4 comparisons each: 2; 3 and a tie; 2 and a tie; none; 2 won."""
+"""Each in 4 comparisons: 2 won; 3 and a tie; 2 and a tie; none; 2 won."""
 
 
 def pcuid(root: Path) -> dict:
@@ -368,9 +368,7 @@ BUILD = {
 
 @pytest.fixture
 def made(tmp_path):
-    """A function that writes a set's files into a folder of its name; returns (that folder, what must be
-    read).
-    """
+    """Return a function that writes a set into a folder of its name; it gives (folder, rows to be read)."""
     return lambda name: (tmp_path / name, BUILD[name](tmp_path / name))
 
 
@@ -416,7 +414,7 @@ def test_a_set_is_found_by_its_name_in_a_folder_of_sets(name, made):
 
 @pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_set_as_read_is_a_manifest(name, made):
-    """It can be written as a CSV and read again: one's own folder and CSV work the same way."""
+    """It can be written as a CSV and read again, as users do with their own folder and CSV."""
     folder, _ = made(name)
     frame = load_ratings(name, folder)
     frame.to_csv(folder / "set.csv", index=False)
@@ -517,7 +515,7 @@ def reverse_csiq(folder):
     ("name", "reverse"), [("kadid-10k", reverse_kadid), ("tid2013", reverse_tid), ("csiq", reverse_csiq)]
 )
 def test_numbers_that_run_the_wrong_way_are_refused(name, reverse, made):
-    """Where the file names the strength of a distortion, the strongest must be the worst."""
+    """Where a file names a distortion's strength, the strongest must be the worst."""
     folder, _ = made(name)
     reverse(folder)
     refused(name, folder, "the strongest distortions have the best scores.*run the wrong way")
@@ -716,7 +714,7 @@ def test_a_set_without_comparisons_says_so(made):
 
 @pytest.mark.parametrize("end", [",", ",,", ";"])
 def test_a_comma_at_the_end_of_each_line_shifts_nothing(end, made):
-    """pandas takes the first column for an index where the rows have one field more than the header."""
+    """If rows have one field more than the header, pandas takes the first column as the index."""
     folder, expected = made("kadid-10k")
     lines = (folder / "dmos.csv").read_text().splitlines()
     for header in (lines[0], lines[0] + end):
@@ -812,7 +810,7 @@ def splits(folder, **lists):
 
 
 def kadid_lines(*references):
-    """As the official VisualQuality-R1 repository writes them: name mos std."""
+    """Return lines as the official VisualQuality-R1 repository has them: name mos std."""
     return [f"I0{ref}_03_0{level}.png 3.0 0.7" for ref in references for level in range(1, 6)]
 
 
@@ -870,7 +868,7 @@ def test_a_split_needs_its_three_lists(made):
 
 
 def change(path: str, old: str, new: str):
-    """A fault: replace a text in a file; every occurrence of it must be there to be replaced."""
+    """Return a fault that replaces a text in a file, which must contain it."""
 
     def fault(folder: Path) -> None:
         content = (folder / path).read_bytes().decode()
@@ -910,7 +908,7 @@ def votes(columns: list):
 
 
 def rolled_scores(folder):
-    """The fault that is easily made: the scores of the 608 are given to the first 608 names."""
+    """Make an easy mistake: give the scores of the 608 to the first 608 names."""
     path = folder / "Datasets/SRIJ/hScoresSRIJ.mat"
     savemat(path, {"hScoresSRIJ": np.roll(loadmat(path)["hScoresSRIJ"], 3)})
 

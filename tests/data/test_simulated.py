@@ -1,4 +1,4 @@
-"""The simulated sets: what their rows hold, on which scales, and that they are written again bit for bit."""
+"""Simulated sets have the right rows and scales, and are rebuilt bit for bit."""
 
 import numpy as np
 import pandas as pd

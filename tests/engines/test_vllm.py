@@ -1,5 +1,6 @@
-"""vLLM's side of the Scorer, without vLLM: a stand-in answers its requests with real numbers of the embedded
-policy, from transformers.
+"""The Scorer's vLLM engine is tested without vLLM.
+
+A stand-in answers its requests with real numbers of the embedded policy, from transformers.
 """
 
 import copy
@@ -33,7 +34,7 @@ from vqr1.scoring import Scorer
 
 @dataclass
 class SamplingParams:
-    """The fields of vLLM 0.31's that are used, with its defaults; another name is a TypeError, as there."""
+    """Hold the fields of vLLM 0.31's that are used, with its defaults; as there, others are a TypeError."""
 
     n: int = 1
     temperature: float = 1.0
@@ -48,9 +49,7 @@ class SamplingParams:
 
 
 class LLM:
-    """Answers vLLM's requests with the embedded policy, one plain forward or `generate` of transformers for
-    each length.
-    """
+    """Answer vLLM's requests with the embedded policy, one forward or `generate` for each length."""
 
     def __init__(self, policy, **options):
         (self.model, self.processor), self.options, self.calls, self.ids = (
@@ -81,9 +80,7 @@ class LLM:
         return one["multi_modal_data"]["image"]
 
     def inputs(self, *requests):
-        """The processor's inputs for the requests' texts, after asking that their tokens are what it makes
-        of the text.
-        """
+        """Return the processor's inputs for the requests' texts, after checking that their tokens match."""
         texts = [self.processor.tokenizer.decode(one["prompt_token_ids"]) for one in requests]
         inputs = self.processor(
             text=texts, images=[self.picture(one) for one in requests], return_tensors="pt"
@@ -177,7 +174,7 @@ def test_the_answers_are_numbers_once_each():
 
 
 def tree_of(share):
-    """The tree of {answer: probability}, answers written like `ANSWERS`, some after an opening."""
+    """Return the tree of {answer: probability}, answers as in `ANSWERS`, some after an opening."""
     tree = {}
     for text in [opening + text for opening in OPENINGS for text in BEGINNINGS]:
         under = {answer: p for answer, p in share.items() if answer.startswith(text) and answer != text}
@@ -305,7 +302,7 @@ def test_without_vllm_the_message_says_what_to_install(monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """`vllm` and `vllm.lora.request` as far as they are imported."""
+    """Replace the imported parts of `vllm` and `vllm.lora.request`."""
     whole, lora, of_request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
     whole.LLM, whole.SamplingParams = (
         lambda model, **options: LLM(load_policy(model), **options),

@@ -1,6 +1,4 @@
-"""Baselines order plain cases, learn from ratings what they are meant to learn, and leave alone what they
-should.
-"""
+"""Baselines order plain cases, learn what they should, and leave the rest alone."""
 
 import sys
 
@@ -47,7 +45,7 @@ def blurred(sigma: float, side: int = 64) -> Image.Image:
 
 
 def rated(count: int = 24) -> tuple[pd.DataFrame, list[Image.Image]]:
-    """Pictures that are blurred the more the worse they are rated."""
+    """Return pictures that are more blurred the worse they are rated."""
     mos = np.linspace(1, 5, count).round(2)
     return pd.DataFrame({"mos": mos, "dataset": "blur"}), [blurred(5 - m) for m in mos]
 
@@ -73,7 +71,7 @@ def test_a_sharp_photograph_is_above_a_blurred_and_a_noisy_one(measure):
 
 @pytest.mark.parametrize(("measure", "package"), [(brisque, "brisque"), (piqe, "pypiqe")])
 def test_without_libgl_a_classical_measure_says_what_to_install(measure, package, monkeypatch, tmp_path):
-    """What OpenCV's wheel does on a bare machine."""
+    """OpenCV's wheel fails this way on a bare machine."""
     broken = "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
     (tmp_path / "cv2.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)

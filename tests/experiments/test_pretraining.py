@@ -1,4 +1,4 @@
-"""What pretraining may look at, what it says about it, and that its answers know nothing of quality."""
+"""Pretraining sees only what it may and reports it; its answers know nothing of quality."""
 
 import inspect
 import itertools
@@ -49,7 +49,7 @@ def draw(pictures, count):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Replace what costs time by grey squares; return the calls of `distort`."""
+    """Replace slow steps by grey squares; return the calls of `distort`."""
     calls = []
 
     def brighter(image, name, level, seed):
@@ -161,9 +161,7 @@ def test_dead_leaves_are_pictures_and_the_same_for_a_seed():
 
 
 def thirds(flat, textures, edges):
-    """Return (clean, distorted): left flat, in the middle a texture, right edges, each with an error of its
-    own.
-    """
+    """Return (clean, distorted): flat left, texture in the middle, edges right, each with its own error."""
     clean = np.full((96, 96, 3), 0.5, np.float32)
     clean[:, 32:64] += np.random.default_rng(0).normal(0, 0.05, (96, 32, 1)).astype(np.float32)
     clean[:, 64::8] = clean[:, 65::8] = 0
@@ -308,7 +306,7 @@ def test_perception_calls_a_picture_clean_whatever_was_done_to_it_unseen():
 
 @pytest.mark.slow
 def test_pretraining_again_finds_the_weights_of_every_stage(tmp_path):
-    """The Trainer alone would look for the model's names in files that have the hub's, and start anew."""
+    """The Trainer would look for the model's names in files with the hub's names, and start anew."""
 
     def weights(*steps):
         file = pretrain(tmp_path, steps, batch=2) / "model.safetensors"

@@ -1,6 +1,4 @@
-"""The grids are what they say, their runs are made once, kept, and compared over the same photographs and
-seeds.
-"""
+"""Study grids are as stated; runs are made once, kept, and compared over photographs and seeds."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,7 +42,7 @@ def config_of(name, variant, seed=3):
 
 
 def rollouts(config, folder):
-    """Answers sampled in the whole run."""
+    """Count the answers sampled in the run."""
     args = grpo_config(config.grpo, folder)
     passes = args.max_steps * args.gradient_accumulation_steps // args.steps_per_generation
     return images_per_step(args) * args.num_generations * passes
@@ -256,7 +254,7 @@ def test_a_run_leaves_the_threads_of_its_caller_as_they_were(tmp_path):
 
 
 def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path, monkeypatch, capsys):
-    """Eight seeds are eight runs; the table is the project's, whatever the current folder."""
+    """Eight seeds make eight runs; the table is the project's, whatever the current folder."""
     pools = []
 
     class Pool(ThreadPoolExecutor):
@@ -347,9 +345,7 @@ def test_a_run_without_scores_leaves_no_interval():
 
 
 def test_the_interval_is_made_of_both_parts():
-    """Three gaps of 1, 2 and 3, photographs that do not matter: 2 -+ t sd / sqrt(3) = 2 -+ 4.3027 * 1 /
-    sqrt(3).
-    """
+    """With gaps 1, 2, 3 on every photograph it is 2 -+ t sd / sqrt(3) = 2 -+ 4.3027 * 1 / sqrt(3)."""
     frame = pd.DataFrame({"reference": list("abcd"), "a/0": 1.0, "a/1": 2.0, "a/2": 3.0, "b/0": 0.0})
     found = difference(frame, ["a/0", "a/1", "a/2"], ["b/0"] * 3, np.mean, [], n=20)
     assert (found["mean"], found["mean_baseline"], found["difference"]) == (2.0, 0.0, 2.0)
@@ -364,8 +360,9 @@ def test_the_interval_is_made_of_both_parts():
     [(1.0, 0.3, "seeds dominate"), (1.0, 1.0, "alike"), (0.3, 1.0, "photographs dominate")],
 )
 def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, why):
-    """Runs whose mean is 0, over seeds and 24 photographs; the numbers are the standard errors of both. Of
-    200 intervals 10 should miss, with a standard deviation of 3.
+    """Runs with mean 0 over seeds and 24 photographs, whose standard errors are the two numbers.
+
+    Of 200 intervals 10 should miss, with a standard deviation of 3.
     """
     rng, hits = np.random.default_rng(0), 0
     runs = [f"a/{seed}" for seed in range(seeds)]
@@ -381,7 +378,7 @@ def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, wh
 
 @pytest.mark.parametrize("name", ["controls", "demo"])
 def test_stored_differences_are_those_of_the_stored_scores(name, tmp_path):
-    """Every line, byte for byte; only the line of provenance may differ."""
+    """All lines agree byte for byte; only the line of provenance may differ."""
     runs, files = EMBEDDED / "runs", [f"{name}.csv", f"{name}-scores.csv.gz"]
     for file in files:
         (tmp_path / file).write_bytes((runs / file).read_bytes())
@@ -405,8 +402,9 @@ def test_rows_of_removed_code_are_those_of_no_variant():
 
 @pytest.mark.parametrize("variant", ["permuted", "format"])
 def test_what_must_not_learn_quality_did_not(variant):
-    """Rows of `vqr1 study controls`: MOS dealt anew, or the format reward alone, do not raise within-level
-    SRCC; the demo's reward does.
+    """In `vqr1 study controls`, shuffled MOS or the format reward alone raise no within-level SRCC.
+
+    The demo's reward does.
     """
     runs = EMBEDDED / "runs"
     rows = read_table(runs / "controls-differences.csv").set_index(["variant", "set", "statistic"])

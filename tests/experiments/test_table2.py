@@ -1,4 +1,4 @@
-"""Table 2: the paper's rows are right, and what is measured beside them is what the scores say."""
+"""Table 2 has the paper's rows right, and beside them what the scores say."""
 
 import math
 import re
@@ -20,7 +20,7 @@ NAN = math.nan
 
 
 def test_the_papers_rows_are_whole_and_their_mean_is_unweighted():
-    """Each printed mean is that of the eight printed numbers, but for rounding."""
+    """Each printed mean is that of the eight printed numbers, up to rounding."""
     rows = published(2)
     assert (
         rows.groupby("metric").size().to_dict() == {"plcc": 13, "srcc": 13}
@@ -121,8 +121,9 @@ def test_seconds_per_picture_weigh_sets_by_their_rows():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, photo):
-    """bid: five pictures, worse and worse; sriqa-bench: three contents; min19: a word for a number; the
-    other five are not there.
+    """Write bid (five pictures, worse and worse), sriqa-bench (three contents), min19 (a word for a number).
+
+    The other five sets are missing.
     """
     folder = tmp_path_factory.mktemp("sets")
     small = photo.crop((0, 0, 96, 96))
@@ -146,7 +147,7 @@ def root(tmp_path_factory, photo):
 
 @pytest.fixture(scope="module")
 def out(root, tmp_path_factory):
-    """What one run of the command wrote."""
+    """Return what one run of the command wrote."""
     out = tmp_path_factory.mktemp("out")
     assert main(["evaluate", "--suite", "table2", "--root", str(root), "--out", str(out)]) == 0
     return out

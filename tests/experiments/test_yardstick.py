@@ -1,6 +1,4 @@
-"""The yardstick of progress: networks that come from their seeds, pictures of known order, agreement, and
-what a reward does.
-"""
+"""The yardstick has seeded networks, pictures of known order, agreement and effects of a reward."""
 
 import numpy as np
 import pandas as pd
@@ -239,9 +237,7 @@ def test_climbing_never_goes_down_and_repeats(photos, scorer):
 
 @pytest.mark.slow
 def test_the_study_scores_no_policy_twice_and_makes_its_rows_again(tmp_path, monkeypatch):
-    """All networks and pictures are there, so that nothing is trained or scored: the stored rows must follow
-    from the stored pictures.
-    """
+    """Nothing is trained or scored again: the stored rows must follow from the stored pictures."""
     runs = EMBEDDED / "runs"
     monkeypatch.setattr(progress, "measure_part", lambda *a: pytest.fail("scored again"))
     (tmp_path / progress.PICTURES).write_bytes((runs / progress.PICTURES).read_bytes())

@@ -1,4 +1,4 @@
-"""Many pictures: which are found, who scores them, and that no row is lost or made twice."""
+"""Many pictures are found and scored; no row is lost or made twice."""
 
 import csv
 import io
@@ -25,8 +25,7 @@ from vqr1.serving.bulk import ROW_COLUMNS, RowFile, shard
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
 SMALL = ["--batch-size", "1"]
-"""Windows of 4 pictures, none of which depends on its company: rows are those of any other run to the byte.
-"""
+"""Windows of 4 pictures, scored one by one, so that rows equal any other run's to the byte."""
 
 
 def draw(folder: Path, *names: str) -> list[str]:
@@ -40,7 +39,7 @@ def draw(folder: Path, *names: str) -> list[str]:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A folder of 24 pictures."""
+    """Return a folder of 24 pictures."""
     draw(tmp_path / "photos", *(f"{number:02}.png" for number in range(24)))
     return tmp_path / "photos"
 
@@ -55,7 +54,7 @@ def row(image: str, **change) -> dict:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a file, with numbers as numbers."""
+    """Return a file's rows, with numbers as numbers."""
     if path.suffix == ".parquet":
         return pd.read_parquet(path).to_dict("records")
     if path.suffix == ".jsonl":
@@ -140,7 +139,7 @@ def test_a_wrong_shard_is_named(which):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_merged_shards_are_the_single_run(kind, photos, tmp_path, capsys):
-    """The README's merge, byte for byte, with a picture that cannot be read among them."""
+    """The README's merge is exact to the byte, even with an unreadable picture."""
     (photos / "07.png").write_text("a cat on a mat", encoding="utf-8")
     whole, parts = tmp_path / f"whole.{kind}", [tmp_path / f"part{i}.{kind}" for i in (1, 2, 3)]
     assert main(["score", str(photos), "--out", str(whole), *SMALL]) == 1
@@ -176,7 +175,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 )
 @example([('a"b\n', '"'), ("\r", '\n"",\n'), ("\0", ",")], 0.6, ".csv")
 def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(pairs, cut, kind):
-    """A kill can end a write anywhere; names and texts hold quotes, line breaks and the like."""
+    """A kill can end a write anywhere; names and texts hold quotes, line breaks and so on."""
     rows = [row(name, reasoning=text, error=text[::-1]) for name, text in pairs]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"scores{kind}"
@@ -305,7 +304,7 @@ def test_two_commands_do_not_write_to_one_file(photos, tmp_path, capsys):
 
 
 def test_any_picture_gets_a_row(tmp_path, photo, capsys):
-    """One folder of everything, in one batch: what is no picture takes nothing from those that are."""
+    """One batch takes a folder of everything; files that are no pictures cost the others nothing."""
     folder, out = tmp_path / "some pictures", tmp_path / "scores.parquet"
     draw(folder, "naïve café \N{SNOWMAN}.png", "two\nlines.png", "0.png", os.fsdecode(b"caf\xe9.png"))
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("white", "red")]
@@ -359,8 +358,9 @@ def test_any_picture_gets_a_row(tmp_path, photo, capsys):
 
 @pytest.fixture
 def start(started):
-    """Start the command, with SIGINT as in a terminal: a runner in the background ignores it. limit: of
-    bytes in a file.
+    """Start the command with SIGINT as in a terminal: a background runner ignores it.
+
+    limit: of a file, in bytes.
     """
 
     def score(*arguments, limit: int = resource.RLIM_INFINITY, **options) -> subprocess.Popen:
@@ -381,8 +381,9 @@ def has_rows(path: Path, count: int) -> bool:
 
 @pytest.mark.parametrize("out", ["scores.csv", "scores.parquet"])
 def test_a_killed_run_goes_on_where_it_stopped(out, start, wait_until, tmp_path, capsys):
-    """SIGKILL between two windows or in one; pictures that have a row are then emptied, so that a second
-    look at one would show.
+    """SIGKILL comes between or within windows.
+
+    Pictures that have a row are then emptied, so a second look at one would show.
     """
     folder = tmp_path / "photos"
     pictures = draw(folder, *(f"{number:03}.png" for number in range(60)))
@@ -424,7 +425,7 @@ def test_ctrl_c_says_what_is_kept(start, wait_until, tmp_path):
 
 
 def test_a_full_disk_keeps_the_rows_that_fit(photos, start, tmp_path, capsys):
-    """A limit on the file's size ends a write in the middle, as a full disk does."""
+    """A file-size limit ends a write in the middle, as a full disk does."""
     process = start(photos, "--out", tmp_path / "scores.csv", *SMALL, limit=1000)
     said = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in said

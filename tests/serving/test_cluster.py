@@ -1,6 +1,4 @@
-"""Two actors of a Ray cluster on this machine, held equal to one process; what an actor does is tested
-without Ray, too.
-"""
+"""Two actors of a local Ray cluster equal one process; an actor's work is tested without Ray, too."""
 
 import csv
 import sys
@@ -20,7 +18,7 @@ SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking":
 
 @pytest.fixture
 def pictures(tmp_path, photo):
-    """A folder of eleven pictures in two folders, two of them broken, and two files that are none."""
+    """Return a folder with eleven pictures in two folders, two of them broken, and two other files."""
     folder = tmp_path / "some pictures"
     (folder / "more").mkdir(parents=True)
     for i in range(9):
@@ -40,7 +38,7 @@ def read(path):
 
 
 def single_run(folder, out):
-    """The rows of one process."""
+    """Return the rows of one process."""
     names = find_pictures([folder])
     with RowFile(out, SETTINGS) as file:
         for rows in score_rows(Scorer(), names, SETTINGS):
@@ -49,7 +47,7 @@ def single_run(folder, out):
 
 
 def same(rows, others):
-    """Equal but for scores, which are to 1e-4 (they are rounded to 1e-4)."""
+    """Compare rows exactly, except scores: these to 1e-4, to which they are rounded."""
     numbers = ("score", "std", "mass")
     assert [{k: v for k, v in row.items() if k not in numbers} for row in rows] == [
         {k: v for k, v in row.items() if k not in numbers} for row in others
@@ -62,7 +60,7 @@ def same(rows, others):
 
 @pytest.fixture
 def ray(monkeypatch):
-    """Ray, to start on this machine; however the test ends, its processes end with it."""
+    """Start Ray on this machine; its processes end with the test, however it ends."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of its workers
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
