@@ -342,7 +342,7 @@ def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
 
 
 def test_a_trained_folder_says_how_it_was_trained_and_is_loaded_so(trained, tmp_path, caplog):
-    """Loaded by its path, it scores as trained; on the full-precision base it warns that it does not."""
+    """Loaded by its path, it scores as trained; on the full-precision base it says that it does not."""
 
     def said():
         return [record.getMessage() for record in caplog.records if record.name == "vqr1.policy"]

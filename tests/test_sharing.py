@@ -41,7 +41,7 @@ def asked(processor, *pictures):
 
 @pytest.fixture
 def worked(monkeypatch):
-    """Return (the embedded policy's processor, which processes once, batch sizes its image processor got)."""
+    """Return (a processor that processes once, the batch sizes that its image processor was given)."""
     processor, batches = load_policy("tiny-policy")[1], []
     stock = type(processor)._process_images
 
@@ -93,7 +93,7 @@ def test_a_processor_that_processes_once_can_be_saved(worked, tmp_path):
 
 
 class Looks:
-    """Hold a LoRA policy whose frozen tower looks once.
+    """Hold a LoRA policy whose frozen tower encodes each picture once.
 
     `patches` lists how many each call of the tower got.
     """

@@ -125,7 +125,7 @@ def test_pictures_without_a_seed_are_read_when_they_are_asked_for(tmp_path):
 
 
 def test_rendered_pictures_are_kept_at_three_bytes_a_pixel():
-    """Pillow takes four. By index and by slice, each is the rendered picture, and one object while kept."""
+    """Pillow takes four. An index or slice gives the rendered picture, one object while it is kept."""
     frame = load_ratings("sim-kadid").iloc[[0, 7, 60]]
     kept, now = pictures_of(frame), render_rows(frame)
     assert len(kept) == 3 and kept[1] is kept[1] and kept[-1] is kept[2]

@@ -360,7 +360,7 @@ def test_the_interval_is_made_of_both_parts():
     [(1.0, 0.3, "seeds dominate"), (1.0, 1.0, "alike"), (0.3, 1.0, "photographs dominate")],
 )
 def test_95_of_100_intervals_cover_the_truth(seeds, of_seeds, of_photographs, why):
-    """Runs with mean 0 over seeds and 24 photographs, whose standard errors are the two numbers.
+    """Runs have mean 0 over seeds and 24 photographs; the two numbers are their standard errors.
 
     Of 200 intervals 10 should miss, with a standard deviation of 3.
     """

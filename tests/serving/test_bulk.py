@@ -360,7 +360,7 @@ def test_any_picture_gets_a_row(tmp_path, photo, capsys):
 def start(started):
     """Start the command with SIGINT as in a terminal: a background runner ignores it.
 
-    limit: of a file, in bytes.
+    limit: bytes, the most that a file may hold.
     """
 
     def score(*arguments, limit: int = resource.RLIM_INFINITY, **options) -> subprocess.Popen:
