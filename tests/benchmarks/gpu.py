@@ -96,7 +96,7 @@ def tiny_config():
 def random_policy(config, device: torch.device, dtype: torch.dtype):
     """Return (model, processor) with random weights made on the device, one matrix at a time.
 
-    The language model's become 4 bits at once.
+    The language model's are quantised to 4 bits at once.
     """
     processor = random_processor(config)
     with torch.device("meta"):

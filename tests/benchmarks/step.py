@@ -9,11 +9,11 @@
 (``share_prompts: false``, each repeat of a picture through the image processor, as TRL does with Qwen's
 own) and the sharing way, which computes once what K answers share. The two steps of a pair have the same
 pictures and seed, and, at a learning rate of practically 0, the same answers. Each pair has new pictures:
-nothing is remembered. Medians follow a pair to warm up. A part's seconds exclude the parts inside it.
+nothing is remembered. Medians exclude a warm-up pair. A part's seconds exclude the parts inside it.
 *Floor*, right after each step: its own model calls again, in the same way, and nothing else: `generate`
 with the prepared inputs, then per micro-batch one forward for the log-probabilities of its answers, and the
-backward of their sum. No image processing, reference, reward, optimizer, metrics, logs. The overhead leaves
-out the reference model: it is the price of beta > 0, which cpu.yaml does not pay.
+backward of their sum. It has no image processing, reference, reward, optimizer, metrics or logs. The
+overhead leaves out the reference model: it is the price of beta > 0, which cpu.yaml does not pay.
 
 *Growth*, in the sharing way: from 8 images of 112 px, K = 6, 32 new tokens (no answer ends earlier), one
 quantity is changed; the second of two steps is timed. Ranks are processes with gloo and one thread each, 8
@@ -71,7 +71,7 @@ def squares(count: int, side: int) -> pd.DataFrame:
 
 
 def embedded(images: int, k: int, side: int, steps: int, **grpo) -> Settings:
-    """cpu.yaml for one step's images, which all have side x side px."""
+    """Return cpu.yaml's settings for one step's images of side x side px."""
     sizes = {"per_device_train_batch_size": images * k, "num_generations": k, "max_steps": steps}
     rest = {"save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": True}
     return load_config("cpu").changed(min_pixels=side**2, max_pixels=side**2, grpo=sizes | rest | grpo)

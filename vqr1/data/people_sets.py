@@ -21,7 +21,7 @@ TWIN_BITS = 35
 TWIN_CORRELATION = 0.95
 """Near twins' grey thumbnails of 16x16 px correlate by more than this."""
 VALIDATION_SHARE = 0.045
-"""Share of BIQ2021's 10,000 training pictures: about 450."""
+"""Share of BIQ2021's 10,000 training pictures that validates: about 450."""
 
 
 # BIQ2021
@@ -128,7 +128,7 @@ def _validation(rows: pd.DataFrame) -> set[str]:
 
 
 def read_srij(files: list[Path]) -> pd.DataFrame:
-    """Match the published scores to the addresses, in order; the originals, HD-1-…, have no score."""
+    """Match the published scores to the addresses, in order; the originals, HD-1-…, have none."""
     path, scores = files[0].with_name("addressesSRIJ.mat"), matlab_array(files[0], "hScoresSRIJ")
     names = [str(np.ravel(name)[0]) for name in matlab_array(path, "addressesSRIJ")]
     where = [f"{path}, entry {n}" for n in range(1, len(names) + 1)]
@@ -175,8 +175,8 @@ def screened_scores(votes: np.ndarray, rated: int) -> tuple[np.ndarray, np.ndarr
     rated: the number of pictures that the share of outlying votes refers to.
 
     Each observer's votes are standardised to z and mapped to 100 (z + 3) / 6. Observers with more than 5%
-    outliers are dropped. An outlier lies 2 deviations off its picture's mean where the kurtosis of the
-    picture's votes is 2 to 4, else 4.47 (about root 20), much as in ITU-R BT.500. Deviations have ddof 1.
+    outliers are dropped. An outlier lies 2 or more deviations off its picture's mean where the kurtosis of
+    the picture's votes is 2 to 4, else 4.47 (about root 20), much as in ITU-R BT.500. Deviations: ddof 1.
     Source: HumanStudy/reader.m of github.com/juanpaberon/IQA_SR, whose published scores it gives.
 
     >>> mean, std = screened_scores(np.array([[10, 20, 60], [0, 50, 100], [30, 40, 80]]), 3)

@@ -51,7 +51,7 @@ def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1)
 FULL = dict.fromkeys(EVALUATION_SETS)
 ALL = {"sets": list(MIXTURE)}
 AGAIN = {"model_name_or_path": "runs/pretrain-1/policy"}
-"""A second, half as long pretraining: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
+"""Another pretraining seed, half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
 # Rows of data/runs/ whose header names a commit from before the configurations became bounded are by the
 # paper's unbounded reward. Make all of a study again before comparing a new row with them.
 STUDIES = {

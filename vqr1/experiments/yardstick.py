@@ -65,7 +65,7 @@ def middles(split: str) -> dict[str, Image.Image]:
 
 
 def upscalings(photos: dict[str, Image.Image], scales=SCALES, steps=STORED["upscaler"]) -> list[dict]:
-    """Return rows of photographs shrunk, then enlarged: by each of `FILTERS`, by the network at `steps`."""
+    """Return rows of photographs shrunk, then enlarged by each of `FILTERS`, and by the network at `steps`."""
     methods = [(name, 0, name) for name in FILTERS] + [
         ("network", step, load_network("upscaler", step)) for step in steps
     ]
@@ -167,7 +167,7 @@ ORDERS = {
     "sampling steps": ("method == 'sampling'", "amount", [1, 2, 4, 8, 16, 32]),
     "painter training": ("method == 'training'", "amount", [0, *STORED["painter"]]),
 }
-"""Name -> (query for rows, column, its values from worst to best). Known, but for the last two: assumed."""
+"""Name -> (query, column, its values from worst to best). The last two orders are assumed, the rest known."""
 
 
 def in_order(table: pd.DataFrame, name: str) -> pd.DataFrame:
