@@ -65,7 +65,7 @@ def middles(split: str) -> dict[str, Image.Image]:
 
 
 def upscalings(photos: dict[str, Image.Image], scales=SCALES, steps=STORED["upscaler"]) -> list[dict]:
-    """Return rows of photographs shrunk, then enlarged by each of `FILTERS`, and by the network at `steps`."""
+    """Return rows of photographs shrunk, then enlarged by each of `FILTERS`, or the network at `steps`."""
     methods = [(name, 0, name) for name in FILTERS] + [
         ("network", step, load_network("upscaler", step)) for step in steps
     ]
