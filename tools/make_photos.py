@@ -101,7 +101,7 @@ def crop_and_resize(image: Image.Image, focus: tuple[float, float], zoom: float)
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """JPEG bytes with full chroma and no metadata."""
+    """Return JPEG bytes with full chroma and no metadata."""
     out = io.BytesIO()
     image.save(out, "JPEG", quality=quality, subsampling=0, optimize=True)
     return out.getvalue()
@@ -121,7 +121,7 @@ def splits(rows: list[dict]) -> dict[str, str]:
 
 
 def attribution_row(row: dict, blob: bytes) -> str:
-    """One line of the table in ATTRIBUTION.md."""
+    """Return one line of the table in ATTRIBUTION.md."""
     link = f"<{row['url']}>" if row["url"] else ""
     digest = hashlib.sha256(blob).hexdigest()
     where = f"{row['package']}: `{row['path']}`"

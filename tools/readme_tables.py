@@ -1,7 +1,7 @@
-"""Write the pages' result tables again from data/runs/*.csv: `python tools/readme_tables.py`. A test fails
-while they disagree.
+"""Write the pages' result tables again from data/runs/*.csv: `python tools/readme_tables.py`.
 
-A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`, on one page or several.
+A test fails while they disagree. A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`, on
+one page or several.
 """
 
 import re
@@ -43,7 +43,7 @@ def printed(header: list[str], rows: list[list[str]]) -> str:
 
 
 def gains(study: str) -> str:
-    """The rated sets before and after RL to rank; gains over seeds and photographs, and each seed's SRCC."""
+    """Tabulate the rated sets before and after RL to rank, gains over seeds and photographs, seeds' SRCC."""
     rows, differences = read(study), read(f"{study}-differences").set_index(["set", "statistic"])
     lines = []
     for name in ("sim-kadid", "sim-unseen"):
@@ -65,7 +65,7 @@ def gains(study: str) -> str:
 
 
 def pretraining() -> str:
-    """The demo's training from a second pretraining, by the paper's reward and bounded; each seed's SRCC."""
+    """Tabulate the demo from a second pretraining, by the paper's reward and bounded: each seed's SRCC."""
     rows = read("pretraining-long").sort_values("seed")
     rows["cell"] = rows["srcc"].map("{:.3f}".format).where(rows["srcc"].notna(), "left the scale")
     cells = rows.groupby(["set", "variant"])["cell"].agg(", ".join).unstack()
@@ -74,7 +74,7 @@ def pretraining() -> str:
 
 
 def comparison() -> str:
-    """Every variant of the comparison, by its SRCC."""
+    """Tabulate the comparison's variants by SRCC."""
     rows = read("comparison")
     differences = read("comparison-differences").set_index(["variant", "set", "statistic"])
     by = rows.groupby(["variant", "set"]).agg(
@@ -100,7 +100,7 @@ def comparison() -> str:
 
 
 def mixture() -> str:
-    """What training on three sets gives on each."""
+    """Tabulate what training on three sets gives on each."""
     rows = read("mixture")
     differences = read("mixture-differences").set_index(["variant", "set", "statistic"])
     sets = list(dict.fromkeys(rows["set"]))
@@ -115,7 +115,7 @@ def mixture() -> str:
 
 
 def step() -> str:
-    """Seconds of one GRPO step by part, in TRL's stock way and with what K answers share computed once."""
+    """Tabulate a GRPO step's seconds by part: stock TRL, and with what K answers share computed once."""
     rows = read("step")
     settings = [name for name in dict.fromkeys(rows["setting"]) if name.startswith("embedded")]
     by, lines = rows.set_index(["setting", "part"]), []
@@ -143,7 +143,7 @@ def step() -> str:
 
 
 def growth() -> str:
-    """How time and memory of a step that shares grow with each quantity."""
+    """Tabulate how a sharing step's time and memory grow with each quantity."""
     rows, lines = read("growth"), []
     for axis, own in rows.groupby("axis", sort=False):
         first, last = own.iloc[0], own.iloc[-1]

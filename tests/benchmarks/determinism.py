@@ -3,9 +3,9 @@
     python tests/benchmarks/determinism.py                   # --pictures 16 is quicker
     python tests/benchmarks/determinism.py --csv data/runs   # writes determinism.csv there
 
-Reference: fp32, non-thinking, whose scores are promised to 1e-4. Thinking generates words greedily, and a
-word may flip where two are almost equally likely; bf16 has 8 bits for what is compared. Every change is
-against the same pictures in batches of 16 in their first order.
+Scores are promised to 1e-4 for fp32, non-thinking: the reference. Thinking generates words greedily, and a
+word may flip where two are almost equally likely; bf16 compares in 8 bits. Changes are counted against the
+same pictures in batches of 16 in their first order.
 """
 
 import random
@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 def changes(count: int, rng: random.Random) -> dict[str, tuple[list[int], int]]:
-    """{what changes: (positions of the pictures to score, batch size)}."""
+    """Return {what changes: (positions of pictures to score, batch size)}."""
     shuffled = rng.sample(range(count), count)
     return {
         "nothing (run again)": (list(range(count)), BATCH),

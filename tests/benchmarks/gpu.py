@@ -5,11 +5,11 @@
     python tests/benchmarks/gpu.py --tiny               # the same code on a CPU: its numbers mean nothing
 
 The architectures are exact, the weights random: nothing is downloaded, and time and memory do not depend on
-them. A random model does not stop early, so all 256 tokens are sampled: with thinking, an upper bound. 8
-images of 512x384 x 6 completions x 256 tokens, settings of the kadid-7b-qlora configuration, one generation
-per step; the second of two steps is timed. Each row is a process of its own, with the GPU's memory capped;
-"fits" says whether it ran. A capped large GPU shows a smaller one's memory, not its speed, nor fp16 on a
-T4.
+them. A random model does not stop early, so all 256 tokens are sampled: with thinking, an upper bound. A
+step has 8 images of 512x384 x 6 completions x 256 tokens, by the kadid-7b-qlora configuration with one
+generation per step; the second of two steps is timed. Each row is a process of its own, with the GPU's
+memory capped; "fits" says whether it ran. A capped large GPU shows a smaller one's memory, not its speed,
+nor fp16 on a T4.
 """
 
 import argparse
@@ -94,8 +94,9 @@ def tiny_config():
 
 
 def random_policy(config, device: torch.device, dtype: torch.dtype):
-    """Return (model, processor): random weights made on the device, one matrix at a time, the language
-    model's in 4 bits at once.
+    """Return (model, processor) with random weights made on the device, one matrix at a time.
+
+    The language model's are quantised to 4 bits at once.
     """
     processor = random_processor(config)
     with torch.device("meta"):
@@ -138,9 +139,7 @@ def random_policy(config, device: torch.device, dtype: torch.dtype):
 
 
 def random_processor(config) -> PictureProcessor:
-    """Return the embedded tokenizer with Qwen's picture processor; the prompt is filled up to the length
-    that it has in Qwen's tokens.
-    """
+    """Return the embedded tokenizer with Qwen's picture processor; prompts are padded to Qwen's length."""
     tokenizer = load_processor(str(TINY), "qwen2_5_vl").tokenizer
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
     config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
@@ -156,8 +155,9 @@ def random_processor(config) -> PictureProcessor:
 
 
 class Clock(TrainerCallback):
-    """Seconds spent in functions in the current step, by name: in `seconds` without, in `total` with those
-    of watched functions inside; the GPU is waited for.
+    """Measure the seconds that functions take in the current step, by name; the GPU is waited for.
+
+    Watched functions inside another count in its `total`, not in its `seconds`.
     """
 
     def __init__(self):
@@ -171,8 +171,9 @@ class Clock(TrainerCallback):
         self.seconds, self.total = Counter(), Counter()
 
     def around(self, name, function):
-        """Return the function with a clock. name: of what it does, or a function that tells it from a call's
-        arguments, None for no clock.
+        """Return the function with a clock.
+
+        name: of what it does, or a function of a call's arguments that returns it, or None for no clock.
         """
 
         @wraps(function)

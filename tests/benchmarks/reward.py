@@ -2,10 +2,10 @@
 
     python tests/benchmarks/reward.py
 
-Peers: the same formula with Python floats and ``math.erf``; and with torch scalars and a new
-``torch.distributions.Normal`` per pair, as the official code has it (``grpo_jsonl.py`` lines 128-208). Both
-run in full. Required: at least 20 times the first, 1,000 times the second. Exit status 1 if a ratio is
-missed.
+The first loop is the same formula with Python floats and ``math.erf``. The second uses torch scalars and a
+new ``torch.distributions.Normal`` per pair, as the official code does (``grpo_jsonl.py`` lines 128-208).
+Both run in full. We must be at least 20 times as fast as the first and 1,000 times as the second, else the
+exit status is 1.
 """
 
 import math
@@ -59,7 +59,7 @@ def torch_scalar_loop(scores: torch.Tensor, mos: torch.Tensor) -> list[list[torc
 
 
 def timed(function, repeats: int = 1) -> tuple[float, torch.Tensor | list]:
-    """Seconds of the fastest run (the others were disturbed), and the result."""
+    """Return seconds of the fastest run (others were disturbed), and the result."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

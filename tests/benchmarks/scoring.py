@@ -1,15 +1,14 @@
-"""Time and memory of the Scorer beside the official way, where its time goes, and what a picture costs when
-there are many.
+"""Measure the Scorer beside the official way, where its time goes, and a picture's cost among many.
 
     python tests/benchmarks/scoring.py                                # a few minutes on two cores
     python tests/benchmarks/scoring.py --pictures 16 --repeats 1 --counts 20 40
     python tests/benchmarks/scoring.py --full --csv data/runs         # 10,000 pictures, too; writes a CSV
 
 The official way is that of the official README: pictures are opened one by one, the whole prompt is
-repeated for each, one answer is sampled (top_k 50), and a regular expression takes the number out. Same
-model, files, batch size and token limit; both take turns, and the fastest of the repeats counts (the others
-were disturbed). Memory is what the process grows by at its peak (Linux), on a GPU what torch allocates at
-its peak. Aims: 3 times as fast as the official way, at most 1.5 plain forward passes.
+repeated for each, one answer is sampled (top_k 50), and a regular expression takes the number out. Both
+ways use the same model, files, batch size and token limit and take turns; the fastest repeat counts (the
+others were disturbed). Memory is the process's growth at its peak (Linux), on a GPU torch's peak. Aims: 3
+times as fast as the official way, at most 1.5 plain forward passes.
 """
 
 import argparse
@@ -43,13 +42,13 @@ MODES = {"non-thinking": False, "thinking": True}
 
 
 def photographs(count: int) -> list[Path]:
-    """So many of the photographs, 512x384 or 384x512, from the first again when they are used up."""
+    """Return `count` photographs, 512x384 or 384x512, starting over when they are used up."""
     files = sorted((ROOT / "data" / "photos").glob("*.jpg"))
     return [files[i % len(files)] for i in range(count)]
 
 
 def crops(count: int, sides: tuple[int, ...]) -> list[Image.Image]:
-    """So many crops of the photographs, of these sides in turn, the same every time."""
+    """Return `count` crops of photographs, of these sides in turn, the same every time."""
     rng, files = np.random.default_rng(0), photographs(81)
     whole = {file: Image.open(file).convert("RGB") for file in files}
     pictures = []
@@ -61,7 +60,7 @@ def crops(count: int, sides: tuple[int, ...]) -> list[Image.Image]:
 
 
 def official(policy: tuple, files: list[Path], thinking: bool) -> list[float]:
-    """The official README's way to the scores; NaN where it would draw a random one."""
+    """Score in the official README's way; NaN where it would draw a random score."""
     model, processor = policy
     torch.manual_seed(0)
     scores = []
@@ -88,8 +87,9 @@ def official(policy: tuple, files: list[Path], thinking: bool) -> list[float]:
 
 @contextmanager
 def peak():
-    """Yield a list that afterwards holds by how many MB the process, or what torch has on the GPU, grew at
-    its peak; NaN elsewhere.
+    """Yield a list that afterwards holds the peak growth, in MB, of the process or of torch on the GPU.
+
+    NaN elsewhere.
     """
     grown = []
     if torch.cuda.is_available():
@@ -117,7 +117,7 @@ def _status(key: str) -> int:
 
 
 def timed(function, repeats: int = 1) -> tuple[float, float, list]:
-    """Seconds of the fastest run, its memory in MB, and the last result."""
+    """Return the fastest run's seconds, its memory in MB, and the last result."""
     runs = []
     for _ in range(repeats):
         with peak() as grown:
@@ -153,7 +153,7 @@ def row(
 
 
 def speed(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
-    """The Scorer and the official way, in turn."""
+    """Measure the Scorer and the official way in turn."""
     rows = []
     for mode, thinking in MODES.items():
         ways = {
@@ -188,7 +188,7 @@ def speed(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
 
 
 class Stages:
-    """Seconds spent in calls, by stage; those of background threads apart."""
+    """Measure seconds in calls by stage, those of background threads apart."""
 
     def __init__(self):
         self.seconds, self.main = {}, threading.get_ident()
@@ -210,8 +210,9 @@ class Stages:
 
 
 def profile(policy: tuple, files: list[Path]) -> list[dict]:
-    """Where the Scorer's time goes. Its stages are its own methods; background threads work meanwhile, so
-    their time is no part of the whole.
+    """Measure where the Scorer's time goes, by its own methods.
+
+    Background threads work meanwhile, so their time is not part of the whole.
     """
     rows = []
     for mode, thinking in MODES.items():
@@ -245,9 +246,7 @@ def profile(policy: tuple, files: list[Path]) -> list[dict]:
 
 
 def forward(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
-    """One plain forward pass of a batch of prepared pictures, and their expected scores from the same
-    pixels.
-    """
+    """Time one plain forward pass of a prepared batch, and the expected scores from the same pixels."""
     model, processor = policy
     scorer = Scorer(policy, batch_size=BATCH)
     batch = [scorer.engine.prepare(scoring.read_picture(file)) for file in files[:BATCH]]
@@ -281,9 +280,7 @@ def forward(policy: tuple, files: list[Path], repeats: int) -> list[dict]:
 
 
 def growth(policy: tuple, counts: list[int]) -> list[dict]:
-    """The Scorer's cost of so many small files; what a picture costs should not depend on how many there
-    are.
-    """
+    """Measure the Scorer on so many small files; a picture's cost should not depend on their number."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         distinct = min(max(counts), 500)
@@ -314,7 +311,7 @@ def growth(policy: tuple, counts: list[int]) -> list[dict]:
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """What the benchmarks take; each ignores what is another's, for `make bench` hands the same to all."""
+    """Parse what the benchmarks take: `make bench` hands all the same; each ignores what is another's."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,27 +1,25 @@
-"""Where the time of one GRPO step goes, stock and with what K answers share computed once; how time and
-memory of a step grow.
+"""Measure where a GRPO step's time goes, stock and sharing, and how its time and memory grow.
 
     python tests/benchmarks/step.py                     # some 6 minutes on two idle cores
     python tests/benchmarks/step.py --csv data/runs     # writes step.csv, growth.csv and growth.png there
     python tests/benchmarks/step.py --small             # the same code in a minute: its numbers mean nothing
 
 *Step*: the embedded policy by configs/cpu.yaml with a KL term (beta = 0.04), 16 images at 112 px and 4 at
-448 px, K = 6; on a GPU also a randomly initialised 3B as in gpu.py. One trainer takes its steps by turns in
-the stock way (``share_prompts: false``, and each repeat of a picture through the image processor, as TRL
-does with Qwen's own) and in the sharing one. The two steps of a pair have the same pictures and seed, and
-as the learning rate is as good as 0, the same answers; each pair has new pictures, so that nothing is
-remembered. Medians after a pair to warm up. A part's seconds are without those of the parts inside it.
-*Floor*, right after each step: its own calls of the model again, in the same way, and nothing else:
-`generate` with the prepared inputs, then for each micro-batch one forward for the log-probabilities of its
-answers, and the backward of their sum. No image processing, reference, reward, optimizer, metrics, logs.
-The reference model is no overhead of the trainer, but the price of beta > 0, which cpu.yaml does not pay:
-it is left out of the overhead.
+448 px, K = 6; on a GPU also a randomly initialised 3B as in gpu.py. One trainer alternates the stock way
+(``share_prompts: false``, each repeat of a picture through the image processor, as TRL does with Qwen's
+own) and the sharing way, which computes once what K answers share. The two steps of a pair have the same
+pictures and seed, and, at a learning rate of practically 0, the same answers. Each pair has new pictures:
+nothing is remembered. Medians exclude a warm-up pair. A part's seconds exclude the parts inside it.
+*Floor*, right after each step: its own model calls again, in the same way, and nothing else: `generate`
+with the prepared inputs, then per micro-batch one forward for the log-probabilities of its answers, and the
+backward of their sum. It has no image processing, reference, reward, optimizer, metrics or logs. The
+overhead leaves out the reference model: it is the price of beta > 0, which cpu.yaml does not pay.
 
 *Growth*, in the sharing way: from 8 images of 112 px, K = 6, 32 new tokens (no answer ends earlier), one
-quantity is changed; the second of two steps is timed. Ranks: processes with gloo and one thread each, 8
-images on each and comparisons over all, so equal time is linear. Memory: by how much the process grows at
-its peak. Exponent: slope of a straight line through the logarithms; 1 is linear, less means that what is
-fixed still weighs.
+quantity is changed; the second of two steps is timed. Ranks are processes with gloo and one thread each, 8
+images on each and comparisons over all, so equal time is linear. Memory is the process's growth at its
+peak. The exponent is the slope of a straight line through the logarithms: 1 is linear; below 1, fixed costs
+still weigh.
 """
 
 import functools
@@ -67,15 +65,13 @@ START = {"images": 8, "K": 6, "new tokens": 32, "pixels": 112**2}
 
 
 def squares(count: int, side: int) -> pd.DataFrame:
-    """Rows of so many photographs, cut to squares of that many pixels; above 384 px the processor enlarges
-    them.
-    """
+    """Return rows of `count` photographs cut to squares; above 384 px the processor enlarges them."""
     side = min(side, 384)
     return photographs(count, tiny=True).assign(crop=f"0,0,{side},{side}")
 
 
 def embedded(images: int, k: int, side: int, steps: int, **grpo) -> Settings:
-    """cpu.yaml for one step's images, which all have side x side px."""
+    """Return cpu.yaml's settings for one step's images of side x side px."""
     sizes = {"per_device_train_batch_size": images * k, "num_generations": k, "max_steps": steps}
     rest = {"save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": True}
     return load_config("cpu").changed(min_pixels=side**2, max_pixels=side**2, grpo=sizes | rest | grpo)
@@ -88,9 +84,7 @@ STILL = 1e-12
 
 
 class Turns(TrainerCallback):
-    """Take a trainer's steps by turns in the stock and in the sharing way, and note the seconds of each by
-    part, and its floor.
-    """
+    """Alternate a trainer's steps, stock and sharing; note the seconds of each by part, and its floor."""
 
     def __init__(self, trainer):
         self.trainer, self.model, self.clock, self.steps = trainer, trainer.model, Clock(), []
@@ -115,7 +109,7 @@ class Turns(TrainerCallback):
         trainer.add_callback(self)
 
     def way(self, shared: bool) -> None:
-        """Make the model's calls stock or shared ones, with nothing remembered and without clocks."""
+        """Make the model's calls stock or shared, with nothing remembered and no clocks."""
         for owner, name, function in self.stock:
             setattr(owner, name, function)
         if shared:
@@ -150,7 +144,7 @@ class Turns(TrainerCallback):
         self.start = Clock.now()
 
     def floor(self) -> float:
-        """Seconds of the step's own calls of the model, once more."""
+        """Return the seconds of the step's model calls, once more."""
         self.way(self.shared)
         start = Clock.now()
         with torch.no_grad():
@@ -164,9 +158,7 @@ class Turns(TrainerCallback):
         return took
 
     def _watch(self, owner, name: str, part, calls: list | None = None) -> None:
-        """Put a clock around a method, and keep what it is called with: of the model's forward only what is
-        learned from.
-        """
+        """Put a clock around a method and keep its inputs, those of the forward only where it learns."""
         function = self.clock.around(part, getattr(owner, name))
 
         @functools.wraps(function)  # `generate` reads signatures
@@ -189,7 +181,7 @@ class Turns(TrainerCallback):
         return "vision tower, rollouts" if self._inside("decoding") else "vision tower, log-probabilities"
 
     def _prefill(self, *args, **inputs) -> str | None:
-        """The calls within `generate` that have more than one token a row: the others decode."""
+        """Name a call within `generate` with more than one token a row; the others decode."""
         given = next(
             value for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if value is not None
         )
@@ -197,7 +189,7 @@ class Turns(TrainerCallback):
 
 
 def step_rows(name: str, config: Settings, frame: pd.DataFrame, repeats: int, policy=None) -> list[dict]:
-    """One row per part: median seconds of a stock and of a sharing step, and their ratio."""
+    """Return per part the median seconds of a stock and a sharing step, and their ratio."""
     with tempfile.TemporaryDirectory() as out:
         trainer = build_trainer(config.changed(share_prompts=False), Path(out), policy, frame)
         size = images_per_step(trainer.args)
@@ -250,7 +242,7 @@ def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
 
 
 def point(settings: dict, scope: str = "local") -> dict:
-    """Seconds of the second of two steps, in all and by part; MB by which the process grows at its peak."""
+    """Return the second step's seconds, in all and by part, and MB by which the process grows at its peak."""
     side, tokens = round(settings["pixels"] ** 0.5), settings["new tokens"]
     more = {"max_completion_length": tokens, "generation_kwargs": {"min_new_tokens": tokens}}
     config = embedded(settings["images"], settings["K"], side, 2, **more)
@@ -267,7 +259,7 @@ def point(settings: dict, scope: str = "local") -> dict:
 
 
 def of_reward(images: int) -> dict:
-    """The pairwise reward alone, K = 6."""
+    """Time the pairwise reward alone, K = 6."""
     seconds, memory, _ = timed(
         lambda: ranking_reward(1 + 4 * torch.rand(images, 6), torch.rand(images)), repeats=9
     )
@@ -275,7 +267,7 @@ def of_reward(images: int) -> dict:
 
 
 def of_ranks(count: int, small: bool) -> dict:
-    """The slowest and the largest of `count` processes, each with the images of START."""
+    """Return the slowest and largest of `count` processes, each with START's images."""
     command = [
         sys.executable,
         "-m",
@@ -303,7 +295,7 @@ def rank(small: bool) -> None:
 
 
 def growth(small: bool) -> list[dict]:
-    """One row per quantity and value, with the exponents of time and memory."""
+    """Return a row per quantity and value, with exponents of time and memory."""
     rows, start = [], START | {"images": 2, "new tokens": 8} if small else START
     base = point(start)
     for axis, values in GROWTH.items():
@@ -327,9 +319,7 @@ def growth(small: bool) -> list[dict]:
 
 
 def growth_figure(table: pd.DataFrame) -> Figure:
-    """Time above and memory below against each quantity, both axes logarithmic; dashed: linear through the
-    first point.
-    """
+    """Plot time above and memory below against each quantity, on logarithmic axes; dashed: linear."""
     axes = list(table["axis"].unique())
     figure = Figure(figsize=(2.4 * len(axes), 4.8), layout="constrained", dpi=100)
     for column, axis in enumerate(axes):

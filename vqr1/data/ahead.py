@@ -1,4 +1,4 @@
-"""Decoding ahead: pictures come in windows; while one is in use the next is decoded, in bounded memory."""
+"""Decode pictures ahead, in bounded memory: while one window is in use, the next is decoded."""
 
 import threading
 from collections import deque
@@ -8,9 +8,7 @@ from itertools import islice
 from typing import TypeVar
 
 HELD = 2**30
-"""Bytes of decoded pictures at which a window is full: four of 12 megapixels as Qwen's processor makes them,
-288 MB each.
-"""
+"""Bytes that fill a window: four 12-megapixel pictures, 288 MB each as Qwen's processor makes them."""
 THREADS = 4
 """Pictures decoded at a time."""
 
@@ -22,12 +20,12 @@ def windows(
 ) -> Iterator[list[Opened]]:
     """Yield what `decode` makes of the items, in order, a window at a time.
 
-    A window is `most` items, or as many as take `HELD` bytes. While it is in use the next one is being
-    decoded in background threads: in memory are two windows, one more item per thread, and what was handed
-    over. The caller empties a window's list when it is done with it.
+    A window is `most` items, or as many as take `HELD` bytes. While it is in use, background threads decode
+    the next. Memory holds two windows, one more item per thread, and what was handed over. The caller
+    empties a window's list when it is done with it.
 
     Args:
-        items: what is decoded; no more is taken of it than two windows need.
+        items: what to decode; it is read no further than two windows need.
         decode: called with one item, in a thread.
         size: bytes that a decoded item takes.
         most: items in a window.
@@ -65,16 +63,16 @@ def windows(
 
 
 class _Room:
-    """Lets threads decode while fewer than `limit` bytes are held, in the order of the items.
+    """Let threads decode, in the order of the items, while fewer than `limit` bytes are held.
 
-    In order, so that an item that is waited for is never kept out by later ones.
+    The order keeps later items from taking the room of the one waited for.
     """
 
     def __init__(self, limit: int):
         self.limit, self.held, self.turn, self.open, self.changed = limit, 0, 0, True, threading.Condition()
 
     def enter(self, place: int) -> bool:
-        """Wait for the turn of this place, and for room; False when nothing is to be decoded any more."""
+        """Wait for this place's turn and for room; return False once decoding has ended."""
         with self.changed:
             self.changed.wait_for(lambda: not self.open or (self.turn == place and self.held < self.limit))
             self.turn += 1

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class PromptTransform:
-    """The dataset's transform: puts prompt and picture into a batch when it is asked for.
+    """The dataset's transform: adds prompt and picture to a batch when it is read.
 
-    datasets hashes its transforms by pickling them, at every ``select``. This pickles to a token alone, not
-    to hundreds of megabytes, so copies in one process (and its forks) share the pictures.
+    datasets pickles its transforms to hash them, at every ``select``. This one pickles to a token, not to
+    hundreds of megabytes: copies in one process (and its forks) share the pictures.
     """
 
     def __init__(self, images: Sequence[Image.Image], prompt: Callable[[], list[dict]]):
@@ -82,17 +82,17 @@ def prompt_rows(
 
 
 def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
-    """Return an order of row positions in which each chunk of one batch holds one data set alone.
+    """Return row positions in an order in which each batch holds a single data set.
 
     frame: rows with a column dataset.
-    images_per_batch: of a chunk, at least 2.
+    images_per_batch: at least 2.
     seed: of the order.
-    epochs: how often each row comes; each epoch is shuffled anew, within sets and among chunks.
+    epochs: how often each row comes; each epoch is shuffled anew, within sets and among batches.
 
-    For ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``: scores of
-    different data sets are never compared, so a mixed batch would waste comparisons. Rows that do not fill a
-    chunk are left out of that epoch. Raises ValueError for fewer than two images per batch and for a set
-    smaller than a chunk.
+    Use it in ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``.
+    Scores of different data sets are never compared: a mixed batch would waste comparisons. Rows that do
+    not fill a batch are left out of that epoch. Raises ValueError for fewer than two images per batch and
+    for a set smaller than a batch.
 
     >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
     >>> order = one_set_batches(frame, 2, seed=0)
@@ -121,12 +121,11 @@ def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> l
 
 
 def realigned(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with each data set's mos (and std) stretched by a straight line, its lowest to 1 and
-    its highest to 5.
+    """Return the rows with each data set's mos stretched linearly, lowest to 1, highest to 5; std to scale.
 
-    Regression on several sets needs one scale; this is what the official code does to its label files
-    (datasets/make_data.py). It takes for granted that the worst and the best picture of every set look
-    alike. Raises ValueError for a set without two different mos.
+    Regression on several sets needs one scale; the official code does this to its label files
+    (datasets/make_data.py). It assumes that the worst and the best picture of every set look alike. Raises
+    ValueError for a set without two different mos.
 
     >>> rows = pd.DataFrame({"dataset": list("aabbb"), "mos": [3, 5, 0, 25, 100], "std": 0.5})
     >>> realigned(rows)[["mos", "std"]].to_numpy().T.tolist()

@@ -1,4 +1,4 @@
-"""What `vqr1 data` says of sets: which there are, what is in one, the near twins of BIQ2021."""
+"""Text that `vqr1 data` prints: which sets there are, what one holds, BIQ2021's near twins."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vqr1.places import data_root
 
 
 def list_sets() -> str:
-    """Return where each public set can be had, its size, its licence, and what its folder should hold."""
+    """Return each public set's source, size and licence, and what its folder should hold."""
     lines = []
     for name, entry in PUBLIC_SETS.items():
         lines += [
@@ -26,7 +26,7 @@ def describe_rows(name: str, root: str | Path | None = None) -> tuple[str, str]:
     """Return a set's rows, ranges, splits and missing pictures as text, and the layout it lacks ("": none).
 
     name: of a public or an embedded set, or the path of a manifest.
-    root: as for `load_ratings`, whose errors it raises; a missing picture is none.
+    root: as for `load_ratings`, whose errors it raises, save for missing pictures.
     """
     known = public_name(name)
     public = PUBLIC_SETS.get(known)
@@ -57,7 +57,7 @@ def _counts(counts) -> str:
 
 
 def twins_table(name: str, root: str | Path | None = None) -> str:
-    """Return the table data/biq2021_twins.csv, found again in the set's pictures.
+    """Return data/biq2021_twins.csv as text, found anew in the set's pictures.
 
     name: "biq2021", in any spelling; ValueError for another.
     root: as for `load_ratings`.

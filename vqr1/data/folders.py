@@ -1,4 +1,4 @@
-"""Which files are pictures: of a folder and all below it, of a glob, of a list on standard input."""
+"""Find picture files: below a folder, by a glob, or listed on standard input."""
 
 import glob
 import os
@@ -11,16 +11,15 @@ from PIL import Image
 from vqr1.data.images import HEIC_ENDINGS, is_address
 
 _NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-"""Pillow knows them, and needs another program or cannot decode them."""
+"""Formats that Pillow lists, but cannot decode, or not by itself."""
 
 
 def find_pictures(paths: Sequence[str]) -> list[str]:
     """Return the pictures that the paths stand for, each once, in the order of the paths.
 
-    A file is taken whatever its name; a missing one and an address too, so that they get a row with an
-    error. A folder stands for the pictures below it (by `picture_endings`, sorted, links followed, hidden
-    ones left out), a glob for what a shell would make of it
-    (``**`` for any depth), ``-`` for the lines of standard input, one file each.
+    A file counts whatever its name, even a missing one or an address: those get a row with an error.
+    A folder gives the pictures below it (by `picture_endings`, sorted, links followed, hidden ones left
+    out). A glob matches as in a shell (``**`` for any depth). ``-`` reads standard input, one file a line.
     Raises ValueError where a folder, a glob or standard input gives no picture.
 
     >>> find_pictures(["b.png", "a.png", "./b.png"])
@@ -76,7 +75,7 @@ def pictures_below(folder: str) -> list[str]:
     """Return the paths of the pictures in a folder and all below it, sorted.
 
     Links are followed, each folder is read once, and hidden files and folders are left out. A folder that
-    may not be read stands for itself, so that whoever opens it says why.
+    may not be read is listed itself, so that opening it says why.
     """
     found, unread, seen = [], [], set()
     for here, folders, files in os.walk(folder, onerror=unread.append, followlinks=True):

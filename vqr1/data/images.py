@@ -1,6 +1,6 @@
-"""Reading any picture that a person hands over as upright RGB of 8 bits, in bounded memory.
+"""Read any picture as upright 8-bit RGB, in bounded memory.
 
-What is done to a picture on the way is said in its ``info["note"]``. ICC profiles are not applied.
+A picture's ``info["note"]`` says what was done to it on the way. ICC profiles are not applied.
 """
 
 import io
@@ -26,16 +26,14 @@ TAKEN = (
 )
 HEIC_ENDINGS = (".heic", ".heics", ".heif", ".heifs", ".hif")
 SLACK = 1e-3
-"""Float pixels may lie this far outside 0..1, from rounding, and are clipped."""
+"""Float pixels up to this far outside 0..1 come from rounding, and are clipped."""
 FEW = 0.01
-"""Share of a float picture's values that may lie outside its scale, and are clipped: highlights, say."""
+"""At most this share of a float picture's values may lie outside its scale (highlights); it is clipped."""
 
 LARGE = 4096 * 4096
-"""Pixels; a larger picture is shrunk by a whole factor as it is read. Policies look at about 2 million at
-most.
-"""
+"""Pixels; a larger picture is shrunk by a whole factor when read. Policies see about 2 million at most."""
 THIN = 200
-"""Longest to shortest side; Qwen's processors take no thinner picture."""
+"""Longest to shortest side; Qwen's processors refuse thinner pictures."""
 BROKEN = (
     OSError,
     SyntaxError,
@@ -51,8 +49,7 @@ BROKEN = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow raises on files that are damaged, of another kind or too large (the test flips bytes to see).
-"""
+"""What Pillow raises on files that are damaged, of another kind or too large (a test flips bytes)."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _LYING = (5, 6, 7, 8)  # its values for pictures that are stored on their side
@@ -61,16 +58,16 @@ _ONE_READ = threading.Lock()  # the same opened file or picture may be handed ov
 
 
 def open_picture(file: File, where: str = "", shrink: bool = True, name: str = "") -> Image.Image:
-    """Return the picture in a file as `as_rgb` does; of an animation the first frame.
+    """Return the picture in a file as `as_rgb` does; an animation gives its first frame.
 
     file: a path, a file opened in binary mode (read from its start), or the bytes of a file.
     where: the row that asked for it, for errors.
     shrink: whether a picture above `LARGE` pixels is shrunk (a JPEG while it is decoded).
     name: what errors call the file, by default its path.
 
-    Large pictures are decoded one at a time over all threads. Raises ValueError naming the file when it is
-    missing, no file, empty, unreadable, truncated, no picture, thinner than 1:200, above Pillow's limit of
-    pixels against decompression bombs, or HEIC without pillow-heif.
+    Threads decode large pictures one at a time. Raises ValueError naming the file when it is missing, not a
+    file, empty, unreadable, truncated, not a picture, thinner than 1:200, above Pillow's limit of pixels
+    against decompression bombs, or HEIC without pillow-heif.
     """
     name = name or _name(file)
     try:
@@ -89,7 +86,7 @@ def read_picture(picture: Picture) -> Image.Image:
 
     picture: see `TAKEN`.
 
-    Raises TypeError for anything else, and ValueError where it cannot be read or is on no known scale.
+    Raises TypeError for anything else, and ValueError if it cannot be read or its scale is unknown.
 
     >>> read_picture(np.full((2, 3), 0.2)).getpixel((0, 0))
     (51, 51, 51)
@@ -118,7 +115,7 @@ def listed(pictures: Picture | Iterable[Picture]) -> Iterable[Picture]:
     """Return one picture as a list of one, many as they are, and a batch of pixels as a list of PIL images.
 
     A batch is a numpy array (B, H, W, 3) or a tensor (B, 3, H, W).
-    Raises TypeError for what is neither, and ValueError for pixels of another shape or range.
+    Raises TypeError for anything else, and ValueError for pixels of another shape or range.
 
     >>> listed("a.png"), len(listed(np.zeros((2, 8, 8, 3))))
     (['a.png'], 2)
@@ -140,14 +137,13 @@ def listed(pictures: Picture | Iterable[Picture]) -> Iterable[Picture]:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture upright (EXIF), in RGB, 8 bits, transparency on white, above `LARGE` pixels shrunk.
+    """Return a picture as upright (EXIF) 8-bit RGB, transparency on white, shrunk above `LARGE` pixels.
 
-    Deep pictures of one channel: the largest value says which scale they are on, 8, 10, 12, 14 or 16 bits,
-    and the note says so below 16. Floats are on 0..1 if at least 99% of them are; the others are clipped,
-    and the note says how many. Floats on a scale of bits may leave it by a tenth. Of 16-bit colours Pillow
-    keeps the upper 8 bits. Raises ValueError where the picture cannot be decoded, is thinner than 1:200, or
-    its scale cannot be told: integers below 0 or above 65535, other floats, 16-bit colours that are all in
-    the darkest quarter.
+    In a deep picture of one channel, the largest value tells the scale: 8, 10, 12, 14 or 16 bits. The note
+    names a scale below 16. Floats are on 0..1 if at least 99% of them are; the others are clipped, and the
+    note says how many. Floats on a scale of bits may leave it by a tenth. Pillow keeps the upper 8 bits of
+    16-bit colours. Raises ValueError if the picture cannot be decoded, is thinner than 1:200, or its scale
+    is unclear: integers below 0 or above 65535, other floats, 16-bit colours all in the darkest quarter.
 
     >>> as_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
     (255, 255, 255)
@@ -190,7 +186,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # C:/ is a drive; 
 
 
 def is_address(path: str | os.PathLike) -> bool:
-    """Tell whether this is an address like https://… and no path.
+    """Tell whether this is an address like https://…, not a path.
 
     >>> is_address("https://example.org/a.png"), is_address("C:/a.png"), is_address("a.png")
     (True, False, False)
@@ -249,7 +245,8 @@ def _prepare(head: bytes) -> None:
 def _rgb(image: Image.Image, size: tuple[int, int], shrink: bool, reading=None) -> Image.Image:
     """Do what `as_rgb` says.
 
-    size: the file's own, of which a JPEG decoder may give less; reading: a lock to hold while it is decoded.
+    size: the file's own; a JPEG decoder may give less.
+    reading: a lock to hold while decoding.
     """
     if max(size) > THIN * min(size):
         raise ValueError(f"{size[0]}x{size[1]} pixels are thinner than 1:{THIN}; crop or pad the picture")
@@ -288,7 +285,7 @@ def _rgb(image: Image.Image, size: tuple[int, int], shrink: bool, reading=None) 
 
 
 def _factor(size: tuple[int, int]) -> int:
-    """Return by what whole number both sides are divided to stay within `LARGE`."""
+    """Return the whole number that divides both sides to stay within `LARGE`."""
     factor = 1
     while size[0] * size[1] > LARGE * factor**2:
         factor += 1
@@ -296,7 +293,7 @@ def _factor(size: tuple[int, int]) -> int:
 
 
 def _lies(image: Image.Image) -> bool:
-    """Tell whether a picture is stored on its side; a damaged EXIF block says nothing about the pixels."""
+    """Tell whether a picture is stored on its side; a damaged EXIF block counts as no."""
     try:  # Pillow turns a TIFF itself, and gives its upright size
         return image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _LYING
     except BROKEN:
@@ -304,7 +301,7 @@ def _lies(image: Image.Image) -> bool:
 
 
 def _turn(image: Image.Image, source: Image.Image) -> None:
-    """Turn an image upright, in place, as the EXIF block of what it was made from says."""
+    """Turn an image upright, in place, by the EXIF block of its source."""
     if source.format == "TIFF":  # Pillow has turned it
         return
     image.info = dict(source.info)
@@ -316,7 +313,7 @@ def _turn(image: Image.Image, source: Image.Image) -> None:
 
 
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, str]:
-    """Return a picture of one channel (modes I;16, I, F) as L, and what is to be said of its scale."""
+    """Return a picture of one channel (modes I;16, I, F) as L, and the note on its scale."""
     pixels = np.asarray(image)
     low, high = float(pixels.min()), float(pixels.max())
     white, note = (_white_of_floats if pixels.dtype.kind == "f" else _white_of_integers)(pixels, low, high)
@@ -339,7 +336,7 @@ def _white_of_floats(pixels: np.ndarray, low: float, high: float) -> tuple[int, 
     if not np.isfinite(high - low):
         raise ValueError("it holds values that are no numbers or infinite")
     whites = [1] if low >= -0.1 else []
-    if high >= 64 and np.mean(pixels > 1) > 0.5:  # else it may be light of a scene, in any unit
+    if high >= 64 and np.mean(pixels > 1) > 0.5:  # else it may be scene light, in any unit
         bits = (255, 1023, 4095, 16383, 65535)
         whites += [white for white in bits if low >= -0.1 * white and high <= 1.1 * white]
     for white in whites:
@@ -362,8 +359,9 @@ def _is_pixels(pictures) -> bool:
 
 
 def _levels(pixels: Picture) -> np.ndarray:
-    """Return pixels as uint8: (H, W), (H, W, 3 or 4) or (B, H, W, 3 or 4), of a tensor (3, H, W) or (B, 3,
-    H, W) too.
+    """Return pixels as uint8 (H, W), (H, W, 3 or 4) or (B, H, W, 3 or 4).
+
+    A tensor comes as (3, H, W) or (B, 3, H, W).
     """
     shape = tuple(pixels.shape)
     if not isinstance(pixels, np.ndarray):

@@ -52,7 +52,7 @@ MANIFEST_COLUMNS = (
 NEEDED = MANIFEST_COLUMNS[:3]
 """What a manifest must have; the other columns may be missing or empty."""
 EXTRA = ("subset",)
-"""Columns that only some sets have: groups whose pictures are also compared among themselves alone."""
+"""Columns that only some sets have: groups within which pictures are also compared separately."""
 HELD_OUT = ("motion_blur", "color_saturation_2", "jpeg2000", "multiplicative_noise", "darken", "pixelate")
 """No row that is trained, validated or pretrained on has one of these types."""
 TRAINED = tuple(name for name in DISTORTIONS if name not in HELD_OUT)
@@ -107,8 +107,8 @@ def load_comparisons(name: str, root: str | Path | None = None, strict: bool = T
     root: as for `load_ratings`.
     strict: whether a missing picture is an error; else its pairs are left out.
 
-    Columns: first, second (paths as in `load_ratings`) and preference: 1 where the first looks better, 0.5
-    for a tie, 0. Raises ValueError for a set without comparisons, and what `load_ratings` raises.
+    Columns: first, second (paths as in `load_ratings`) and preference: 1 if the first looks better, 0.5
+    for a tie, else 0. Raises ValueError for a set without comparisons, and what `load_ratings` raises.
     """
     if not (public := public_name(name)):
         raise ValueError(f"unknown set {str(name)!r}; public sets: {', '.join(PUBLIC_SETS)}")
@@ -128,12 +128,11 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
     path: of a CSV; image, dataset and mos are needed, the other `MANIFEST_COLUMNS` may be missing or empty.
     root: where the images are, by default the manifest's folder.
 
-    ``./a.png`` is written ``a.png``. The reference of a row without
-    one is its image. No picture may be in two splits, nor a reference of one data set. mos and std are
-    floats (NaN = empty), seed is Int64 (<NA> = not rendered), level an integer column, or strings ("3+4",
-    "") where a set has composed or undistorted rows; the rest are strings ("" = empty).
-    Raises FileNotFoundError when the manifest is missing,
-    and ValueError naming file, line (the header is line 1), value and remedy for the first mistake.
+    ``./a.png`` becomes ``a.png``. A missing reference becomes the image. No picture may be in two splits,
+    nor a reference of one data set. mos and std are floats (NaN = empty). seed is Int64 (<NA> = not
+    rendered). level is an integer, or a string ("3+4", "") in a set with composed or undistorted rows. The
+    rest are strings ("" = empty). Raises FileNotFoundError when the manifest is missing, and ValueError
+    naming file, line (the header is line 1), value and remedy for the first mistake.
     """
     path = Path(path)
     root = Path(root) if root else path.parent
@@ -230,9 +229,7 @@ def _check_images(path: Path, text: pd.DataFrame, root: Path) -> None:
 
 
 def _check_splits(path: Path, text: pd.DataFrame, root: Path) -> None:
-    """No picture or reference in two splits, and no row twice; a picture is its file, however the path is
-    written.
-    """
+    """Refuse a picture or reference in two splits, and a row given twice; paths to one file are equal."""
     files = {name: os.path.realpath(root / name) for name in text["image"].unique()}
     text = text.assign(file=text["image"].map(files))
     used = text[text["split"] != ""]
@@ -379,8 +376,9 @@ class LazyImages(_Images):
 
 
 class RenderedImages(_Images):
-    """The rendered pictures of rows, kept as three bytes a pixel: Pillow takes four. Arguments and errors as
-    for `render_rows`.
+    """The rendered pictures of rows, kept at three bytes a pixel (Pillow takes four).
+
+    Arguments and errors as for `render_rows`.
     """
 
     def __init__(self, frame: pd.DataFrame, root: str | Path | None = None):
@@ -397,7 +395,7 @@ def pictures_of(frame: pd.DataFrame) -> Sequence[Image.Image]:
 
 
 def dominance_pairs(frame: pd.DataFrame) -> np.ndarray:
-    """Return (P, 2) row positions (better, worse): rows that nobody need rate to order them.
+    """Return (P, 2) row positions (better, worse) of rows whose order needs no ratings.
 
     Both rows show the same crop of the same photograph with the same types; the worse one's levels are all
     at least as high, and one is higher. Only for types that get worse with every level

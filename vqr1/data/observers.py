@@ -10,9 +10,8 @@ QoMEX 2019).
                    + content effect of the photograph                  sd 0.126
                    + interaction of photograph, type and level         sd 0.296
 
-With these two standard deviations the oracles come out as on the real ratings, where one that knows
-type and level reaches SRCC 0.942 and one that knows the level alone 0.676: 81 simulated photographs give
-0.944 and 0.676.
+On the real ratings, an oracle that knows type and level reaches SRCC 0.942, one that knows the level
+alone 0.676. With these two standard deviations, 81 simulated photographs give 0.944 and 0.676.
 
 Thurstone's law of comparative judgment: an observer's internal response to a picture is normal around
 the picture's value, with the published standard deviation of its (type, level). The response is
@@ -113,8 +112,11 @@ def internal_value(latent: np.ndarray, observer_std: np.ndarray) -> np.ndarray:
 def votes(latent, observer_std=OBSERVER_SD, n_observers: int = OBSERVERS, seed=SEED) -> np.ndarray:
     """Return simulated category ratings 1..5 of N pictures by ``n_observers`` observers: (N, n) integers.
 
-    latent: (N,) points of the 5-point scale; observer_std: scalar or (N,); seed: anything that
-    ``numpy.random.default_rng`` takes. The mean of a row tends to the latent quality.
+    latent: (N,) points of the 5-point scale.
+    observer_std: scalar or (N,).
+    seed: anything that ``numpy.random.default_rng`` takes.
+
+    The mean of a row tends to the latent quality.
 
     >>> votes([1.5, 4.5], n_observers=4, seed=0).tolist()
     [[1, 1, 2, 1], [4, 5, 5, 5]]
@@ -129,8 +131,7 @@ def votes(latent, observer_std=OBSERVER_SD, n_observers: int = OBSERVERS, seed=S
 def pairwise_votes(
     latents, n_observers: int = OBSERVERS, seed=SEED, observer_std: float = OBSERVER_SD
 ) -> np.ndarray:
-    """Return simulated comparisons of all pairs: wins (N, N) of integers, for
-    `vqr1.thurstone.thurstone_scale`.
+    """Return simulated comparisons of all pairs: integer wins (N, N), for `vqr1.thurstone.thurstone_scale`.
 
     wins[i, j] = how many of ``n_observers`` prefer i to j, each with Thurstone's Case V probability
     Phi((q_i - q_j) / (observer_std sqrt 2)). wins + wins.T = n_observers off the diagonal, 0 on it.
@@ -174,7 +175,7 @@ def _rate_one(photograph: str, seed: int) -> pd.DataFrame:
 
 
 def oracle_scores(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return what two oracles say of rows (N,): the published mean of (type, level), and of the level alone.
+    """Return two oracles' scores of rows, (N,) each: the published mean of (type, level), and of the level.
 
     Both know the labels and see no picture; every result table prints their SRCC. Raises ValueError
     for a row whose type and level are not one of the 125.

@@ -1,4 +1,4 @@
-"""Three sets of people's ratings that a git clone brings, and what they need beyond the reading of a table.
+"""Three public sets that a git clone brings, and what they need besides reading a table.
 
 BIQ2021 has near twins, which must not be in two parts of a split. SRIJ publishes its votes; they become
 scores here, as in its authors' `reader.m`. PCUID compares every two pictures; its MOS is the share of wins.
@@ -17,11 +17,11 @@ from vqr1.places import EMBEDDED
 TWINS = EMBEDDED / "biq2021_twins.csv"
 """BIQ2021's pictures with a near twin: image, group, nearest; printed by `vqr1 data biq2021 --twins`."""
 TWIN_BITS = 35
-"""Near twins differ in at most so many of the 256 bits of their dHash,"""
+"""Near twins differ in at most this many of the 256 bits of their dHash."""
 TWIN_CORRELATION = 0.95
-"""and their grey thumbnails of 16x16 px correlate by more than this."""
+"""Near twins' grey thumbnails of 16x16 px correlate by more than this."""
 VALIDATION_SHARE = 0.045
-"""Of BIQ2021's 10,000 training pictures: about 450 of them."""
+"""Share of BIQ2021's 10,000 training pictures that validates: about 450."""
 
 
 # BIQ2021
@@ -96,7 +96,7 @@ def _unit(thumbs: np.ndarray) -> np.ndarray:
 
 
 def without_twins(table: pd.DataFrame) -> pd.DataFrame:
-    """Return BIQ2021's rows with the columns reference and split; no reference is in two parts of the split.
+    """Return BIQ2021's rows with the columns reference and split; no reference is in two splits.
 
     table: rows with the columns name, subset, and part: "train" or "test" as published.
 
@@ -128,7 +128,7 @@ def _validation(rows: pd.DataFrame) -> set[str]:
 
 
 def read_srij(files: list[Path]) -> pd.DataFrame:
-    """The published scores follow the order of the addresses, which has the originals, HD-1-…, too."""
+    """Match the published scores to the addresses, in order; the originals, HD-1-…, have none."""
     path, scores = files[0].with_name("addressesSRIJ.mat"), matlab_array(files[0], "hScoresSRIJ")
     names = [str(np.ravel(name)[0]) for name in matlab_array(path, "addressesSRIJ")]
     where = [f"{path}, entry {n}" for n in range(1, len(names) + 1)]
@@ -150,7 +150,7 @@ def read_srij(files: list[Path]) -> pd.DataFrame:
 
 
 def _srij_votes(folder: Path, pictures: int) -> np.ndarray:
-    """Return (observers, pictures). In a file, column 1 counts pictures from 1, column 2 has the votes."""
+    """Return votes (observers, pictures). In a file, column 1 numbers pictures from 1, column 2 has votes."""
     files = sorted(folder.glob("*.mat"))
     if len(files) < 2:
         raise FileNotFoundError(f"{folder}: {len(files)} files of votes; they belong to the annotation")
@@ -172,11 +172,11 @@ def screened_scores(votes: np.ndarray, rated: int) -> tuple[np.ndarray, np.ndarr
     """Return each picture's mean score and its standard deviation over observers, on SRIJ's scale 0..100.
 
     votes: (O, N), what each observer gave each picture.
-    rated: the number of pictures of which a share of outlying votes is taken.
+    rated: the number of pictures that the share of outlying votes refers to.
 
-    An observer's votes become z by their mean and deviation, and 100 (z + 3) / 6. An observer leaves with
-    more than 5% outlying votes: 2 deviations from a picture's mean where the kurtosis of its votes is 2 to 4,
-    else 4.47 (nearly the root of 20), much as in ITU-R BT.500. All deviations have ddof 1.
+    Each observer's votes are standardised to z and mapped to 100 (z + 3) / 6. Observers with more than 5%
+    outliers are dropped. An outlier lies 2 or more deviations off its picture's mean where the kurtosis of
+    the picture's votes is 2 to 4, else 4.47 (about root 20), much as in ITU-R BT.500. Deviations: ddof 1.
     Source: HumanStudy/reader.m of github.com/juanpaberon/IQA_SR, whose published scores it gives.
 
     >>> mean, std = screened_scores(np.array([[10, 20, 60], [0, 50, 100], [30, 40, 80]]), 3)
@@ -204,7 +204,7 @@ PCUID_PAIRS = {
 
 
 def read_pcuid(files: list[Path]) -> pd.DataFrame:
-    """Every two pictures are compared, and mos = 100 (wins + ties / 2) / (pictures - 1)."""
+    """Check the scores against all pairs: mos = 100 (wins + ties / 2) / (pictures - 1)."""
     table = excel_columns(files[0], 0, 1, name="image_id", mos="MOS")
     table["name"] = _pcuid_names(table, "name")
     pairs = read_pcuid_pairs(files[0].parent)
@@ -236,7 +236,7 @@ def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
 def win_share(pairs: pd.DataFrame) -> pd.Series:
     """Return each picture's share of wins in percent, ties counted half, by name.
 
-    pairs: rows with the columns first, second, and preference: 1 where the first is better, 0.5 for a tie, 0.
+    pairs: rows with first, second, and preference: 1 if the first is better, 0.5 for a tie, else 0.
 
     >>> pairs = pd.DataFrame({"first": list("aab"), "second": list("bcc"), "preference": [1, 0.5, 0]})
     >>> win_share(pairs).to_dict()

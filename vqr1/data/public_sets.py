@@ -1,12 +1,11 @@
-"""The public image quality data sets, read from their annotation files as published, into a manifest's
-columns.
+"""Read public image quality data sets from their published annotation into a manifest's columns.
 
-One entry of `PUBLIC_SETS` says where a set can be had, what its files look like and what its numbers mean;
-one short function reads its table. What is checked afterwards is the same for all: every mos is a number on
-the published scale, every picture is there once, higher is better where the file itself shows it. Sizes are
-those of the archives of the Hub's chaofengc/IQA-PyTorch-Datasets. Three sets are a git clone away, and were
-read whole: biq2021, srij, pcuid (`vqr1.data.people_sets`). No other real set was read when this was written:
-the tests make small ones in the official layout.
+An entry of `PUBLIC_SETS` says where a set can be had, what its files look like and what its numbers mean;
+a short function reads its table. All sets pass the same checks: every mos is a number on the published
+scale, every picture is there once, and higher is better where the file itself shows it. Sizes are those of
+the archives in the Hub's chaofengc/IQA-PyTorch-Datasets. Three sets are a git clone away and were read
+whole: biq2021, srij, pcuid (`vqr1.data.people_sets`). No other real set was read when this was written: the
+tests make small ones in the official layout.
 """
 
 import re
@@ -38,9 +37,9 @@ TYPES = list(DISTORTIONS)  # in KADID-10k's order
 class PublicSet:
     """What is known of a set.
 
-    files: its annotation, patterns below the set's folder, of which the first that is there is read.
+    files: patterns of its annotation below the set's folder; the first that matches is read.
     folders: of its pictures, in order of preference.
-    scale: of the file's numbers, before ``flip`` - mos.
+    scale: of the file's numbers, before ``flip``.
     """
 
     title: str
@@ -113,7 +112,7 @@ def _spaq(files: list[Path]) -> pd.DataFrame:
 
 
 def _clive(files: list[Path]) -> pd.DataFrame:
-    """The 7 pictures on which observers were trained (t1.bmp …) are left out, as everybody does."""
+    """Leave out the 7 pictures that observers were trained on (t1.bmp …), as everybody does."""
     names, mos, std = (
         matlab_array(files[0].with_name(f"{name}.mat"), name)
         for name in ("AllImages_release", "AllMOS_release", "AllStdDev_release")
@@ -410,11 +409,11 @@ def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFram
     root: the set's folder, or one that has it under its name (case and punctuation do not matter: KADID10k).
     strict: whether a missing picture is an error; else its row has no image.
 
-    mos is on the published scale, higher is better. Lists ``splits/{train,val,test}.txt`` in the
-    set's folder, with a picture's name on every line (as the official VisualQuality-R1 repository has
-    them), go before the split made here: 6:2:2 by reference, seeded, which is the paper's 49/16/16
-    references for KADID-10k, though not the same ones. ``frame.attrs`` keeps root and the names of missing
-    pictures. Raises FileNotFoundError and ValueError naming file, line, value and the expected layout.
+    mos is on the published scale, higher is better. Lists ``splits/{train,val,test}.txt`` in the set's
+    folder, a picture's name on every line (as in the official VisualQuality-R1 repository), override the
+    split made here: 6:2:2 by reference, seeded. For KADID-10k that is the paper's 49/16/16 references,
+    though not the same ones. ``frame.attrs`` keeps root and the names of missing pictures. Raises
+    FileNotFoundError and ValueError naming file, line, value and the expected layout.
     """
     entry, folder = PUBLIC_SETS[name], find_folder(name, root)
     files = next(found for pattern in entry.files if (found := _found(folder, pattern)))
@@ -445,8 +444,8 @@ def read_comparisons(name: str, root: str | Path, strict: bool = True) -> pd.Dat
     root: as for `read_public`.
     strict: whether a missing picture is an error; else its pairs are left out.
 
-    Columns: first, second (paths below ``attrs["root"]``) and preference: 1 where the first looks better, 0.5
-    for a tie, 0. Raises ValueError for a set without comparisons, and what `read_public` raises.
+    Columns: first, second (paths below ``attrs["root"]``) and preference: 1 if the first looks better, 0.5
+    for a tie, else 0. Raises ValueError for a set without comparisons, and what `read_public` raises.
     """
     entry, folder = PUBLIC_SETS[name], find_folder(name, root)
     if entry.compare is None:
@@ -473,8 +472,7 @@ def _missing(name: str, folder: Path, names: pd.Series, images: pd.Series, stric
 
 
 def public_name(name: str | Path) -> str | None:
-    """Return the name of a public set in whatever case and punctuation, or as pyiqa calls it; None if there
-    is no such set.
+    """Return our name of a public set given in any case and punctuation, or as pyiqa's; None if unknown.
 
     >>> public_name("KADID10k"), public_name("livec"), public_name("sim-kadid")
     ('kadid-10k', 'clive', None)
@@ -484,9 +482,7 @@ def public_name(name: str | Path) -> str | None:
 
 
 def find_folder(name: str, root: str | Path) -> Path:
-    """Return the folder of a set: one below ``root`` that has its name, else ``root``, if the annotation is
-    in it.
-    """
+    """Return the folder with a set's annotation: one below ``root`` that has its name, else ``root``."""
     root, entry = Path(root), PUBLIC_SETS[name]
     inside = sorted(root.iterdir()) if root.is_dir() else []
     for folder in [*(path for path in inside if path.is_dir() and public_name(path.name) == name), root]:
@@ -499,16 +495,15 @@ def find_folder(name: str, root: str | Path) -> Path:
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
-    """Return what matches a pattern below a folder, sorted; upper and lower case do not matter."""
+    """Return what matches a pattern below a folder, sorted, ignoring case."""
     either = re.sub("[A-Za-z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
     return sorted(folder.glob(either))
 
 
 def _checked(entry: PublicSet, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with numbers, all of them checked, and higher mos better.
+    """Return the table with checked numbers, higher mos better.
 
-    A mos may lie 1e-6 outside its scale, from somebody's rounding, and is kept: SRIQA-Bench has
-    100.00000000000001.
+    A mos may lie 1e-6 outside its scale, from rounding: SRIQA-Bench has 100.00000000000001. It is kept.
     """
     (low, high), mos = entry.scale, pd.to_numeric(table["mos"], errors="coerce")
     require(
@@ -535,9 +530,7 @@ def _checked(entry: PublicSet, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _located(entry: PublicSet, folder: Path, names: Iterable[str]) -> pd.Series:
-    """Return the path of each picture below the set's folder, "" if it is missing; upper and lower case do
-    not matter.
-    """
+    """Return each picture's path below the set's folder, ignoring case; "" if it is missing."""
     there: list[dict[str, list[str]]] = []
     for pattern in entry.folders:
         files = [
@@ -576,7 +569,7 @@ def _split(entry: PublicSet, folder: Path, table: pd.DataFrame) -> pd.Series:
 
 
 def seeded_split(reference: pd.Series, seed: int = SPLIT_SEED) -> pd.Series:
-    """Return train, val or test for each row, 6:2:2 of the references, no reference in two of them.
+    """Return train, val or test for each row: 6:2:2 by reference, no reference in two.
 
     >>> kadid = pd.Series([f"I{n:02d}.png" for n in range(1, 82)])
     >>> seeded_split(kadid).value_counts().tolist()
@@ -593,9 +586,7 @@ def seeded_split(reference: pd.Series, seed: int = SPLIT_SEED) -> pd.Series:
 
 
 def _listed_split(lists: list[Path], table: pd.DataFrame) -> pd.Series:
-    """Return the split of lists; a line may hold more than the picture's name, and pictures that none has
-    get "".
-    """
+    """Return the split that lists give, "" for unlisted pictures; a line may hold more than the name."""
     of: dict[str, str] = {}
     known = set(table["name"].str.lower())
     for path, split in zip(lists, SPLITS):

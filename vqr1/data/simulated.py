@@ -1,7 +1,7 @@
-"""The simulated sets: photographs under KADID-10k's distortions, rated by simulated observers
-(`vqr1.data.observers`), not by people.
+"""Photographs under KADID-10k's distortions, rated by simulated observers, not by people.
 
-``vqr1 data --rebuild`` (`build_sim_sets`) writes their manifests again, bit for bit.
+The observers are in `vqr1.data.observers`. ``vqr1 data --rebuild`` (`build_sim_sets`) writes the sets'
+manifests again, bit for bit.
 """
 
 from pathlib import Path
@@ -76,19 +76,19 @@ MIXTURE = {
         ),
     ),
 }
-"""Levels and types of the sets for training on several at once: of all strengths, mostly mild, mostly
-strong.
-"""
+"""Levels and types of the sets for training on several at once: all strengths, mostly mild, mostly strong."""
 
 
 def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.DataFrame]:
     """Return the simulated sets for the photographs of ``root/photos.csv`` (columns image, split), by name.
 
-    sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split. sim-unseen:
-    test photographs x the 6 held-out types x 5 levels. sim-mixed: test photographs x 3 groups of four
-    composed rows, without mos. Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows
-    some); every number depends on ``seed`` and the photograph's name and size alone. sim-five, sim-hundred,
-    sim-elo: rows of sim-kadid, rated on other scales (`mixture_set`), each photograph in one of them.
+    sim-kadid: every photograph x the 19 trained types x 5 levels, in the photograph's split.
+    sim-unseen: test photographs x the 6 held-out types x 5 levels.
+    sim-mixed: test photographs x 3 groups of four composed rows, without mos.
+    sim-five, sim-hundred, sim-elo: rows of sim-kadid on other scales (`mixture_set`), each photograph in one.
+
+    Crops are 192x192 at a random multiple of 16 (colour blocks: one that shows some). Every number depends
+    on ``seed`` and the photograph's name and size alone.
     """
     root = Path(root or EMBEDDED)
     splits = photograph_splits(root)
@@ -113,14 +113,15 @@ def sim_sets(root: str | Path | None = None, seed: int = SEED) -> dict[str, pd.D
 
 
 def mixture_set(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the set's levels and types of sim-kadid's rows, their 1..5 MOS m mapped to the set's scale;
-    higher is better.
+    """Return the set's part of sim-kadid's rows, their MOS m (1..5) on the set's scale, higher is better.
 
-    sim-five: m itself. sim-hundred: 0..100, a straight line from the set's lowest m to its highest, as
-    raters use the whole of a scale for what they are shown (range equalisation); KonIQ-10k's 0..100 is such
-    a stretched scale. sim-elo: 1500 + 400 log10 of the odds (m - 0.9) / (5.1 - m), about 850..1820 as in
-    PIPAL, whose votes between pairs squeeze the middle and stretch the ends. All maps rise, so that no
-    order within a set changes. std is left empty where the unit is not m's.
+    sim-five: m itself.
+    sim-hundred: 0..100, linear from the set's lowest m to its highest, as raters use a whole scale for what
+        they are shown (range equalisation). KonIQ-10k's 0..100 is stretched like this.
+    sim-elo: 1500 + 400 log10 of the odds (m - 0.9) / (5.1 - m), about 850..1820 as in PIPAL, whose votes
+        between pairs squeeze the middle and stretch the ends.
+
+    All maps rise: no order within a set changes. std is empty where the unit is not m's.
 
     >>> rows = pd.DataFrame({"distortion": "jpeg", "level": 3, "mos": [2.0, 3.0, 4.0], "std": 0.8})
     >>> [mixture_set(rows, name).mos.round(1).tolist() for name in MIXTURE]
@@ -159,10 +160,9 @@ def _all_cells(photograph: str, size: tuple[int, int], seed: int) -> pd.DataFram
 
 
 def _shows_blocks(crop: str, level: int, seed: int, size: tuple[int, int]) -> bool:
-    """Tell whether the crop is painted at least half as much as the whole picture, which is what the rating
-    is of.
+    """Tell whether the crop is painted at least half as much as the whole picture, which was rated.
 
-    Of plainly random crops half would show none of the two blocks of level 1.
+    Half of plainly random crops would show neither of the two blocks of level 1.
     """
     x, y, w, h = map(int, crop.split(","))
     painted = np.asarray(distort(Image.new("RGB", size, (128, 128, 128)), "color_block", level, seed)) != 128
@@ -175,10 +175,10 @@ def _random_crop(size: tuple[int, int], rng: np.random.Generator) -> str:
 
 
 def _mixed_rows(photograph: str, size: tuple[int, int], seed: int) -> list[dict]:
-    """Return three groups, two of two types and one of three, of four rows that share types and crop.
+    """Return three groups of four rows that share types (two, two and three) and crop.
 
-    low < middle < high for two middles that raise different components by at least two levels, so each group
-    has five dominance pairs.
+    Levels: low < middle < high. The two middles raise different components by at least two levels, so each
+    group has five dominance pairs.
     """
     rng, rows = photograph_rng(photograph, seed, stream=3), []
     for count in (2, 2, 3):

@@ -1,7 +1,7 @@
 """Tables as data sets publish them: CSV, text, Excel and MATLAB files, read as strings with file and line.
 
-A table of `csv_columns`, `excel_columns` and `text_columns` has a column ``where``, which says in which file
-and on which line each row stands: `require` names it in errors.
+A table of `csv_columns`, `excel_columns` and `text_columns` has a column ``where`` with each row's file and
+line, which `require` names in errors.
 """
 
 import csv
@@ -41,10 +41,9 @@ def text_columns(path: Path, fields: tuple[str, ...], separator: str | None = No
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return a CSV's cells as stripped strings under its header as it stands; the index is the line in the
-    file.
+    """Return a CSV's cells as stripped strings under its unchanged header; the index is the line.
 
-    Separated by commas, in UTF-8. Blank lines are dropped, and so are columns without a name, which a comma
+    The CSV is UTF-8 with commas. Blank lines are dropped, and so are columns without a name, which a comma
     at the end of each line makes. Raises ValueError naming file and line for another separator, for a
     column that is there twice, and for a row with more fields than names.
     """
@@ -87,7 +86,7 @@ def normalise(name: str) -> str:
 
 
 def lacks(name: str, header: Iterable[str]) -> str:
-    """Return how to say that a header has no column of this name, and which of its columns may be meant.
+    """Return an error text: the header lacks a column of this name, and which one may be meant.
 
     >>> print(lacks("mos", ["image", " MOS"]))
     column 'mos' is missing from the header image,  MOS; rename ' MOS' to 'mos'
@@ -159,9 +158,7 @@ def require(good: pd.Series, table: pd.DataFrame, column: str, problem: str) -> 
 
 
 def name_parts(table: pd.DataFrame, pattern: str, example: str) -> pd.DataFrame:
-    """Return the named groups of a pattern in the column name; ValueError for a name that is not like the
-    example.
-    """
+    """Return a pattern's named groups in the column name; ValueError for a name unlike the example."""
     parts = table["name"].str.extract(re.compile(pattern, re.IGNORECASE))
     require(parts.notna().all(axis=1), table, "name", f"is not like {example}")
     return parts

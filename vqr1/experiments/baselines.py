@@ -1,8 +1,7 @@
-"""What RL to rank is compared with: classical measures, a small CNN, the policy's own vision tower,
-supervised fine-tuning.
+"""Rivals of RL to rank: classical measures, a small CNN, the policy's vision tower, supervised fine-tuning.
 
-Except for the classical measures each learns from the same rows, as a regressor of the MOS or as a ranker
-of pairs. ``vqr1 pretrain --cnn`` (`pretrain_cnn`) makes the small CNN again.
+All but the classical measures learn from the same rows, as a regressor of the MOS or as a ranker of pairs.
+``vqr1 pretrain --cnn`` (`pretrain_cnn`) makes the small CNN again.
 """
 
 import math
@@ -51,11 +50,10 @@ CNN = EMBEDDED / "cnn" / "model.safetensors"
 
 
 def brisque(images: list[Image.Image]) -> np.ndarray:
-    """Return minus BRISQUE (Mittal et al., 2012), (N,), higher is better: statistics of natural scenes, and
-    a regression learned on LIVE's opinions.
+    """Return minus BRISQUE (Mittal et al., 2012), (N,), higher is better.
 
-    About 0 for a natural photograph, -100 for a bad picture. The parameters are those of the package
-    ``brisque``.
+    It regresses LIVE's opinions on statistics of natural scenes: about 0 for a natural photograph, -100 for
+    a bad picture. The parameters are those of the package ``brisque``.
     """
     measure = _classical("brisque").BRISQUE()
     scale = measure.scale_features
@@ -66,10 +64,10 @@ def brisque(images: list[Image.Image]) -> np.ndarray:
 
 
 def piqe(images: list[Image.Image]) -> np.ndarray:
-    """Return minus PIQE (Venkatanath et al., 2015), (N,), -100..0, higher is better: blockiness and noise
-    of active blocks, without any opinions.
+    """Return minus PIQE (Venkatanath et al., 2015), (N,), -100..0, higher is better.
 
-    It has no learned parameters. A picture without any active block gets the worst value.
+    It measures blockiness and noise of active blocks, without opinions or learned parameters. A picture
+    without any active block gets the worst value.
     """
     measure = _classical("pypiqe").piqe
     return np.array([-measure(np.asarray(image))[0] for image in images])
@@ -92,11 +90,10 @@ def _classical(package: str) -> ModuleType:
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions, the mean and the maximum of their maps, a linear layer: 92 thousand weights, any
-    picture size.
+    """Four convolutions, the mean and the maximum of their maps, a linear layer: 92 thousand weights.
 
-    The first layer starts as DCT filters and gives magnitudes, as the vision tower started from local
-    energies.
+    Takes any picture size. The first layer starts as DCT filters and gives magnitudes, as the vision tower
+    started from local energies.
     """
 
     def __init__(self, outputs: int = 1):
@@ -145,9 +142,7 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
 
 
 def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float) -> None:
-    """Take an AdamW step on each of `steps` losses, made one at a time; the learning rate rises for a tenth
-    of them, then falls to 0.
-    """
+    """Take an AdamW step on each of `steps` losses; the rate rises for a tenth of them, then falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
@@ -161,7 +156,7 @@ def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float)
 
 
 def perception_pictures(seed: int, **options) -> Iterable[dict]:
-    """Yield the pictures of `pretraining.DistortionStream` of the simulated sets' size, as `pixels`."""
+    """Yield `pretraining.DistortionStream`'s pictures of the simulated sets' size, as `pixels`."""
     whole = SimpleNamespace(
         image_processor=lambda images, **_: {
             "pixel_values": pixels(images),
@@ -253,9 +248,7 @@ def train_cnn(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> SmallCNN:
-    """Return the pretrained CNN, all of its weights trained on rated rows; see `rating_losses` for ranker
-    and errors.
-    """
+    """Return the pretrained CNN, all weights trained on rated rows; ranker and errors: `rating_losses`."""
     torch.manual_seed(seed)
     model = load_cnn()
     nn.init.constant_(model.head.bias, frame["mos"].mean())
@@ -298,15 +291,15 @@ def train_head(
 ) -> nn.Module:
     """Return a linear head trained on rated rows, on the policy's frozen vision tower: same eyes, no words.
 
-    Each picture is looked at once. 300 steps do: on 480 rows of sim-kadid, seed 0, SRCC on 190 validation
-    rows was 0.64 (regressor) and 0.66 (ranker) after 100 steps, 0.675 (both) after 300, no better by more
-    than 0.005 after 1000 or with lr 1e-3.
+    Each picture is looked at once. 300 steps suffice: on 480 rows of sim-kadid, seed 0, SRCC on 190
+    validation rows was 0.64 (regressor) and 0.66 (ranker) after 100 steps, 0.675 (both) after 300. 1000
+    steps or lr 1e-3 gained at most 0.005.
 
     Args:
-        policy: its tower looks.
+        policy: whose tower.
         frame: rated rows.
         images: their pictures.
-        ranker: `rating_losses` of pairs, or of the MOS.
+        ranker: pairs or MOS, see `rating_losses`.
         steps: optimizer steps.
         batch: pictures per step.
         lr: highest learning rate.
@@ -330,11 +323,10 @@ def score_head(policy: tuple, head: nn.Module, images: list[Image.Image]) -> np.
 
 
 def ranking_loss(scores: torch.Tensor, mos: torch.Tensor) -> torch.Tensor:
-    """Return 1 - fidelity, averaged over all pairs of a batch of one data set: Thurstone's law with
-    variance 1.
+    """Return 1 - fidelity averaged over all pairs of a one-set batch, by Thurstone's law with variance 1.
 
-    scores, mos: (B,). A little below 0 at best, for the fidelity's eps. Source: UNIQUE (Zhang et al., 2021)
-    and LIQE (Zhang et al., 2023), whose loss it is.
+    scores, mos: (B,). At best it is a little below 0, due to the fidelity's eps. Source: the loss of UNIQUE
+    (Zhang et al., 2021) and LIQE (Zhang et al., 2023).
 
     >>> ranking_loss(torch.tensor([9.0, 5.0, 1.0]), torch.tensor([3.0, 2.0, 1.0]))
     tensor(-0.0002)
@@ -355,7 +347,7 @@ def rating_losses(
     batch: int,
     seed: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield the losses of `steps` batches of one data set each, of `predict(row positions) -> (B, 1)`.
+    """Yield the losses of `predict(row positions) -> (B, 1)` on `steps` batches of one data set each.
 
     A ranker's loss is `ranking_loss`, a regressor's the squared error to the MOS.
     Raises ValueError as `one_set_batches` does: for a set with fewer rows than a batch.
@@ -373,8 +365,9 @@ def rating_losses(
 
 
 class Opinions(Answers):
-    """Collate pictures with the thinking prompt, the policy's own reasoning and the MOS; only the MOS and
-    what follows carry loss.
+    """Collate pictures with the thinking prompt, the policy's own reasoning and the MOS.
+
+    Only the MOS and what follows carry loss.
     """
 
     def text(self, row: dict) -> tuple[str, str]:
@@ -392,17 +385,16 @@ def supervised(
     seed: int = 0,
     adapter: LoraConfig | None = None,
 ) -> tuple:
-    """Return the policy (model, processor) fine-tuned to answer the MOS (1..5) after its own greedy
-    reasoning.
+    """Return (model, processor) fine-tuned to answer the MOS (1..5) after its own greedy reasoning.
 
     The reasoning is written once, before training, and is context without loss. The vision tower is frozen;
     all other weights, or an adapter's, are trained in place, as by the configuration cpu. Rows whose
-    reasoning does not come to an answer are left out.
+    reasoning reaches no answer are left out.
 
-    No loss holds the reasoning in place, and too much training spills digits into it: of 480 rows of
-    sim-kadid, seed 0, an adapter of rank 16 came to SRCC 0.53, 0.60 on 100 validation rows (0.50 before)
-    after 60, 150 steps at lr 3e-4, with 0, 1 of them unparseable; at lr 1e-3 to 0.63, 0.67 of the parseable
-    ones, with 7, 16 unparseable.
+    No loss holds the reasoning in place: too much training spills digits into it. On 480 rows of sim-kadid,
+    seed 0, an adapter of rank 16 took SRCC on 100 validation rows from 0.50 to 0.53 after 60 steps and 0.60
+    after 150 at lr 3e-4, with 0 and 1 unparseable. At lr 1e-3 it came to 0.63 and 0.67 on the parseable
+    ones, with 7 and 16 unparseable.
     """
     torch.manual_seed(seed)
     model, processor = policy

@@ -1,6 +1,4 @@
-"""`vqr1 demo`: evaluate the embedded policy, train it by RL to rank, evaluate again, and report with
-pictures.
-"""
+"""`vqr1 demo`: evaluate the embedded policy, train it by RL to rank, evaluate again, report in pictures."""
 
 import time
 from pathlib import Path
@@ -127,7 +125,7 @@ def demo_report(
 
 
 def figures(output: Path, rows: Rows, old: dict, new: dict, thinking: bool) -> None:
-    """Write training.png, scatter.png, and pictures.jpg: six pictures with what was thought of them."""
+    """Write training.png, scatter.png, and pictures.jpg: six pictures with the policy's reasoning."""
     training_figure(read_table(output / "log.csv")).savefig(output / "training.png")
     key = ("sim-kadid", "expected", thinking)
     one, two = old[key], new[key]

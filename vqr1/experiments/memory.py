@@ -1,4 +1,4 @@
-"""What a GRPO step of a published size takes on a GPU: computed from the architecture, not measured."""
+"""Compute a GRPO step's GPU memory at a published size from the architecture; nothing is measured."""
 
 import re
 from collections import Counter
@@ -38,8 +38,7 @@ NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 def qwen_config(size: str) -> Qwen2_5_VLConfig:
-    """Return the architecture of Qwen2.5-VL in size "3B" or "7B", without weights; source: the published
-    config.json.
+    """Return Qwen2.5-VL's architecture in size "3B" or "7B", without weights, from its config.json.
 
     >>> qwen_config("7B").text_config.num_hidden_layers
     28
@@ -60,9 +59,7 @@ def qwen_config(size: str) -> Qwen2_5_VLConfig:
 
 
 def _parameters(config: PretrainedConfig) -> tuple[dict[str, int], int]:
-    """Return the parameters of each part of a model that is never allocated, and those of an adapter, per
-    rank.
-    """
+    """Return the parameters of each part of a model, never allocated, and those of an adapter per rank."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     count = Counter()
@@ -86,11 +83,11 @@ def memory_by_part(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = True,
 ) -> dict[str, float]:
-    """Return what one GRPO step takes on a GPU, by part and in all ("peak"), in GiB: computed, not measured.
+    """Return a GRPO step's GPU memory in GiB, by part and in all ("peak"): computed, not measured.
 
     What is trained, its gradient and AdamW's two moments are fp32. Activations are the tensors known to be
-    large: while sampling those of one layer's MLP, while learning each layer's input and all of one layer's
-    (of every layer without checkpointing). Peak is what stays, plus the larger of sampling and learning.
+    large: in sampling, one layer's MLP; in learning, each layer's input and all of one layer (without
+    checkpointing, of every layer). Peak is what stays, plus the larger of sampling and learning.
     Not counted: CUDA's own context, fragmentation, a second model as reference (full fine-tuning with a KL
     term).
 
@@ -158,7 +155,7 @@ def _weights(count: dict[str, int], adapter: int, quantize: bool, bytes_: int) -
 
 
 def _cache_per_token(text: PretrainedConfig) -> int:
-    """Return the values that keys and values of one token are, over all layers."""
+    """Return how many numbers one token's keys and values hold, over all layers."""
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head
 
@@ -176,8 +173,9 @@ def _sampling_values(config: PretrainedConfig, images: int, prompt: int, patches
 
 
 def _learning_values(text: PretrainedConfig, tokens: int, checkpointing: bool) -> int:
-    """Return the activations that a backward pass over so many tokens needs: all of one layer, and each
-    layer's input; of every layer without checkpointing.
+    """Return the activations that a backward pass over so many tokens needs.
+
+    All of one layer, and each layer's input; without checkpointing, all of every layer.
     """
     layer = tokens * (6 * text.intermediate_size + 16 * text.hidden_size)
     inputs = tokens * text.hidden_size * text.num_hidden_layers

@@ -1,6 +1,6 @@
-"""How the embedded policy was taught to see and to answer in format, ignorant of quality.
+"""Teach the embedded policy to see and to answer in format, but nothing about quality.
 
-Perception first: the vision tower alone names the distortion and its strength on an unlimited stream of
+First the vision tower alone learns to name the distortion and its strength, on an endless stream of
 distorted pictures. Then the whole policy learns to write what it sees and a score. The score follows from
 the severity word alone, by one rule for all distortions; no MOS, observer or KADID-10k table is read here.
 """
@@ -168,9 +168,7 @@ def naming_loss(logits: torch.Tensor, kind: torch.Tensor, strength: torch.Tensor
 
 
 class Perception(nn.Module):
-    """The vision tower with a linear head on the mean and maximum of its picture tokens; the head is thrown
-    away.
-    """
+    """The vision tower with a linear head, discarded later, on the mean and maximum of its picture tokens."""
 
     def __init__(self, visual: nn.Module, width: int = 192):
         super().__init__()

@@ -1,10 +1,11 @@
-"""The runs behind the claims: one row per variant, seed and set, made once, in several processes, and kept
-in data/runs/.
+"""Run the studies behind the claims: one row per variant, seed and set, made once, kept in data/runs/.
 
-A study NAME has NAME.csv (the results), NAME-scores.csv.gz (every test row's score, a column per variant
-and seed), NAME-differences.csv (of variants, paired over photographs and seeds) and NAME-log.csv (reward
-and validation as training went). Seeds vary the RL stage; the embedded policy is one pretraining seed,
-another is in the studies `pretraining…`.
+A study NAME, made in several processes, has four files:
+    NAME.csv: the results.
+    NAME-scores.csv.gz: every test row's score, a column per variant and seed.
+    NAME-differences.csv: of variants, paired over photographs and seeds.
+    NAME-log.csv: reward and validation during training.
+Seeds vary the RL stage. The embedded policy is one pretraining seed; the studies `pretraining…` use another.
 """
 
 import multiprocessing
@@ -51,13 +52,11 @@ STUDY_COLUMNS = [
     "severity",
     "texts",
 ]
-"""Of a study's CSV. seconds: of training, CPU time of the process; family, exact, severity, texts: see
-`evaluation.naming`.
-"""
+"""Of a study's CSV. seconds: the process's CPU time in training; family to texts: `evaluation.naming`."""
 ROW = ["set", "reference", "distortion", "level", "mos"]
 """What names a test row in NAME-scores.csv.gz."""
 RESAMPLES = 300
-"""Of photographs and seeds, for the interval of a difference: there are many differences."""
+"""Of photographs and seeds, for a difference's interval; few, as there are many differences."""
 POOL = 480
 """Training rows of a short run: a fixed sample, the same for all variants and seeds."""
 
@@ -82,7 +81,7 @@ def _test_rows(sets: tuple) -> dict[str, Rows]:
 
 
 def training_frame(config: Settings, kind: str | None = None, pool: int | None = POOL) -> pd.DataFrame:
-    """Return the rows that a variant is trained on: at most `pool` of each set, a fixed sample; None: all.
+    """Return the rows that a variant is trained on: at most `pool`, evenly by set, a fixed sample; None: all.
 
     kind: of `ROWS`. Raises ValueError for another.
     """
@@ -141,8 +140,7 @@ UNTRAINED = {
     "brisque": lambda config: brisque,
     "piqe": lambda config: piqe,
 }
-"""Method -> what scores without training, from the configuration: a policy, or a function from pictures to
-scores."""
+"""Method -> function from configuration to what scores untrained: a policy, or pictures -> scores."""
 TRAINED = {
     "rl": _rl,
     "supervised": _supervised,
@@ -151,7 +149,7 @@ TRAINED = {
     "tower regressor": partial(_tower, ranker=False),
     "tower ranker": partial(_tower, ranker=True),
 }
-"""Method -> what its training leaves, from configuration, rows and the run's folder: the same kinds."""
+"""Method -> function from configuration, rows and folder to what scores after training: the same kinds."""
 METHODS = (*UNTRAINED, *TRAINED)
 
 
@@ -168,7 +166,7 @@ def run(
         steps: fewer than the configuration's, for a quick look.
 
     Returns:
-        rows, one for each set; scores of every test row; log of the training, empty for what is no RL.
+        rows, one for each set; scores of every test row; log of the training, empty without RL.
 
     Raises:
         ValueError: the variant's method, or a key of its changes, is unknown.
@@ -212,7 +210,7 @@ def _words(table: pd.DataFrame) -> dict:
 
 
 def _log(config: Settings, path: Path, name: dict) -> pd.DataFrame:
-    """Return a run's log with the number of answers sampled so far, or nothing for what is no RL."""
+    """Return a run's log with the number of answers sampled so far, or nothing without RL."""
     if not path.is_file():
         return pd.DataFrame()
     args = grpo_config(config.grpo, path.parent)
@@ -234,9 +232,9 @@ def study(
     steps: int | None = None,
     processes: int = 2,
 ) -> pd.DataFrame:
-    """Make what is missing of a study's rows, and return all of them.
+    """Make a study's missing rows, and return all rows.
 
-    A row is written as soon as it is made; stopped, the same command goes on.
+    A row is written as soon as it is made; after a stop, the same command goes on.
 
     Args:
         name: of the study.
@@ -321,7 +319,7 @@ def read_study(csv: str | Path) -> pd.DataFrame:
 
 
 def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) -> pd.DataFrame:
-    """Add a run to the study's three files; the rows come last, so that what they say is there."""
+    """Add a run to the study's three files; the rows come last, when the rest is there."""
     variant, seed = which
     path = csv.with_name(f"{csv.stem}-scores.csv.gz")
     scores = read_table(path) if path.is_file() else found["scores"][ROW]
@@ -341,7 +339,7 @@ def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) ->
 def write_differences(csv: Path, plan: Study) -> None:
     """Write NAME-differences.csv: every variant minus the baseline.
 
-    In SRCC and within-level SRCC for each rated set, and in their mean SRCC.
+    Differences of SRCC and within-level SRCC on each rated set, and of the sets' mean SRCC.
     """
     made = set(read_study(csv)["variant"])
     variants = [name for name in plan.variants if name in made and name != plan.baseline]

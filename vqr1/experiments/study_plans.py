@@ -10,8 +10,9 @@ from vqr1.evaluation import EVALUATION_SETS
 class Variant:
     """A line of a study.
 
-    seeds: how many runs. change: what differs from the study's configuration, as for `studies.changed`.
-    method: how it comes to scores, one of `studies.METHODS`.
+    seeds: how many runs.
+    change: what differs from the study's configuration, as for `studies.changed`.
+    method: how it scores, one of `studies.METHODS`.
     """
 
     seeds: int = 3
@@ -23,8 +24,10 @@ class Variant:
 class Study:
     """A study.
 
-    config: name of the configuration. sets: what is scored, and at most how many rows of each. baseline: the
-    variant that all are compared with. minutes: of one run, about, on one core.
+    config: name of the configuration.
+    sets: what is scored, and at most how many rows of each.
+    baseline: the variant that all are compared with.
+    minutes: about how long a run takes on one core.
     """
 
     config: str
@@ -35,9 +38,7 @@ class Study:
 
 
 def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1) -> dict:
-    """Return the changes for `images` compared at a time with `k` answers, `per_step` such comparisons per
-    optimizer step.
-    """
+    """Return the changes for `per_step` comparisons of `images`, `k` answers each, per optimizer step."""
     keys = {
         "per_device_train_batch_size": images * k,
         "num_generations": k,
@@ -50,12 +51,9 @@ def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1)
 FULL = dict.fromkeys(EVALUATION_SETS)
 ALL = {"sets": list(MIXTURE)}
 AGAIN = {"model_name_or_path": "runs/pretrain-1/policy"}
-"""A second pretraining seed, of half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out
-runs/pretrain-1
-"""
-# Rows of data/runs/ whose header names a commit before the configurations became bounded are by the paper's
-# reward, which is
-# not: a row that is made again is compared with those only after all of its study is.
+"""Another pretraining seed, half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
+# Rows of data/runs/ whose header names a commit from before the configurations became bounded are by the
+# paper's unbounded reward. Make all of a study again before comparing a new row with them.
 STUDIES = {
     "demo": Study(
         "cpu", FULL, "before", {"before": Variant(1, method="before"), "ranking": Variant(3)}, minutes=20

@@ -30,8 +30,9 @@ def published(table: int) -> pd.DataFrame:
 
 
 def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[str, Rows], dict[str, str]]:
-    """Return (rows of the sets that are there, why each other one is not run). All splits: the paper tests
-    zero-shot.
+    """Return (rows of the sets that are there, why each other one is not run).
+
+    All splits are taken: the paper tests zero-shot.
     """
     root, sets, missing = root or data_root(), {}, {}
     for name in NAMES:
@@ -55,9 +56,10 @@ def measure(
         out: folder that gets the scores as soon as a set is done.
 
     Returns:
-        Columns of `evaluation.agreement`; seconds per picture; memory in GiB, torch's peak on the GPU while
-        the set was scored, or without a GPU the process's peak until then; unread, how many pictures cannot
-        be read.
+        Columns of `evaluation.agreement`, and:
+        seconds: per picture.
+        memory: GiB, torch's peak on the GPU during the set, or without a GPU the process's peak until then.
+        unread: how many pictures cannot be read.
     """
     asked, rows = Scorer(policy, modes[0], estimates[0]), []
     for thinking in modes:
@@ -95,9 +97,7 @@ def peak_memory() -> float:
 
 
 def side_by_side(measured: pd.DataFrame, metric: str, label: str) -> pd.DataFrame:
-    """Return Table 2 for a metric, the paper's rows first; the last column is the mean over the sets that
-    were measured.
-    """
+    """Return Table 2 for a metric, the paper's rows first, the mean over the measured sets last."""
     sets = [name for name in NAMES if name in set(measured["set"])]
     paper = published(2).query("metric == @metric")
     rows = [
@@ -165,8 +165,11 @@ def table2(
 ) -> str:
     """Measure a policy on the sets of Table 2 that are below ``root``, and return the report in Markdown.
 
-    policy: name, path or (model, processor). limit: at most so many rows of each set. ``out``: a folder for
-    the scores, the report and measured.csv. Raises FileNotFoundError when none of the sets is there.
+    policy: name, path or (model, processor).
+    limit: at most so many rows of each set.
+    out: a folder for the scores, the report and measured.csv.
+
+    Raises FileNotFoundError when none of the sets is there.
     """
     sets, missing = found_sets(root, limit)
     if not sets:

@@ -1,6 +1,4 @@
-"""How the embedded policy is built before `vqr1 pretrain` teaches it: its tokenizer, its sizes, and what its
-tower starts from.
-"""
+"""Build the embedded policy that `vqr1 pretrain` teaches: its tokenizer, its sizes, its tower's start."""
 
 import math
 
@@ -15,7 +13,7 @@ from vqr1.policy import VISION, PictureProcessor, Policy
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING
 
 PATCH = 16
-"""Pixels; two of KADID-10k's 8x8 JPEG blocks a side, and 512x384 is a whole number of merged patches."""
+"""Pixels a side: two of KADID-10k's 8x8 JPEG blocks; 512x384 is a whole number of merged patches."""
 
 WIDTH = 192
 """Of the policy's layers, and so the number of filters in its patch embedding."""
@@ -43,7 +41,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
 def build_tokenizer(texts: list[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE with Qwen's special tokens, one token per digit and per answer tag.
 
-    The paper's question is one added token each way it is asked: the prompt is 6 times shorter.
+    Each form of the paper's question is one added token: the prompt is 6 times shorter.
 
     Args:
         texts: what it is to encode.
@@ -167,8 +165,10 @@ def _seams() -> list[np.ndarray]:
 
 
 def _energy_filters() -> torch.Tensor:
-    """Return the filters of `start_from_energies`, (192, 3, 16, 16): of luma two 8x8 blocks' DCT, low
-    frequencies of 16x16 and the seams; of each chroma low frequencies of 16x16 and a few of every band.
+    """Return the filters of `start_from_energies`, (192, 3, 16, 16).
+
+    Luma: two 8x8 blocks' DCT, low frequencies of 16x16, and the seams. Each chroma: low frequencies of
+    16x16, and a few of every band.
     """
     block = _dct_filters(8, 64)
     corners = np.zeros((64 + 48, PATCH, PATCH))
@@ -181,7 +181,7 @@ def _energy_filters() -> torch.Tensor:
 
 
 def start_from_energies(model: Qwen2_5_VLForConditionalGeneration, patches: torch.Tensor) -> None:
-    """Let the untrained vision tower see local energies: what tells blur, noise and blocking apart.
+    """Let the untrained vision tower see local energies, which tell blur, noise and blocking apart.
 
     The patch embedding becomes DCT filters, each scaled to unit deviation on sample patches. The first
     block's SwiGLU starts as silu(x) x + silu(-x) (-x) = x^2 for every channel; a constant in the last

@@ -1,5 +1,4 @@
-"""Two small networks and some filters that make pictures whose order of quality is known, or at least
-assumed.
+"""Two small networks and some filters that make pictures of known, or at least assumed, quality order.
 
 An `Upscaler` (super-resolution) learned from training photographs, a `Painter` (generation) from dead
 leaves. Their weights are in data/progress/ (fp16); ``vqr1 study progress`` trains them again.
@@ -95,9 +94,7 @@ class Painter(nn.Module):
 def upscaler_batches(
     seed: int, size: int = 72, batch: int = 8
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (enlarged, original), (B, 3, size, size) each: pieces of training photographs, at a random
-    scale.
-    """
+    """Yield (enlarged, original) pieces of training photographs, (B, 3, size, size), at a random scale."""
     rng = np.random.default_rng(seed)
     photos = list(photographs("train").values())
     while True:
@@ -144,11 +141,10 @@ NETWORKS = {
 
 
 def train_network(name: str, folder: Path, stored: tuple[int, ...], seed: int = 0) -> pd.DataFrame:
-    """Train a network, store its weights (a running mean of the last 1% or so) at the `stored` steps,
-    return its log.
+    """Train a network, store its weights at the `stored` steps, and return its log.
 
-    Adam, at a learning rate that falls along a cosine to nothing. One thread and one machine repeat it by
-    its seed. Columns: network, step, loss (mean of the last 50), seconds.
+    Weights are a running mean (decay 0.99). Adam's learning rate falls along a cosine to 0. One thread on
+    one machine repeats it by its seed. Columns: network, step, loss (mean of the last 50), seconds.
     """
     torch.manual_seed(seed)
     kind, batches, loss_of = NETWORKS[name]
@@ -206,16 +202,12 @@ def load_network(name: str, step: int, seed: int = 0) -> nn.Module:
 
 
 def shrink(picture: Image.Image, scale: int) -> Image.Image:
-    """Return the picture at 1/scale of its sides, by bicubic interpolation with antialiasing; scale must
-    divide them.
-    """
+    """Return the picture at 1/scale of its sides (scale must divide them), bicubic with antialiasing."""
     return picture.resize((picture.width // scale, picture.height // scale), Image.Resampling.BICUBIC)
 
 
 def enlarge(picture: Image.Image, scale: int, method: str | Upscaler = "bicubic") -> Image.Image:
-    """Return the picture at scale times its sides, by one of `FILTERS` or by a network after bicubic
-    interpolation.
-    """
+    """Return the picture at scale times its sides, by one of `FILTERS`, or bicubic and then a network."""
     size = picture.width * scale, picture.height * scale
     if isinstance(method, str):
         return picture.resize(size, FILTERS[method])
@@ -224,8 +216,7 @@ def enlarge(picture: Image.Image, scale: int, method: str | Upscaler = "bicubic"
 
 
 def paint(network: Painter, noise: torch.Tensor, steps: int) -> list[Image.Image]:
-    """Return what the network makes of noise (B, 3, H, W) in so many sampling steps (Euler's method, equal
-    steps).
+    """Return what the network makes of noise (B, 3, H, W) in `steps` equal steps of Euler's method.
 
     Each step from t to t' keeps t'/t of the distance between picture and guess.
     """
@@ -257,8 +248,9 @@ def retouch(
 ) -> Image.Image:
     """Return the picture with an unsharp mask (radius 1.5 px), contrast around mid-grey, and noise added.
 
-    sharpen, contrast: shares that are added to detail and to distance from mid-grey (0: nothing); grain:
-    deviation in grey levels of 255.
+    sharpen: share of detail that is added (0: nothing).
+    contrast: share of the distance from mid-grey that is added.
+    grain: deviation in grey levels of 255.
     """
     x = np.asarray(picture, dtype=np.float32)
     x = x + sharpen * (x - gaussian_filter(x, (1.5, 1.5, 0)))

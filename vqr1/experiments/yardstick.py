@@ -1,8 +1,6 @@
-"""The scorer as a yardstick of progress: how well scores find orders of pictures that are known or assumed,
-and what misleads them.
+"""The scorer as a yardstick: how well scores find known or assumed orders, and what misleads them.
 
-``vqr1 study progress`` makes what is missing of data/progress/ (networks) and data/runs/progress*.csv
-(tables).
+``vqr1 study progress`` makes missing networks (data/progress/) and tables (data/runs/progress*.csv).
 """
 
 from collections.abc import Sequence
@@ -67,9 +65,7 @@ def middles(split: str) -> dict[str, Image.Image]:
 
 
 def upscalings(photos: dict[str, Image.Image], scales=SCALES, steps=STORED["upscaler"]) -> list[dict]:
-    """Return rows of every photograph, shrunk and enlarged again: by each of `FILTERS`, and by the network
-    after `steps` of training.
-    """
+    """Return rows of photographs shrunk, then enlarged by each of `FILTERS`, or the network at `steps`."""
     methods = [(name, 0, name) for name in FILTERS] + [
         ("network", step, load_network("upscaler", step)) for step in steps
     ]
@@ -95,11 +91,11 @@ def upscalings(photos: dict[str, Image.Image], scales=SCALES, steps=STORED["upsc
 def paintings(
     count: int = 24, sampling=(1, 2, 4, 8, 16, 32), training=(0, *STORED["painter"]), size: int = 128
 ) -> list[dict]:
-    """Return rows of what the painter makes of `count` noises: by sampling steps, and by training at the
-    most sampling steps.
+    """Return rows of what the painter makes of `count` noises, by sampling steps and by training.
 
-    Method "original" are as many real dead leaves, of another seed than those it was trained on. size: a
-    multiple of 8; the network is convolutional, and was trained on 64. There is no original to be like.
+    Rows by training use the most sampling steps. Method "original" is as many real dead leaves, of a seed
+    it was not trained on. size: a multiple of 8; the network is convolutional, trained on 64. No row has an
+    original to compare with.
     """
     noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
     rng, textures = np.random.default_rng(1), pink_textures(np.random.default_rng(0))
@@ -124,9 +120,7 @@ STRENGTHS = {"sharpen": (0.5, 1, 2, 4), "contrast": (0.1, 0.25, 0.5, 1), "grain"
 
 
 def retouchings(photos: dict[str, Image.Image], scale: int = 3) -> list[dict]:
-    """Return rows of every photograph, as it is (scale 1) and enlarged bicubically, each retouched in one
-    way at a time.
-    """
+    """Return rows of photographs, as they are (scale 1) and enlarged bicubically, each retouched one way."""
     rows = []
     for name, photo in photos.items():
         for factor, start in ((1, photo), (scale, enlarge(shrink(photo, scale), scale))):
@@ -173,9 +167,7 @@ ORDERS = {
     "sampling steps": ("method == 'sampling'", "amount", [1, 2, 4, 8, 16, 32]),
     "painter training": ("method == 'training'", "amount", [0, *STORED["painter"]]),
 }
-"""Name -> (which measured rows, column, its values from worst to best). The last two orders are assumed, the
-others known.
-"""
+"""Name -> (query, column, its values from worst to best). The last two orders are assumed, the rest known."""
 
 
 def in_order(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -194,9 +186,10 @@ def agreement_with(table: pd.DataFrame, name: str, yardstick: str = "score") -> 
         yardstick: "score", "psnr" or "ssim".
 
     Returns:
-        srcc, the mean over photographs (or noises) of Spearman's correlation between yardstick and place;
-        means, that between the mean yardstick of all photographs and the place; 95% bootstrap intervals of
-        both; photographs, rows and unparseable, how many there are.
+        srcc: Spearman's correlation of yardstick and place, averaged over photographs (or noises).
+        means: the same correlation of each place's mean yardstick.
+        *_lo, *_hi: 95% bootstrap intervals of both.
+        photographs, rows, unparseable: how many there are.
     """
     rows = in_order(table, name)
     rows = rows.assign(score=rows[yardstick].replace(np.inf, 200))  # an original is above all, and has a rank
@@ -224,8 +217,9 @@ def means_srcc(score, place) -> float:
 
 
 def means(table: pd.DataFrame, by: str | list[str], column: str = "score") -> pd.DataFrame:
-    """Return the mean of a column for every value of ``by``, with its 95% bootstrap interval over
-    photographs: mean, low, high.
+    """Return a column's mean for every value of ``by``, and its 95% interval: mean, low, high.
+
+    The interval is a bootstrap over photographs.
     """
     rows = {}
     for value, own in table.groupby(by, sort=False):
@@ -234,10 +228,10 @@ def means(table: pd.DataFrame, by: str | list[str], column: str = "score") -> pd
 
 
 def preferred(one: pd.DataFrame, two: pd.DataFrame) -> tuple[float, float, float]:
-    """Return P(pictures of the first table look better than those of the second), Thurstone's, and its 95%
-    interval over photographs.
+    """Return Thurstone's P(first table's pictures look better than the second's), with its 95% interval.
 
-    Both tables: one measured row per reference. Raises ValueError unless they hold the same ones.
+    The interval is over photographs. Both tables have one measured row per reference; ValueError unless
+    they hold the same ones.
     """
     pairs = one.merge(two, on="reference", validate="one_to_one", suffixes=("", "_two"))
     if not len(pairs) == len(one) == len(two):
@@ -255,12 +249,11 @@ def preferred(one: pd.DataFrame, two: pd.DataFrame) -> tuple[float, float, float
 def climb(
     scorer: Scorer, photos: dict[str, Image.Image], rounds: int = 40, scale: int = 3, seed: int = 0
 ) -> pd.DataFrame:
-    """Climb to the retouching that the scorer likes best on bicubically enlarged photographs; return every
-    round.
+    """Climb to the retouching of enlarged photographs that the scorer likes best; return every round.
 
-    Each round changes the best settings a little, and keeps the change if the mean score rises: a (1+1)
-    evolution strategy. Columns: round, sharpen, contrast, grain, score, psnr, ssim (means over the
-    photographs), kept.
+    Photographs are enlarged bicubically. Each round changes the best settings a little, and keeps the change
+    if the mean score rises: a (1+1) evolution strategy. Columns: round, sharpen, contrast, grain, score,
+    psnr, ssim (means over the photographs), kept.
     """
     rng, rows = np.random.default_rng(seed), []
     steps, best = {"sharpen": 0.5, "contrast": 0.1, "grain": 1.5}, dict.fromkeys(STRENGTHS, 0.0)
@@ -304,9 +297,7 @@ def policy_path(name: str) -> str:
 
 
 def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
-    """Train the networks whose weights are not in `folder`, on one thread, and write their losses into
-    `log`.
-    """
+    """Train the networks whose weights `folder` lacks, on one thread, and write their losses into `log`."""
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -319,9 +310,7 @@ def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
 
 
 def measure_part(part: str, name: str, scorer: Scorer, runs: Path) -> None:
-    """Add a policy's rows of one of `PARTS` to the table of pictures, and those of climbing to the table of
-    rounds.
-    """
+    """Add a policy's rows of one of `PARTS` to the table of pictures, and climbing's to that of rounds."""
     if part == "reward":
         rounds = climb(scorer, middles("val"))
         _replace(runs / ROUNDS, rounds, {"part": part, "policy": name})
@@ -343,9 +332,7 @@ def _replace(path: Path, table: pd.DataFrame, key: dict[str, str], seed: int = 0
 
 
 def study_rows(pictures: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for every order and yardstick: the policies, and PSNR and SSIM where there is an
-    original.
-    """
+    """Return a row per order and yardstick: the policies, and PSNR and SSIM where originals exist."""
     test = dict(list(pictures[pictures["split"] != "val"].groupby("policy", sort=False)))
     yardsticks = [(policy, "score", own) for policy, own in test.items()]
     yardsticks += [(name, name, next(iter(test.values()))) for name in ("psnr", "ssim")]
@@ -353,7 +340,7 @@ def study_rows(pictures: pd.DataFrame) -> pd.DataFrame:
         _row(variant, order, own, column)
         for variant, column, own in yardsticks
         for order in ORDERS
-        if in_order(own, order)[column].notna().any()  # what is generated has no PSNR
+        if in_order(own, order)[column].notna().any()  # generated pictures have no PSNR
     ]
     return pd.DataFrame(rows)
 
@@ -370,9 +357,9 @@ def _row(variant: str, order: str, pictures: pd.DataFrame, yardstick: str) -> di
 
 
 def study(policies: Sequence[str] = POLICIES, runs: Path | None = None) -> pd.DataFrame:
-    """Make what is missing of networks and tables, policy by policy; write and return progress.csv.
+    """Make missing networks and tables, policy by policy; write and return progress.csv.
 
-    runs: folder of the tables, data/runs by default. What has its rows is not scored again.
+    runs: folder of the tables, data/runs by default. Parts that have rows are not scored again.
     """
     runs = runs or EMBEDDED / "runs"
     make_networks(EMBEDDED / "progress", runs / TRAINING)

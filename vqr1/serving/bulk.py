@@ -1,4 +1,4 @@
-"""Scoring many pictures: blocks of them, their rows, and the file of rows that survives a kill.
+"""Score many pictures: blocks of them, their rows, and a file of rows that survives a kill.
 
 A row is written when its picture is scored and never changes. The same command reads what is there, drops
 a half-written last row, and goes on with the pictures that have none.
@@ -40,12 +40,11 @@ ENDINGS = (".csv", ".jsonl", ".parquet")
 
 
 def shard(pictures: Sequence[str], which: str, window: int = 1) -> list[str]:
-    """Return the i-th of n blocks of pictures for ``which`` = "i/n": in the order of i they are the whole
-    again.
+    """Return the i-th of n blocks of pictures, ``which`` = "i/n"; the blocks in order are the whole.
 
-    window: pictures that are batched together. Blocks begin where windows do if there are at least 4
-    windows in each (so that they differ little in size); then even what depends on the company in a batch
-    is that of the run without shards.
+    window: pictures that are batched together. If every block has at least 4 windows, blocks begin where
+    windows do (and differ little in size): then even what depends on the rest of a batch is as without
+    shards.
 
     >>> shard("abcdefg", "1/3"), shard("abcdefg", "2/3"), shard("abcdefg", "3/3")
     (['a', 'b'], ['c', 'd'], ['e', 'f', 'g'])
@@ -87,7 +86,7 @@ def utf8_name(text: str) -> str:
 
 
 def to_table(rows: Iterable[dict]) -> str:
-    """Return rows as a person reads them: score and deviation, picture, then what is to be said of it.
+    """Return rows as a person reads them: score and deviation, picture, then its note and reasoning.
 
     >>> row = dict.fromkeys(ROW_COLUMNS, "") | {"image": "a.png", "score": 4.1234, "std": 0.256}
     >>> print(to_table([row, row | {"image": "b.png", "score": None, "error": "b.png is missing"}]), end="")
@@ -181,9 +180,7 @@ class RowFile:
         self.file.close()
 
     def write(self, rows: list[dict]) -> None:
-        """Add rows; they are on disk when it returns. Raises OSError where they are not, and keeps those
-        before.
-        """
+        """Add rows, on disk when this returns; else raise OSError, and keep the rows before."""
         try:
             self._append((to_csv if self.csv else _to_json)(rows).encode())
         except BaseException:  # also Ctrl-C: no half of a row stays behind
@@ -192,7 +189,7 @@ class RowFile:
         self.done |= {row["image"]: bool(row["error"]) for row in rows}
 
     def finish(self) -> None:
-        """Make the Parquet file of the rows; nothing is left to do for the other kinds."""
+        """Turn the rows into the Parquet file; the other kinds need nothing."""
         if not self.parquet:
             return
         import pyarrow as pa

@@ -1,15 +1,14 @@
-"""Score a folder or a bucket of pictures on a Ray cluster, with Ray Data: several machines, or several
-processes of one.
+"""Score a folder or bucket of pictures with Ray Data, on several machines or in several processes of one.
 
     vqr1 score data/photos --actors 2 --out scores.csv
     vqr1 score s3://bucket/pictures --actors 8 --gpus 1 --out scores.parquet
 
 Needs the extra "scale". The cluster is the one that the environment's RAY_ADDRESS names; without it, Ray
 starts on this machine. Every node needs vqr1 and the policy, by hub name or at the same path. Each actor
-holds one Scorer and fetches its pictures itself, so that one that cannot be fetched is a row with an error.
-Rows and their order are those of ``vqr1 score`` without ``--actors``: the same code writes them, here, as
-results come, and the same command goes on where a killed one stopped. Ray's usage reports are off. A bucket
-has been tried only as a local file system.
+holds one Scorer and fetches its own pictures; a picture that cannot be fetched is a row with an error. Rows
+and their order are those of ``vqr1 score`` without ``--actors``: the same code writes them here as results
+come, and the same command goes on where a killed one stopped. Ray's usage reports are off. A bucket has
+been tried only as a local file system.
 """
 
 import os
@@ -24,17 +23,13 @@ from vqr1.scoring import Scorer
 from vqr1.serving.bulk import score_rows, utf8_name
 
 TASK = 128
-"""Pictures that an actor is given at a time: two windows of the Scorer's. What is lost when a node dies is
-scored again.
-"""
+"""Pictures an actor is given at a time: two of the Scorer's windows. If its node dies, they are rescored."""
 FETCHES = 16
 """Pictures that an actor fetches at a time."""
 
 
 def filesystem_of(source: str) -> tuple:
-    """Return (file system, path in it) of a folder, or of a bucket's address: ``s3://…``, ``gs://…``,
-    ``hdfs://…``.
-    """
+    """Return (file system, path in it) of a folder or an address: ``s3://…``, ``gs://…``, ``hdfs://…``."""
     from pyarrow.fs import FileSystem
 
     try:
@@ -46,8 +41,7 @@ def filesystem_of(source: str) -> tuple:
 
 
 def pictures_in(source: str) -> list[str]:
-    """Return the pictures below a folder or in a bucket, as paths below `source`, sorted, hidden ones left
-    out.
+    """Return the pictures in a folder or bucket as sorted paths below `source`, hidden ones left out.
 
     Raises ValueError where there are none, or no such place.
     """
@@ -80,7 +74,7 @@ class Rater:
         self.scorer = Scorer(*asked, batch_size)
 
     def __call__(self, table):
-        """Return the rows of the pictures in a pyarrow table's column ``image``, as another."""
+        """Return the rows of a pyarrow table's pictures (column ``image``) as a pyarrow table."""
         import pyarrow
 
         return pyarrow.Table.from_pylist(self.rows(table["image"].to_pylist()))
@@ -126,8 +120,7 @@ def scored(
     actors: processes with a Scorer each.
     gpus: of each actor.
 
-    Raises ValueError where Ray is missing, or the cluster is too small for the actors, which would wait for
-    ever.
+    Raises ValueError where Ray is missing, or the cluster is too small: actors would wait for ever.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
