@@ -245,7 +245,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 or 1.2 would read as something else."""
+    """Quote a text that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _kind in (_Loader, _Dumper):

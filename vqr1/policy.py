@@ -100,7 +100,8 @@ def load_policy(
             Qwen/Qwen2.5-VL-3B-Instruct, …-7B-Instruct, TianheWu/VisualQuality-R1-7B,
             Qwen/Qwen3-VL-2B-Instruct, …-4B…, …-8B….
         quantize: load the language model in 4-bit NF4. Default: as an adapter was trained, and not for a
-            whole model. Another base than in training changes the scores, and warns.
+            whole model. A base other than the trained one changes the scores, with a
+            warning.
         dtype: of all other weights, default `default_dtype()`. Instead of fp16 the vision tower gets fp32,
             and with `quantize` all of them do: activations can leave fp16's range and become NaN.
         pixels: (smallest, largest) number of pixels that a picture is scaled to, default the processor's.

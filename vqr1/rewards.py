@@ -58,8 +58,8 @@ class RankingReward:
         scope: "local" compares the images of this process: with gradient accumulation the whole generation
             batch, as TRL passes it, not one micro-batch. "global" compares the images of all processes, which
             exchange (score, mos, dataset) rows in one collective per call: every process has to call it.
-        bounded: a score outside 1..5 counts as none. Otherwise nothing holds the scale: in a comparison 300
-            is as good as 5 (notebook 02, section 5).
+        bounded: a score outside 1..5 counts as unparseable. Otherwise nothing holds the scale: in a
+            comparison 300 is as good as 5 (notebook 02, section 5).
         variants: keyword arguments of `ranking_reward`: binary, average, variance, gamma, eps.
 
     Raises:

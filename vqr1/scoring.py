@@ -41,7 +41,7 @@ DRAWS = 10_000
 class Score:
     """A picture's score (1..5, higher is better) and its standard deviation.
 
-    answers: the completions it was read from (of an expected score: the text before the number).
+    answers: the completions it was read from (expected score: the text before the number).
     reasoning: what the first of them thinks.
     mass: the probability of the answers that an expected score is the mean of; NaN for other estimates.
     note: what was done to read the picture, as "frame 1 of several", and whether answers were off the scale.
@@ -88,17 +88,17 @@ class Scorer:
     or for which the model gives NaN has a NaN score and an error.
 
     Estimates:
-        "expected": mean and deviation of the model's own distribution over the answers that `parse_score`
-            reads and that begin with their number: 0 to 10 with up to two decimals (`vqr1.engines.answers`),
-            exact, from token probabilities. A number counts where no digit, point or sign of doubt follows
-            it. What comes later is not looked at, so `mass` is too large by the probability of answers such
-            as `3.5 or 4`. Only the likeliest answer is followed to its end: if `parse_score` does not read
-            it, the row is an error. With thinking, the reasoning is generated greedily first. The score is
+        "expected": exact mean and deviation, by token probabilities, of the model's own distribution over the
+            answers that `parse_score` reads and that begin with their number: 0 to 10, up to two decimals
+            (`vqr1.engines.answers`). A number counts where no digit, point or sign of doubt follows it. What
+            comes later is not looked at, so `mass` is too large by the probability of answers such as
+            `3.5 or 4`. Only the likeliest answer is followed to its end: if `parse_score` does not read it,
+            the row is an error. With thinking, the reasoning is generated greedily first. The score is
             conditional on it: other reasoning would give another mean, which ``std`` does not show.
         "greedy": the parsed greedy answer; ``note`` says when it is off the scale.
         "sample": mean and deviation (ddof 1) of the answers between 1 and 5 among k sampled at temperature 1;
             ``note`` says how many were off the scale. The paper takes the mean of all, where one 9000 would
-            decide.
+            dominate.
 
     Args:
         policy: a name or path for `load_policy`, or a pair (model, processor); for vLLM, and what of it was

@@ -28,9 +28,20 @@ def comparative_probability(
 
     p_k(i, j) = Phi((s_ik - mean_j) / sqrt(var_i + var_j + gamma)), Phi the normal distribution function.
 
-    ``scores`` (B, K), ``variances`` (B,), ``other_means`` and ``other_variances`` (J,), in score units
-    (variances: squared, ddof 1); the result is (B, J, K), entry [i, j, k]. Raises ValueError for other
-    shapes and unless gamma > 0. Source: the paper's p_k(x_i, x_j); gamma from the official code.
+    Args:
+        scores: (B, K), in score units.
+        variances: (B,), in score units squared, ddof 1.
+        other_means: (J,), in score units.
+        other_variances: (J,), like `variances`.
+        gamma: keeps the root positive; from the official code.
+
+    Returns:
+        (B, J, K), entry [i, j, k].
+
+    Raises:
+        ValueError: for other shapes, and unless gamma > 0.
+
+    Source: the paper's p_k(x_i, x_j).
 
     >>> scores, variances = torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([0.5])
     >>> comparative_probability(scores, variances, torch.tensor([3.0]), torch.tensor([0.5]))
@@ -108,11 +119,19 @@ def ranking_reward(
 
     r_ik = mean over j != i of fidelity(p(i, j), p_k(i, j)), over images j of the same data set.
 
-    ``scores`` (B, K) floating, NaN = unparseable; ``mos`` (B,); ``dataset`` B names, or None for one data
-    set. The result is (B, K), in the dtype and on the device of ``scores``, in 0.002..1.001; 0 where
-    nothing was compared: an unparseable completion (which takes no part in its group's mean and variance)
-    and an image without a partner. A group with one parseable completion has variance 0; with none, its image
-    is nobody's partner. A score so large that its square overflows counts as unparseable.
+    Args:
+        scores: (B, K), floating; NaN = unparseable. These take no part in their group's mean and variance.
+        mos: (B,), higher is better.
+        dataset: B names, or None for one data set.
+        binary, average, variance: the variants below.
+        gamma, eps: of `comparative_probability` and `fidelity`.
+
+    Returns:
+        (B, K), in the dtype and on the device of ``scores``, in 0.002..1.001; 0 where nothing was compared:
+        an unparseable completion, and an image without a partner.
+
+    A group with one parseable completion has variance 0; with none, its image is nobody's partner. A score
+    so large that its square overflows counts as unparseable.
 
     The variants of the paper's Table 4:
 

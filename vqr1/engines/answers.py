@@ -57,7 +57,7 @@ _COLUMN = torch.tensor([COLUMNS.index(text[-1:] or END) for text in BEGINNINGS])
 _ANSWER_PARENT = torch.tensor([BEGINNINGS.index(text[:-1]) for text in ANSWERS])
 _ANSWER_COLUMN = torch.tensor([COLUMNS.index(text[-1]) for text in ANSWERS])
 _FULL_STOP = torch.tensor([text.endswith(END) and "." in text for text in ANSWERS])
-"""Of each answer, whether a point after it is a full stop: 3.5. is a number, too."""
+"""Whether a point after each answer is a full stop: 3.5. is a number, too."""
 
 
 class Prepared(NamedTuple):

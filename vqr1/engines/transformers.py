@@ -67,7 +67,7 @@ class Reached(NamedTuple):
 
 
 class Transformers(Engine):
-    """Asks a model of transformers; see `vqr1.engines.Engine`.
+    """Ask a model of transformers; see `vqr1.engines.Engine`.
 
     Pictures are batched by size, so that little is padded: `batch_size` at most, fewer if they are large or
     do not fit into memory. Each goes through the vision tower once. The model is in eval mode meanwhile.
@@ -310,9 +310,9 @@ class Transformers(Engine):
 
 
 class OnlyNumbers(LogitsProcessor):
-    """Ends a completion where the logits are no numbers: sampling from them would stop the whole batch.
+    """End a completion where the logits are no numbers: sampling from them would stop the whole batch.
 
-    failed: of each row, whether it happened.
+    failed: whether it happened, row by row.
     """
 
     def __init__(self, end: int):

@@ -188,7 +188,7 @@ def load(policy: str | Path | tuple) -> Vllm:
 
 
 class Vllm(Engine):
-    """Asks vLLM; see `vqr1.engines.Engine`. It makes its own batches, so `batch_size` changes nothing."""
+    """Ask vLLM; see `vqr1.engines.Engine`. It makes its own batches, so `batch_size` changes nothing."""
 
     def __init__(self, llm, processor: ProcessorMixin, sampling_params: type, lora=None):
         self.llm, self.processor, self.sampling_params, self.lora = llm, processor, sampling_params, lora
