@@ -4,8 +4,8 @@
 
     print(Scorer()(["photo.jpg"]))  # 1 (very poor) to 5 (excellent)
 
-The names of `__all__` are looked up when they are first asked for, so ``import vqr1`` loads no torch. What is
-rarer stands in its own room, as in ``from vqr1.evaluation import evaluate``.
+The names in `__all__` are imported at first use, so ``import vqr1`` loads no torch. Everything else is
+imported from its module, as in ``from vqr1.evaluation import evaluate``.
 """
 
 from contextlib import contextmanager
@@ -35,11 +35,11 @@ def lazy(package: str, rooms: dict[str, str]) -> tuple:
 
 @contextmanager
 def quiet():
-    """Keep libraries from saying, while this lasts, what says nothing to us; a context, or a decorator.
+    """Silence library messages that say nothing to us, as a context or a decorator.
 
-    bitsandbytes, which peft and TRL import, logs that an optional kernel for CPUs is missing. TRL calls what
-    transformers 5.23 renamed, around every generation. peft looks for the vocabulary of an adapter's base
-    under its name, and the embedded policy's is no folder. TRL's trainers ping a server when they are built.
+    bitsandbytes, which peft and TRL import, logs that an optional CPU kernel is missing. Around every
+    generation, TRL calls what transformers 5.23 renamed. peft looks for the vocabulary of an adapter's base
+    by its name, and the embedded policy's name is no folder. TRL's trainers ping a server when built.
     """
     import logging
     import sys

@@ -27,9 +27,9 @@ def model_card(settings: Settings, log: pd.DataFrame, machine: str) -> str:
     """Return the text of a policy's README.md, with the header that the Hugging Face hub reads.
 
     Args:
-        settings: of the run.
+        settings: the run's.
         log: its log.csv.
-        machine: the log's first line, which says on what the run was made.
+        machine: the log's first line, from `machine_line`.
     """
     base = settings.model_name_or_path
     header = ModelCardData(

@@ -1,7 +1,7 @@
 """The command line: vqr1 demo, train, score, compare, describe, evaluate, data, sheet, pretrain, study.
 
-Each command is two functions: what it takes (`_score_options`) and what it does (`_score`), which imports
-what it needs itself, so that ``vqr1 --help``, ``data`` and ``sheet`` start without torch.
+Each command has two functions: one adds its options (`_score_options`), one runs it (`_score`) and imports
+what it needs. So ``vqr1 --help``, ``data`` and ``sheet`` start without torch.
 """
 
 import argparse
@@ -16,19 +16,19 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0, 1 when something failed, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(arguments)
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be no text in the terminal's encoding
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may be unable to print a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.command not in ("data", "sheet"):
             from transformers.utils import logging
 
-            logging.disable_progress_bar()  # of loading and saving weights; the training's bar stays
+            logging.disable_progress_bar()  # for loading and saving weights; training keeps its bar
         return args.run(args)
     except KeyboardInterrupt:
         saved = "What was saved up to the last checkpoint is kept: --resume goes on from there."
         print("\nInterrupted.", saved if args.command in ("demo", "train") else "", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:  # what the user gave cannot be used; the text says what and why
+    except (ValueError, OSError) as error:  # unusable input; the text says what and why
         print(f"vqr1 {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -62,7 +62,7 @@ Add = Callable[..., argparse.Action]
 
 
 def _count(text: str) -> int:
-    """Return a number of steps or rows: 0 would be taken for none given."""
+    """Return a number of steps or rows; 0 would count as not given."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return int(text)
@@ -179,7 +179,7 @@ def _score(args) -> int:
         "thinking": args.thinking,
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of damaged or large files; their rows say it
+        warnings.filterwarnings("ignore", module="PIL")  # on damaged or large files; their rows say it
         return (_score_on_cluster if args.actors else _score_here)(args, settings)
 
 
@@ -227,7 +227,7 @@ def _print_scores(rows) -> int:
         for some in rows:
             print(form(some), end="", flush=True)
             failed |= any(row["error"] for row in some)
-    except OSError as error:  # the disk is full, or who reads has gone, as head does
+    except OSError as error:  # the disk is full, or the reader has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"vqr1 score: {error.strerror}", file=sys.stderr)

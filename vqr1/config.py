@@ -1,5 +1,6 @@
-"""The settings of a training run: a dataclass with defaults, filled from a YAML file that shows only what it
-decides. Every key is checked before anything is loaded.
+"""The settings of a training run: a dataclass with defaults, filled from a YAML file.
+
+A file says only what it decides. Every key is checked before anything is loaded.
 
     extends: cpu              # a name in vqr1/configs, or the path of a file; absent: only the defaults
     sets: [kadid10k]
@@ -49,8 +50,8 @@ class Settings:
     The sections ``reward_options``, ``validation`` and ``grpo`` are merged with their defaults key by key.
 
     Raises:
-        ValueError: for the first setting that cannot be meant; it names file, key, value and remedy, and
-            needs no model, no data and no GPU.
+        ValueError: for the first invalid setting; it names file, key, value and remedy. Checking needs no
+            model, data or GPU.
 
     >>> Settings(model_name_or_path="tiny-policy", sets="sim-kadid")
     Traceback (most recent call last):
@@ -61,15 +62,15 @@ class Settings:
     model_name_or_path: str
     """tiny-policy, a folder of a model or an adapter, or a hub name."""
     load_in_4bit: bool = False
-    """The language model is loaded in 4-bit NF4."""
+    """Load the language model in 4-bit NF4."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights that are not 4-bit; None: what the device is good at."""
+    """Type of the weights that are not 4-bit; None: `default_dtype()`."""
     min_pixels: int | None = None
     """Images are scaled up to at least this many pixels; None: the processor's own limits."""
     max_pixels: int | None = None
     """Images are scaled down to at most this many pixels."""
     use_peft: bool = True
-    """An adapter is trained; False: all weights."""
+    """Train an adapter; False: all weights."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32
@@ -77,13 +78,11 @@ class Settings:
     lora_vision: bool = False
     """The vision tower gets an adapter too, which vLLM does not serve by default."""
     frozen: list[str] = field(default_factory=lambda: ["visual"])
-    """Parts of the policy that stay as they are. The tower has learned to see; judgement is in the language
-    model."""
+    """Parts that are not trained. The vision tower has learned to see; the language model judges."""
     sets: list[str]
     """Names of rated sets, or paths of manifests."""
     root: str | dict[str, str] | None = None
-    """Folder of the public sets, or one for each, as in {kadid10k: /data/kadid10k}; None: VQR1_DATA, else
-    data/."""
+    """Folder of the public sets, or one per set, {kadid10k: /data/kadid10k}; None: VQR1_DATA, else data/."""
     thinking: bool = True
     """The policy reasons before it answers."""
     picture_number: bool = False
@@ -93,9 +92,9 @@ class Settings:
     reward_options: dict = field(default_factory=lambda: {"bounded": True})
     """Of `RankingReward`: bounded (a score outside 1..5 counts as none), binary, average, variance, scope."""
     share_prompts: bool = True
-    """What the K answers to one image share is computed once (vqr1/sharing.py); False: TRL's own way."""
+    """Compute once what the K answers to one image share (vqr1/sharing.py); False: TRL's own way."""
     validation: dict = field(default_factory=lambda: {"rows": 190, "every": 25})
-    """How many val rows are scored, and every how many steps."""
+    """How many val rows are scored, and how often, in steps."""
     grpo: dict = field(
         default_factory=lambda: {
             "seed": 0,
@@ -107,7 +106,7 @@ class Settings:
     )
     """Keys of trl.GRPOConfig."""
     source: InitVar[str | Path] = "configuration"
-    """The file, or whatever else an error's text starts with."""
+    """What an error's text starts with, such as the file."""
 
     def __post_init__(self, source: str | Path) -> None:
         given = {name: getattr(self, name) for name in HINTS[""]}
@@ -118,11 +117,11 @@ class Settings:
             check(source, self)
 
     def changed(self, source: str | Path = "configuration", **changes) -> "Settings":
-        """Return other settings: these with some changed, and checked again.
+        """Return a copy with some settings changed, checked again.
 
         Args:
             source: what an error's text starts with.
-            changes: by key; those of a section are merged with what it has.
+            changes: by key; a section is merged key by key.
 
         >>> load_config("cpu").changed(thinking=False, grpo={"max_steps": 5}).grpo["num_generations"]
         6
@@ -175,9 +174,7 @@ HINTS = {
         "max_completion_length": int,
     },
 }
-"""Section of the settings -> its keys and their types. TRL checks some of its words only after the first
-rollout.
-"""
+"""Section of the settings -> its keys and types. TRL checks some words only after the first rollout."""
 TRL_DEFAULTS = {one.name: one.default for one in fields(GRPOConfig)}
 
 LEAST = {
@@ -226,11 +223,9 @@ RESERVED = {
 }
 """Keys of GRPOConfig that the project sets itself, and why they are not needed."""
 PACKAGES = {"use_vllm": "vllm", "use_liger_kernel": "liger_kernel", "deepspeed": "deepspeed"}
-"""Keys of GRPOConfig that need a package which is not installed with ours."""
+"""Keys of GRPOConfig that need a package which ours does not install."""
 PATCH = 32 * 32
-"""Pixels that a policy sees as one token, at most: 32x32 of the embedded policy and Qwen3-VL, 28x28 of
-Qwen2.5-VL.
-"""
+"""Most pixels that become one token: 32x32 in the embedded policy and Qwen3-VL, 28x28 in Qwen2.5-VL."""
 
 
 # YAML 1.2: 1e-3 is a number, 010 is ten, 1:30 is no number of seconds, and yes, no, on and off are words
@@ -250,7 +245,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 or 1.2 would read as something else."""
+    """Quote a text that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -273,9 +268,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    """Write a YAML file that `read_yaml` reads as the same; whoever reads it meanwhile sees the old one
-    whole.
-    """
+    """Write a YAML file that `read_yaml` reads back; until it is whole, readers see the old one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
     partial.replace(path)
@@ -285,7 +278,7 @@ def write_yaml(path: Path, content: Any) -> None:
 
 
 def config_for_device() -> str:
-    """Return the name of the configuration made for the first GPU's memory, and "cpu" where there is none.
+    """Return the name of the configuration for the first GPU's memory, or "cpu" without a GPU.
 
     10 GiB (a T4 has 15): t4-3b; 20 GiB (L4, A10, RTX 4090): l4-7b; 38 GiB (A100, H100): a100-7b.
     """
@@ -365,9 +358,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_keys(source: str | Path, values: dict[str, Any]) -> None:
-    """Raise ValueError for a key that is old or unknown, at the top or in a section, and a value of another
-    type than `HINTS` has.
-    """
+    """Raise ValueError for a key, also in a section, that is old, unknown, or not of the type in `HINTS`."""
     for key in values:
         if key in RENAMED:
             raise ValueError(f"{source}: key {key!r} is called {RENAMED[key]} now; rename it")
@@ -393,8 +384,7 @@ def _wrong(source, key: str, value, why: str) -> ValueError:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of an annotated type; an integer is a float too, and a truth value is no
-    number.
+    """Tell whether a value has an annotated type; an integer is a float too, a boolean is no number.
 
     >>> fits("1e-3", float), fits(1, float), fits(True, int), fits(["a"], list[str] | None)
     (False, True, False, True)
@@ -421,7 +411,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def wanted(hint: Any) -> str:
-    """Return what a type wants, in words.
+    """Describe a type in words.
 
     >>> wanted(list[int] | None), wanted(Literal["a", "b"])
     ('a list of integers or null', 'one of a, b')
@@ -505,7 +495,7 @@ def _check_trl(source, settings: Settings) -> None:
 
 
 def _check_batch(source, settings: Settings) -> None:
-    """Each process samples whole groups, and ranks at least two pictures."""
+    """Require whole groups and at least two pictures per process."""
     grpo = TRL_DEFAULTS | settings.grpo
     k, batch = grpo["num_generations"], grpo["per_device_train_batch_size"]
     passes = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]

@@ -1,7 +1,7 @@
 """The 25 distortions of KADID-10k at five levels, seeded, in NumPy, SciPy and Pillow.
 
-Numbers are those of the authors' generator (`imdist_generator.m` of KADIS-700k, Lin, Hosu and Saupe); the
-code is our own. `mean_shift` and `contrast_change` run from plus to minus, as there: their level is no
+The numbers are from the authors' generator (`imdist_generator.m` of KADIS-700k, Lin, Hosu and Saupe); the
+code is our own. As there, `mean_shift` and `contrast_change` run from plus to minus: their level is no
 severity. Parameters in px are native pixels of KADID's 512x384 pictures: distort at full size, crop
 afterwards. Unlike the generator, no picture is stretched to the full range of values before or after.
 """
@@ -226,8 +226,7 @@ def _multiplicative_noise(x, p, rng):
 
 
 def _denoise(x, p, rng):
-    """Add Gaussian noise of variance p, then shrink three wavelet bands towards 0 where little but noise is
-    in them.
+    """Add Gaussian noise of variance p, then shrink three wavelet bands where they hold little but noise.
 
     KADID used a deep denoiser (DnCNN). This stand-in (undecimated bands between Gaussian blurs, Wiener gain
     from the energy nearby) is fast and leaves the same look: flat smears, soft blotches, edges kept where
@@ -289,7 +288,7 @@ def _jitter(x, p, rng):
 
 
 def _place(position, length):
-    """Clamp to the picture; the cell's first index and the share of the second, the share as a column."""
+    """Clamp to the picture; return the cell's first index, and the second's share as a column."""
     position = np.clip(position, 0, length - 1)
     first = np.minimum(position.astype(np.intp), max(length - 2, 0))
     return first.ravel(), (position - first).astype(np.float32).reshape(-1, 1)
@@ -336,9 +335,7 @@ def _high_sharpen(x, p, rng):
 
 
 def _contrast_change(x, p, rng):
-    """Bend tones by the cubic spline that takes 0.3 to 0.25 - p / 4 and 0.7 to 0.75 + p / 4 (-0.2:
-    identity).
-    """
+    """Bend tones by a cubic spline: 0.3 to 0.25 - p / 4, 0.7 to 0.75 + p / 4 (p = -0.2: identity)."""
     curve = interpolate.CubicSpline((0, 0.3, 0.5, 0.7, 1), (0, 0.25 - p / 4, 0.5, 0.75 + p / 4, 1))
     return curve(_BYTE).astype(np.float32)[_index(x, 255)]
 

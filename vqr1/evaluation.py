@@ -20,14 +20,14 @@ from vqr1.scoring import Score, Scorer
 
 EVALUATION_SETS = ("sim-kadid", "sim-unseen", "sim-mixed")
 STATISTICS = (("srcc", srcc, ["mos"]), ("srcc_within_level", srcc_by, ["mos", "level"]))
-"""What differences are taken of: name, statistic, and its columns after the scores."""
+"""Statistics that `gain` compares: name, function, its columns after the scores."""
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
 class Rows(NamedTuple):
-    """Rows of a manifest beside their pictures, one per row: rendered, or paths where nothing is rendered.
+    """Rows of a manifest and their pictures, one per row: rendered, or paths where nothing is rendered.
 
-    Pictures in ``frame.attrs`` would be copied, every one, at nearly every step that pandas makes.
+    In ``frame.attrs``, pandas would copy every picture at nearly every step.
     """
 
     frame: pd.DataFrame
@@ -130,13 +130,13 @@ def protocol(frame: pd.DataFrame) -> str:
 
 
 def agreement(table: pd.DataFrame) -> dict[str, float]:
-    """Return one result row of scored rows, as their `protocol` wants it.
+    """Return one result row for scored rows, by their `protocol`.
 
     Args:
         table: from `score_frame`.
 
     Returns:
-        pooled: `summarize`; a set with subsets has the SRCC within each of them too, srcc_SUBSET.
+        pooled: `summarize`, and srcc_SUBSET, the SRCC within each subset if the set has any.
         per content: srcc and plcc are means over contents, their pooled values have columns of their own,
         and there is no fit.
         dominance: the share of pairs in the right order. Ties count half, a pair with an unparseable answer
@@ -179,15 +179,15 @@ def oracles(frame: pd.DataFrame) -> dict[str, dict]:
 def naming(table: pd.DataFrame) -> dict[str, float]:
     """Return how often the reasoning names what was done to the picture.
 
-    Over rows where it is easy to see: levels 3-5, and 1 and 5 for mean shift and contrast change, whose
-    level 3 is (nearly) the original. Rows without a single known distortion are left out.
+    It counts rows where that is easy to see: levels 3-5, and 1 and 5 for mean shift and contrast change,
+    whose level 3 is (nearly) the original. Rows without a single known distortion are left out.
 
     Args:
         table: columns distortion, level and reasoning.
 
     Returns:
-        named_rows, how many these are; family, exact and severity, the shares that are right; texts, how
-        many different ones there are.
+        named_rows: how many these are; family, exact, severity: the shares that are right; texts: how many
+        different ones there are.
     """
     rows = table[table["distortion"].isin(FAMILY)]
     signed = rows["distortion"].isin(["mean_shift", "contrast_change"])

@@ -1,8 +1,8 @@
 """How well scores agree with mean opinion scores (MOS): SRCC, PLCC, and intervals by photograph.
 
 Pairs with a score or a MOS that is not a finite number are left out of every correlation; ``summarize``
-counts the scores among them as unparseable. What is not defined (a constant side, fewer than two pairs) is
-NaN, without a warning. Scores and MOS have the same direction: higher is better.
+counts the scores among them as unparseable. Undefined values (a constant side, fewer than two pairs) are NaN,
+without a warning. Scores and MOS have the same direction: higher is better.
 """
 
 import math
@@ -20,8 +20,7 @@ Statistic = Callable[..., float]
 
 
 def srcc(pred, mos) -> float:
-    """Return Spearman's rank correlation: Pearson's correlation of the ranks, equal values sharing their
-    mean rank.
+    """Return Spearman's rank correlation, Pearson's of the ranks; equal values share their mean rank.
 
     ``pred`` and ``mos`` are (N,); the result is in -1..1, or NaN. Raises ValueError if the lengths differ.
 
@@ -71,7 +70,7 @@ def plcc_fit(pred, mos) -> float:
 
 
 def logistic_fit(pred, mos) -> np.ndarray:
-    """Return what the fit of `plcc_fit` makes of every score: its MOS on the curve, (N,).
+    """Return each score's MOS on the curve that `plcc_fit` fits, (N,).
 
     NaN throughout if there are fewer than 5 pairs, one side is constant, or the fit does not converge; the
     arguments must be finite.
@@ -90,11 +89,11 @@ def logistic_fit(pred, mos) -> np.ndarray:
 
 
 def srcc_by(pred, mos, group) -> float:
-    """Return the mean over groups of the SRCC across the rows of one group.
+    """Return the mean over groups of the SRCC within one group.
 
-    By level it asks how a mild colour shift compares with a mild blur: an oracle that knows the level alone
-    scores every row of a level alike, and gets NaN. By content it is the SRCC to report where each content
-    has a scale of its own, by data set that of several sets.
+    By level it asks how a mild colour shift compares with a mild blur: an oracle that knows only the level
+    scores every row of a level alike and gets NaN. Group by content where each content has its own scale, by
+    data set where there are several sets.
 
     Args:
         pred: (N,) scores.
@@ -157,8 +156,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the 95% percentile interval of a statistic, resampling whole photographs with replacement.
 
-    The rows of one photograph are alike, so that resampling single rows would give an interval that is too
-    narrow. Source: Efron & Tibshirani (1993), percentile interval.
+    Rows of one photograph are alike, so resampling single rows would make the interval too narrow. Source:
+    Efron & Tibshirani (1993), percentile interval.
 
     Args:
         frame: one row per picture.
@@ -193,25 +192,24 @@ def difference(
     n: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return how far the mean of a statistic over runs is above that over a baseline's, with a 95% interval.
+    """Return how far the runs' mean of a statistic exceeds the baseline's, with a 95% interval.
 
-    All are over the same photographs, so that what makes a photograph hard for both cancels. The interval
-    has two parts: [l, h] is that of the mean difference d of these k pairs of runs over other photographs,
-    by bootstrap; t s / sqrt(k) is what other seeds would change, with s the standard deviation (ddof 1) of
-    the k differences and t the 97.5% quantile of Student's t with k - 1 degrees of freedom (4.30 for three
-    seeds). Squares add up:
+    All score the same photographs, so what makes a photograph hard for both cancels. The interval has two
+    parts. Other photographs would move the mean difference d of these k pairs within [l, h] (bootstrap).
+    Other seeds would move it by t s / sqrt(k): s is the standard deviation (ddof 1) of the k differences, t
+    the 97.5% quantile of Student's t with k - 1 degrees of freedom (4.30 for three seeds). Squares add up:
 
         lo = d - sqrt((d - l)^2 + (t s)^2 / k),  hi = d + sqrt((h - d)^2 + (t s)^2 / k)
 
-    In simulations of 24 photographs it covers the truth in 94 to 98% where seeds dominate, weigh as much,
-    or less than photographs, for k = 3 and 5; in 92% where seeds change nothing, as the bootstrap by
-    itself. A bootstrap over so few seeds covers it in 73 to 92%. One pair of runs says nothing of other
-    seeds: the interval is then that of photographs alone. Source: Zou & Donner (2008), variance estimates
-    recovery, for the sum of the two parts.
+    In simulations (24 photographs, k = 3 and 5) it covers the truth in 94 to 98% where seeds matter more than
+    photographs, as much, or less. Where seeds change nothing it is 92%, as for the bootstrap alone. A
+    bootstrap over so few seeds covers 73 to 92%. One pair of runs says nothing of other seeds: its interval
+    is over photographs alone. Source: Zou & Donner (2008), variance estimates recovery, for the sum of the
+    two parts.
 
     Args:
         frame: one row per picture, with a column of scores per run.
-        runs: k columns of scores, one per seed; a column may come again.
+        runs: k columns of scores, one per seed; a column may repeat.
         baseline: k columns, paired with `runs` in this order.
         statistic: called with the scores of a run and the arrays of `columns`.
         columns: what the statistic takes after the scores.
@@ -220,10 +218,10 @@ def difference(
         seed: of the resamples.
 
     Returns:
-        mean, mean_baseline, difference, lo and hi; NaN, the interval too, where a run has no value.
+        mean, mean_baseline, difference, lo and hi; where a run has no value, all that uses it is NaN.
 
     Raises:
-        ValueError: a column is missing, or there are not as many runs on both sides.
+        ValueError: a column is missing, or the sides differ in number.
 
     >>> frame = pd.DataFrame({"reference": list("aabbcc"), "mos": [1, 2, 3, 4, 5, 6]})
     >>> frame["x/0"], frame["y/0"] = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5]
@@ -260,9 +258,7 @@ def difference(
 
 
 def _seed_error(gaps: np.ndarray) -> float:
-    """Half the 95% interval of the mean gap over seeds by Student's t; 0 for one seed, which does not show
-    it.
-    """
+    """Return half the 95% interval of the mean gap over seeds, by Student's t; 0 for one seed."""
     k = len(gaps)
     return float(student_t.ppf(0.975, k - 1) * np.std(gaps, ddof=1) / math.sqrt(k)) if k > 1 else 0.0
 
@@ -270,8 +266,8 @@ def _seed_error(gaps: np.ndarray) -> float:
 def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, float]:
     """Return the mean over contents of SRCC and PLCC, their 95% intervals over contents, and both pooled.
 
-    For sets whose ratings are scaled within each content. Contents where a correlation is not defined are
-    left out of its mean.
+    For sets whose ratings are scaled within each content. A correlation's mean omits contents where it is
+    undefined.
 
     Args:
         frame: columns score, mos and reference, which names the content.
@@ -279,7 +275,7 @@ def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict
         seed: of the resamples.
 
     Returns:
-        srcc, srcc_lo, srcc_hi, srcc_pooled, and the same of plcc.
+        srcc, srcc_lo, srcc_hi, srcc_pooled; likewise plcc.
 
     Raises:
         ValueError: a column is missing.
@@ -306,7 +302,7 @@ def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict
 
 
 def _clusters(frame: pd.DataFrame, by: str) -> list[np.ndarray]:
-    """Row numbers of every photograph, sorted by its name; then the rows without a name, one by one."""
+    """Return row numbers by photograph, sorted by name; then the rows without a name, one by one."""
     _require(frame, [by])
     codes, names = pd.factorize(frame[by], sort=True)
     nameless = codes < 0

@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data"
-"""What comes with the project: photographs, simulated sets, the embedded policy, tables and runs; never
-elsewhere.
-"""
+"""What comes with the project, always here: photographs, simulated sets, policy, tables and runs."""
 
 
 def data_root() -> Path:

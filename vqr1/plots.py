@@ -64,9 +64,7 @@ def gallery(pictures: list[Image.Image], titles: list[str], captions: list[str],
 
 
 def jpeg(figure: Figure, quality: int = 85) -> bytes:
-    """Return a figure as JPEG and close it: a notebook that shows photographs as PNG is several times
-    larger.
-    """
+    """Return a figure as JPEG and close it; photographs as PNG make a notebook several times larger."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="jpeg", dpi=figure.dpi, pil_kwargs={"quality": quality})
     plt.close(figure)
@@ -94,9 +92,7 @@ def bells(ax: Axes, means, stds, labels, samples=None) -> None:
 
 
 def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float = 2.0) -> None:
-    """Draw how far each picture's K sampled scores, (N, K) with NaN, are from their mean; beyond `limit`
-    counts as `limit`.
-    """
+    """Draw how far each picture's K sampled scores, (N, K) with NaN, are from their mean, cut at `limit`."""
     away = scores - np.nanmean(scores, axis=1, keepdims=True)
     away = np.clip(away[np.isfinite(away)], -limit, limit)
     ax.hist(away, bins=np.linspace(-limit, limit, 41), weights=np.full(len(away), 1 / len(away)))
@@ -105,9 +101,7 @@ def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float 
 
 
 def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
-    """Draw the distribution of weights, each divided by the largest of its block, over the levels that 4
-    bits can keep.
-    """
+    """Draw the distribution of weights, divided by their block's largest, and the levels 4 bits can keep."""
     ax.hist(weight, bins=np.linspace(-1, 1, 81), color="0.7")
     for level in levels:
         ax.axvline(level, color="tab:red", linewidth=0.8)
@@ -115,7 +109,7 @@ def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
 
 
 def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> Figure:
-    """Return pictures in one row, each with a title of any lines; width in inches."""
+    """Return pictures in one row, each with a title, of any lines; width in inches."""
     lines = 1 + max(title.count("\n") for title in titles)
     figure = Figure(figsize=(width, width / len(pictures) + 0.1 + 0.2 * lines), layout="constrained", dpi=72)
     for ax, picture, title in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, titles):
@@ -126,9 +120,7 @@ def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> F
 
 
 def intervals(ax: Axes, table: pd.DataFrame, label: str | None = None, shift: float = 0.0) -> None:
-    """Draw means with their intervals (columns mean, low, high), one row of the table after another, `shift`
-    to the right.
-    """
+    """Draw means with their intervals (columns mean, low, high), row by row, `shift` to the right."""
     place, around = (
         np.arange(len(table)) + shift,
         np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy()),

@@ -1,7 +1,7 @@
 """Policies: the embedded one, Qwen2.5-VL, Qwen3-VL; their processors; 4-bit and LoRA.
 
-peft and bitsandbytes are imported where an adapter or a quantised weight is there: each takes as long as
-scoring a few pictures.
+peft and bitsandbytes are imported only for adapters and quantised weights: each takes as long as scoring
+a few pictures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TINY = EMBEDDED / "tiny-policy"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for pictures and their borders: a prompt has them, an answer never."""
 BASE = "base.json"
-"""Beside an adapter: whether the base it was trained on was in 4 bits."""
+"""File beside an adapter: was its base in 4 bits when it was trained?"""
 LANGUAGE_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 """LoRA's targets: the language model alone, which every serving engine can load."""
 VISION_LAYERS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
@@ -100,9 +100,10 @@ def load_policy(
             Qwen/Qwen2.5-VL-3B-Instruct, …-7B-Instruct, TianheWu/VisualQuality-R1-7B,
             Qwen/Qwen3-VL-2B-Instruct, …-4B…, …-8B….
         quantize: load the language model in 4-bit NF4. Default: as an adapter was trained, and not for a
-            whole model. A base that an adapter was not trained on gives other scores, and a warning.
+            whole model. A base other than the trained one changes the scores, with a
+            warning.
         dtype: of all other weights, default `default_dtype()`. Instead of fp16 the vision tower gets fp32,
-            and with `quantize` all of them do: activations there can leave fp16's range, and give NaN.
+            and with `quantize` all of them do: activations can leave fp16's range and become NaN.
         pixels: (smallest, largest) number of pixels that a picture is scaled to, default the processor's.
 
     Raises:
@@ -165,8 +166,7 @@ def _load_adapter(
 
 
 def load_processor(source: str, model_type: str, pixels: list[int] | None = None) -> ProcessorMixin:
-    """Return the processor, left-padded; the one for still pictures if it was saved, or for a Qwen-VL
-    without torchvision.
+    """Return the processor, left-padded; `PictureProcessor` if saved, or for a Qwen-VL without torchvision.
 
     Args:
         source: a folder, or a hub name.
@@ -194,9 +194,7 @@ def default_dtype() -> torch.dtype:
 
 
 def _wide(dtype: torch.dtype, quantize: bool) -> torch.dtype | dict[str, torch.dtype]:
-    """Return what `from_pretrained` takes as dtype: where it would be fp16, the parts that can leave fp16's
-    range are fp32.
-    """
+    """Return the dtype for `from_pretrained`: fp32 instead of fp16 for parts that can leave fp16's range."""
     if dtype != torch.float16:
         return dtype
     if quantize:
@@ -205,9 +203,7 @@ def _wide(dtype: torch.dtype, quantize: bool) -> torch.dtype | dict[str, torch.d
 
 
 def _device_map() -> dict[str, int] | None:
-    """Return this process's GPU; None on a CPU, and under DeepSpeed's ZeRO-3, which spreads the weights
-    itself.
-    """
+    """Return this process's GPU; None on a CPU or under DeepSpeed's ZeRO-3, which spreads the weights."""
     if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():
         return None
     from accelerate import PartialState
@@ -221,20 +217,19 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def never_sampled(processor: ProcessorMixin) -> dict[str, int]:
-    """Return the tokens that no answer may hold, {text: id}: the picture's placeholder and its kin.
+    """Return the tokens that no answer may hold, {text: id}: image placeholders and borders.
 
-    A sampled placeholder has no picture, and the next forward over the answer fails, hours into a run. They
-    are barred where answers are sampled and nowhere else: log-probabilities remain those of the whole
-    vocabulary, so sampling renormalises what is left and log-probabilities do not. Policy, old policy and
-    reference are treated alike: the ratio of an on-policy step is exactly 1 and the KL term is what it was.
-    vLLM's log-probabilities are of what is left; as it samples from just that, the importance weight that
-    TRL makes of both is right.
+    A sampled placeholder has no picture, so the next forward over the answer fails, hours into a run. They
+    are barred in sampling only: it renormalises the other tokens, while log-probabilities stay those of the
+    whole vocabulary. Policy, old policy and reference are treated alike: the ratio of an on-policy step is
+    exactly 1 and the KL term is unchanged. vLLM's log-probabilities are of the other tokens only; it samples
+    from just these, so the importance weight that TRL makes of both is right.
 
     Args:
         processor: of the policy.
 
     Returns:
-        for transformers the ids (to suppress), for vLLM the texts (``bad_words``); both get the logit -inf.
+        transformers suppresses the ids, vLLM the texts (``bad_words``); both set the logit to -inf.
     """
     tokenizer = processor.tokenizer
     found = {text: tokenizer.convert_tokens_to_ids(text) for text in (processor.image_token, *VISION)}
@@ -289,17 +284,13 @@ def lora_config(r: int = 16, alpha: int = 32, vision: bool = False) -> LoraConfi
 
 
 def trained_in_4_bits(folder: str | Path) -> bool | None:
-    """Return whether an adapter's base was in 4 bits when it was trained; None where the folder does not
-    say.
-    """
+    """Return whether an adapter's base was in 4 bits in training; None if the folder does not say."""
     record = Path(folder) / BASE
     return json.loads(record.read_text(encoding="utf-8"))["quantize"] if record.is_file() else None
 
 
 def _base_in_4_bits(folder: str | Path, quantize: bool | None) -> bool:
-    """Return how to load an adapter's base: as asked for, else as it was trained; warn where the two differ
-    or may.
-    """
+    """Tell whether to load a base in 4 bits: as asked, else as trained; warn where the two differ or may."""
     words, trained = {True: "in 4 bits", False: "in full"}, trained_in_4_bits(folder)
     if trained is None and quantize is None:
         LOG.warning(
@@ -322,8 +313,8 @@ def _base_in_4_bits(folder: str | Path, quantize: bool | None) -> bool:
 def merge_adapter(folder: str | Path, output: str | Path, quantize: bool | None = None) -> Path:
     """Write the policy in an adapter's folder as one model, which needs neither peft nor bitsandbytes.
 
-    W + (alpha / r) B A, with the W that the adapter was trained on. A 4-bit W is written out in full first:
-    in 4 bits the sum would be rounded again, and most of the adapter with it.
+    Its weights are W + (alpha / r) B A, with the W of the training. A 4-bit W is written out in full first:
+    rounding the sum to 4 bits again would lose most of the adapter.
 
     Args:
         folder: of the adapter.
@@ -347,18 +338,18 @@ def merge_adapter(folder: str | Path, output: str | Path, quantize: bool | None 
 
 
 def save_native_names(model: torch.nn.Module) -> None:
-    """Let checkpoints keep the model's own weight names, the only ones by which Trainer reads them again.
+    """Make checkpoints keep the model's own weight names, the only ones that Trainer can read.
 
-    By default transformers 5 writes Qwen2.5-VL's older names, and a resumed run would start anew, with a
-    warning.
+    By default transformers 5 writes Qwen2.5-VL's older names; a resumed run would start anew, with a warning.
     """
     if isinstance(model, PreTrainedModel):  # an adapter's checkpoint holds its own names already
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
 
 def note_base(model: torch.nn.Module) -> None:
-    """Let whatever training saves of an adapter say whether its base is in 4 bits, for `load_policy` to
-    read. A model without an adapter is left alone.
+    """Make saved adapters say whether their base is in 4 bits, for `load_policy` to read.
+
+    A model without an adapter is left alone.
     """
     if base_of(model) is model:
         return

@@ -77,9 +77,9 @@ PHRASES = {
 def messages(thinking: bool = True, numbered: bool = False) -> list[dict]:
     """Return the chat prompt: one image placeholder and the paper's question.
 
-    numbered: "Picture 1: " before the image, as the official inference has it (add_vision_id); the official
-    training, and so what the published weights learned from, has not. Source: the paper's Table 1
-    (thinking) and the official README (non-thinking).
+    numbered: put "Picture 1: " before the image, as the official inference does (add_vision_id). The
+    official training, and so the published weights, did without. Source: the paper's Table 1 (thinking) and
+    the official README (non-thinking).
 
     >>> [part["type"] for part in messages()[0]["content"]]
     ['image', 'text']
@@ -95,10 +95,10 @@ def parse_score(text: str) -> float:
     A number is written in the digits 0-9 with at most one point (3.50, 3., .85), maybe a sign, and stands
     alone: around it are the ends of the answer, spaces, or punctuation (``**3.50**``, ``{"rating":
     3.50}``). Its scale may follow: 3.50/5, 3.50 out of 5. Any other digit in the answer makes it doubtful:
-    4,5 and 3-4 and "3 or 4" and 5/10, a power of ten (1e-1), 100%, 3½, 1.2.3 are NaN, and so is a number
-    too large for a float. One outside 1..5 is returned as it stands. The official code takes the first
-    number in the last answer, so that 4,5 is 4, .85 is 85 and 1e-1 is 1; the first anywhere when the tag is
-    missing; and a random score when there is no number.
+    4,5, 3-4, "3 or 4", 5/10, 1e-1, 100%, 3½ and 1.2.3 are NaN, and so is a number too large for a float. One
+    outside 1..5 is returned as it stands. The official code takes the first number in the last answer: 4,5 is
+    4, .85 is 85, 1e-1 is 1. Without the tag it takes the first number anywhere, without a number a random
+    score.
 
     >>> parse_score("<think>4 blocks</think><answer>The score is 3.7 out of 5.</answer>")
     3.7
@@ -137,8 +137,7 @@ def format_ok(text: str, thinking: bool = True) -> bool:
 
 
 def named_distortions(text: str) -> list[str]:
-    """Return the KADID-10k names whose phrase stands in the text, whatever its capitals, in order of
-    appearance.
+    """Return the KADID-10k names whose phrase is in the text, in any case, in order of appearance.
 
     >>> named_distortions("strong jpeg blocking in the flat areas, with slight color fringes")
     ['jpeg', 'color_shift']
@@ -149,8 +148,7 @@ def named_distortions(text: str) -> list[str]:
 
 
 def named_severity(text: str) -> int | None:
-    """Return the strength 1..5 of the first severity word, whatever its capitals, 0 for a clean picture,
-    None if unsaid.
+    """Return the strength 1..5 of the first severity word, in any case; 0 for a clean one; None if unsaid.
 
     >>> named_severity("strong lens blur"), named_severity("no visible distortion"), named_severity("?")
     (4, 0, None)

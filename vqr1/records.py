@@ -1,4 +1,4 @@
-"""Tables that stay: written with a line that says where they come from, read again, and printed."""
+"""Write tables with a line of provenance, read them again, and print them."""
 
 import functools
 import gzip
@@ -18,12 +18,12 @@ import pandas as pd
 def write_table(
     path: str | Path, table: pd.DataFrame, seed: int | str = 0, numbers: str = "%.4f", about: str = ""
 ) -> None:
-    """Write a table as CSV below a line of provenance; the file is whole at any time.
+    """Write a table as CSV below a line of provenance; the file is always whole.
 
     Args:
         path: file to write or replace; with the ending .gz it is compressed. Its folder is made.
         table: its index is not written.
-        seed: what the provenance gives as the seed.
+        seed: for the provenance.
         numbers: format of the numbers that are not whole.
         about: what else the provenance says, before the machine.
     """
@@ -86,9 +86,9 @@ def _cell(value) -> str:
 
 
 def machine_line(seed: int | str) -> str:
-    """Return one line that says on what, with which versions, seed and commit a table was made.
+    """Return the provenance of a table in one line: machine, versions, seed, commit, date.
 
-    Machine, commit and date are those of the process's first call: those it began with.
+    Machine, commit and date are those of the process's first call.
     """
     machine, commit, date = _provenance()
     return f"{machine}; seed {seed}; commit {commit}; {date}"

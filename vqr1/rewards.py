@@ -47,8 +47,7 @@ def scores_of(completions: Sequence[Completion], log_metric: LogMetric | None = 
 
 
 class RankingReward:
-    """The paper's reward: how well a completion's score ranks its image among the images of the same data
-    set.
+    """The paper's reward: how well a completion's score ranks its image within its data set.
 
     r_k(x_i) = mean over j != i of fidelity(p(i, j), p_k(i, j)); see ``vqr1.thurstone.ranking_reward``. A
     completion without a score gets 0.0. The official code compares within one GPU (``grpo_trainer.py`` line
@@ -59,14 +58,13 @@ class RankingReward:
         scope: "local" compares the images of this process: with gradient accumulation the whole generation
             batch, as TRL passes it, not one micro-batch. "global" compares the images of all processes, which
             exchange (score, mos, dataset) rows in one collective per call: every process has to call it.
-        bounded: a score outside 1..5 counts as none. Without it nothing holds the scale: a comparison takes
-            300 for as good as 5 (notebook 02, section 5).
+        bounded: a score outside 1..5 counts as unparseable. Otherwise nothing holds the scale: in a
+            comparison 300 is as good as 5 (notebook 02, section 5).
         variants: keyword arguments of `ranking_reward`: binary, average, variance, gamma, eps.
 
     Raises:
-        ValueError: for K < 2 and an unknown scope; when called, without a ``mos`` column, with a number of
-            completions on any process that K does not divide, and with a group whose rows disagree in MOS or
-            data set.
+        ValueError: for K < 2 or an unknown scope. When called: for a missing ``mos`` column, a number of
+            completions on any process that K does not divide, or a group with several MOS or data sets.
 
     >>> reward = RankingReward(num_generations=2)
     >>> answers = [f"<answer>{score}</answer>" for score in (4.2, 4.4, 1.5, 1.1)]
@@ -156,10 +154,9 @@ def _std(scores: list[float]) -> float:
 
 
 def format_reward(completions: Sequence[Completion], **kwargs) -> list[float]:
-    """Return 1.0 where the whole completion is ``<think>…</think>``, white space, ``<answer>…</answer>``,
-    else 0.0.
+    """Return 1.0 if all of a completion is ``<think>…</think> <answer>…</answer>``, else 0.0.
 
-    Source: the official code's format reward, added to the ranking reward 1:1.
+    White space between the two is free. Source: the official code, which adds it to the ranking reward 1:1.
 
     >>> format_reward(["<think>sharp</think>\\n<answer>4.5</answer>", "<answer>4.5</answer>"])
     [1.0, 0.0]

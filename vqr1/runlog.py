@@ -1,6 +1,4 @@
-"""The folder of a run: the log that is written and shown as training goes, the settings, and the checkpoint
-that the run goes on from.
-"""
+"""The folder of a run: log (written and shown as training goes), settings, checkpoint to go on from."""
 
 import io
 import math
@@ -46,12 +44,12 @@ LOG = {
 class RunLog(TrainerCallback):
     """Write log.csv as training goes, with validation by the Scorer every so many steps.
 
-    val_unscored counts the validation rows that got no score and so are not in the other columns. Of several
-    processes the first one writes and scores; where the weights are spread over all, all take part.
+    val_unscored counts the validation rows without a score, which the other columns leave out. Of several
+    processes the first one writes and scores; if the weights are spread over all, all take part.
 
     Args:
         path: of the log.
-        scorer: asks as the policy is trained to answer.
+        scorer: asks with the training's prompt.
         frame: manifest rows to validate on.
         every: steps from one validation to the next.
         resumed_at: step that the run goes on from; rows of the log up to it are kept.
@@ -133,9 +131,7 @@ class ProgressBar(ProgressCallback):
 
 
 class LivePlot(TrainerCallback):
-    """Draw a run's curves from its log.csv as training goes: one picture in Jupyter, a line per entry
-    elsewhere.
-    """
+    """Draw a run's curves from log.csv as training goes: a picture in Jupyter, a line per entry elsewhere."""
 
     def __init__(self, path: str | Path, sets: str = "sim-kadid"):
         self.path, self.sets, self.handle = Path(path), sets, None
@@ -192,9 +188,10 @@ FREE = (
     "grpo.gradient_checkpointing",
     "grpo.vllm_gpu_memory_utilization",
 )
-"""Settings that may change when a run goes on, by how their names start: for how long, what is logged, kept
-and shown, where the data are, and how memory is used. With more `max_steps`, the learning rate follows the
-longer schedule from there."""
+"""Prefixes of the settings that may change when a run goes on.
+
+They say for how long, what is logged, kept and shown, where the data are, and how memory is used. With more
+`max_steps`, the learning rate follows the longer schedule from there."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -222,8 +219,8 @@ def resume_from(output: Path, resume: bool, settings: Settings | None = None) ->
 
     Raises:
         FileExistsError: there is a checkpoint, and `resume` was not asked for.
-        ValueError: the run cannot go on exactly: its settings are others, it is past the last step, or it has
-            no state of the optimizer.
+        ValueError: the run cannot go on exactly: its settings differ, it is past the last step, or it has no
+            state of the optimizer.
     """
     found = last_checkpoint(output / "checkpoints")
     if found and not resume:
@@ -249,8 +246,9 @@ def resume_from(output: Path, resume: bool, settings: Settings | None = None) ->
 
 
 def same_settings(output: Path, settings: dict, read: Callable[[Path], dict] = read_yaml) -> None:
-    """Raise ValueError, naming every difference, unless config.yaml in a run's folder has the same settings
-    but for `FREE` ones. A key of GRPOConfig that is not given counts as its default.
+    """Raise ValueError, naming each difference, unless a run's config.yaml has the same settings.
+
+    `FREE` settings may differ. A key of GRPOConfig that is not given counts as its default.
 
     Args:
         output: folder of the run.

@@ -32,20 +32,19 @@ SETTINGS = ("thinking", "estimate", "k", "batch_size", "max_new_tokens", "seed",
 """What may change once a policy is loaded."""
 ESTIMATES = ("expected", "greedy", "sample")
 WINDOW = 4
-"""Batches that are decoded and asked for together, at most."""
+"""Most batches that are decoded and scored together."""
 DRAWS = 10_000
-"""Of all scores, for the intervals of ranks."""
+"""Draws of all scores, for rank intervals."""
 
 
 @dataclass
 class Score:
     """A picture's score (1..5, higher is better) and its standard deviation.
 
-    answers: the completions it was read from (of an expected score: the text before the number).
+    answers: the completions it was read from (expected score: the text before the number).
     reasoning: what the first of them thinks.
     mass: the probability of the answers that an expected score is the mean of; NaN for other estimates.
-    note: what was done to the picture to read it, as "frame 1 of several", and whether answers were off the
-        scale.
+    note: what was done to read the picture, as "frame 1 of several", and whether answers were off the scale.
     error: why there is no score.
     """
 
@@ -60,9 +59,7 @@ class Score:
 
 @dataclass
 class Description:
-    """What the policy thinks of a picture: its words, the KADID-10k distortions they name, and the score
-    given these words.
-    """
+    """A policy's words on a picture, the KADID-10k distortions in them, and the score given these words."""
 
     text: str
     distortions: list[str]
@@ -91,21 +88,21 @@ class Scorer:
     or for which the model gives NaN has a NaN score and an error.
 
     Estimates:
-        "expected": mean and deviation of the model's own distribution over the answers that `parse_score`
-            reads and that begin with their number: 0 to 10 with up to two decimals (`vqr1.engines.answers`),
-            exact, from token probabilities. A number counts where no digit, point or sign of doubt follows
-            it. What comes later is not looked at, so `mass` is too large by the probability of answers such
-            as `3.5 or 4`. Only the likeliest answer is followed to its end: if `parse_score` does not read
-            it, the row is an error. With thinking, the reasoning is generated greedily first, and the score
-            is given that reasoning: another one would have another mean, which ``std`` does not show.
+        "expected": exact mean and deviation, by token probabilities, of the model's own distribution over the
+            answers that `parse_score` reads and that begin with their number: 0 to 10, up to two decimals
+            (`vqr1.engines.answers`). A number counts where no digit, point or sign of doubt follows it. What
+            comes later is not looked at, so `mass` is too large by the probability of answers such as
+            `3.5 or 4`. Only the likeliest answer is followed to its end: if `parse_score` does not read it,
+            the row is an error. With thinking, the reasoning is generated greedily first. The score is
+            conditional on it: other reasoning would give another mean, which ``std`` does not show.
         "greedy": the parsed greedy answer; ``note`` says when it is off the scale.
         "sample": mean and deviation (ddof 1) of the answers between 1 and 5 among k sampled at temperature 1;
-            ``note`` says how many were off the scale. The paper takes the mean of all, but one answer of
-            9000 would be the score.
+            ``note`` says how many were off the scale. The paper takes the mean of all, where one 9000 would
+            dominate.
 
     Args:
-        policy: a name or path for `load_policy`, or a pair (model, processor); for vLLM see
-            `vqr1.engines.vllm`, also for what was not run.
+        policy: a name or path for `load_policy`, or a pair (model, processor); for vLLM, and what of it was
+            not run, see `vqr1.engines.vllm`.
         thinking: whether the model reasons before it answers.
         estimate: "expected", "greedy" or "sample".
         k: completions of each picture, at least 2, for "sample".
@@ -148,7 +145,7 @@ class Scorer:
     def with_(self, **settings) -> Scorer:
         """Return a scorer of the same loaded policy with other settings: ``scorer.with_(estimate="sample")``.
 
-        Raises TypeError for a setting that there is not, ValueError as the constructor does.
+        Raises TypeError for an unknown setting, ValueError as the constructor does.
         """
         for name in settings:
             if name not in SETTINGS:
@@ -162,7 +159,7 @@ class Scorer:
     def score(self, images: Picture | Iterable[Picture] | torch.Tensor) -> list[Score]:
         """Return one Score per picture, in order; of one picture a list of one.
 
-        A picture of a list that cannot be read, or is none, has a NaN score and an error.
+        A list's item that cannot be read, or is no picture, gets a NaN score and an error.
 
         Args:
             images: a path, a file opened in binary mode or its bytes, a PIL image, a numpy array (H, W) or
@@ -190,7 +187,7 @@ class Scorer:
                 yield scores
 
     def __call__(self, images: Picture | Iterable[Picture] | torch.Tensor) -> torch.Tensor:
-        """Return the scores (B,) as a tensor, without gradients: a reward for other people's training.
+        """Return the scores (B,) as a tensor, without gradients, as a reward for other training.
 
         images: as for `score`; diffusers' pipelines return a tensor (B, 3, H, W) in 0..1.
         A picture without a score is NaN. Raises TypeError and ValueError as `score` does.
@@ -248,10 +245,10 @@ class Scorer:
         return ranked.reindex(columns=columns).astype({"rank_lo": "Int64", "rank_hi": "Int64"})
 
     def describe(self, images: Picture | Iterable[Picture] | torch.Tensor) -> Description | list[Description]:
-        """Return what the policy thinks of a picture, and its score; of many a list, in order.
+        """Return what the policy thinks of a picture, and its score; for many, a list in order.
 
-        images: as for `score`. One picture without a score raises ValueError; of many, its description says
-        why.
+        images: as for `score`. One picture without a score raises ValueError; in a list, its description says
+            why.
         """
         scores = self.with_(thinking=True, estimate="expected").score(images)
         described = [
@@ -264,9 +261,7 @@ class Scorer:
         return described[0]
 
     def _open(self, image: Picture | torch.Tensor) -> tuple[Score, Prepared | None]:
-        """Return a picture's score before it is asked for, with a note or an error, and the picture as the
-        engine takes it.
-        """
+        """Return a picture's empty score, with note or error, and the picture as the engine takes it."""
         try:
             picture = read_picture(image)
             return Score(note=picture.info.get("note", "")), self.engine.prepare(picture)
@@ -302,7 +297,7 @@ class Scorer:
             self._read_texts(score, answer.texts)
 
     def _read_texts(self, score: Score, texts: list[str]) -> None:
-        """Take the mean of the completions; one that is off the scale counts only if it is the only one."""
+        """Take the mean of the completions; off the scale, only a greedy one counts."""
         values = torch.tensor([parse_score(text) for text in texts], dtype=torch.float64)
         values = values[~values.isnan()]
         inside = values[(values >= SCORE_MIN) & (values <= SCORE_MAX)]

@@ -1,9 +1,9 @@
 """One look per picture and one pass per prompt: a GRPO step's K answers share both.
 
 TRL repeats prompt and picture K times through the vision tower, through the prefill of the rollout, and
-through the forward and backward pass of the log-probabilities. The numbers are the same when each distinct
-picture and prompt is computed once, to the rounding of the numbers' format: in fp32 the same samples, in
-bf16 other ones after a few steps. Only the work is shared.
+through the forward and backward pass of the log-probabilities. Here each distinct picture and prompt is
+computed once. The numbers are the same up to rounding: the samples are the same in fp32, others after a few
+steps in bf16.
 """
 
 from functools import wraps
@@ -20,12 +20,11 @@ SHARED = ("qwen2_5_vl", "qwen3_vl")
 
 
 def share(model: PreTrainedModel, prompts: bool = True) -> None:
-    """Share what K answers have in common, in rollouts and log-probabilities, on a model that TRL has
-    prepared (`fused_lm_head`).
+    """Share what K answers have in common, in rollouts and log-probabilities.
 
-    prompts: also in log-probabilities. Not with gradient checkpointing: TRL switches it off for the
-    reference alone, which would share while the policy cannot, and in bf16 two ways round differently: the
-    KL term of the first step would not be 0.
+    model: as TRL prepared it (`fused_lm_head`).
+    prompts: also in log-probabilities. Not with gradient checkpointing: TRL switches it off for the reference
+    alone, so only that would share. In bf16 the two round differently: the first KL term would not be 0.
     """
     look_once(model)
     prefill_once(model)
@@ -34,7 +33,8 @@ def share(model: PreTrainedModel, prompts: bool = True) -> None:
 
 
 def process_once(processor: ProcessorMixin) -> None:
-    """Let the image processor work once on a picture that is given many times, and remember the last batch:
+    """Let the image processor work once on a repeated picture, and remember the last batch.
+
     TRL asks for it again for the log-probabilities.
     """
     process, last = processor._process_images, [None, None]  # the last call, and what came of it
@@ -107,8 +107,8 @@ def prefill(
 ) -> Cache:
     """Run prompts with one picture each through the model, all but their last token, and return the cache.
 
-    The model keeps `rope_deltas`, how far positions are from the number of tokens, as it does for its own
-    prefill. The cache is ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after
+    The model keeps `rope_deltas`, positions minus number of tokens, as it does for its own prefill. The cache
+    is ready for `generate(ids, mask, past_key_values=cache)`, and for K answers after
     `cache.batch_repeat_interleave(K)`.
 
     Args:
@@ -117,7 +117,7 @@ def prefill(
         mask: (B, T), 1 for real tokens.
         pixel_values: of all pictures, as the image processor gives them.
         grid: (B, 3), likewise.
-        cache: of the first tokens, where these are known.
+        cache: of the first tokens, if it exists.
     """
     inner = base_of(model).model
     kinds = (ids == model.config.image_token_id).int()
@@ -136,8 +136,7 @@ def prefill(
 
 
 def prefill_once(model: PreTrainedModel) -> None:
-    """Let `model.generate` run each distinct prompt of a batch once: TRL repeats it for each of its K
-    answers.
+    """Let `model.generate` run each distinct prompt of a batch once; TRL repeats it for its K answers.
 
     The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a
     cache use the stock `generate`.
@@ -163,13 +162,12 @@ def prefill_once(model: PreTrainedModel) -> None:
 
 
 def prompt_once(model: PreTrainedModel) -> None:
-    """Let TRL's forward for log-probabilities run each distinct prompt once, with gradients, and each
-    answer on the prompt's cache.
+    """Let TRL's forward for log-probabilities run each distinct prompt once, with gradients.
 
-    Of N = B K rows of P prompt and C answer tokens, B P + N C are computed instead of N (P + C). Seam: the
-    forward that TRL calls with ``fused_lm_head=True`` and labels that are -100 for the prompt. Calls without
-    these arguments, with several pictures per prompt, or under gradient checkpointing, which allows no
-    cache, use the stock forward.
+    Each answer runs on its prompt's cache. Of N = B K rows of P prompt and C answer tokens, B P + N C are
+    computed instead of N (P + C). It replaces the forward that TRL calls with ``fused_lm_head=True`` and
+    labels that are -100 for the prompt. Calls without these arguments, with several pictures per prompt, or
+    under gradient checkpointing, which allows no cache, use the stock forward.
     """
     base = base_of(model)
     forward = base.forward
@@ -218,9 +216,9 @@ def _prefill_distinct(
 
 
 def distinct(items: list[tuple[tuple, torch.Tensor]]) -> tuple[list[int], list[int]]:
-    """Return (positions of the distinct items, which of these each item is), exact.
+    """Return (positions of the distinct items, which of these each item equals).
 
-    items: of a key and a tensor; two are the same if both are equal.
+    items: (key, tensor); two are the same if both are exactly equal.
 
     >>> a, b = torch.ones(2, 3), torch.zeros(2, 3)
     >>> distinct([((), a), ((), b), ((), a.clone()), ((1,), a)])

@@ -28,9 +28,20 @@ def comparative_probability(
 
     p_k(i, j) = Phi((s_ik - mean_j) / sqrt(var_i + var_j + gamma)), Phi the normal distribution function.
 
-    ``scores`` (B, K), ``variances`` (B,), ``other_means`` and ``other_variances`` (J,), in score units
-    (variances: squared, ddof 1); the result is (B, J, K), entry [i, j, k]. Raises ValueError for other
-    shapes and unless gamma > 0. Source: the paper's p_k(x_i, x_j); gamma from the official code.
+    Args:
+        scores: (B, K), in score units.
+        variances: (B,), in score units squared, ddof 1.
+        other_means: (J,), in score units.
+        other_variances: (J,), like `variances`.
+        gamma: keeps the root positive; from the official code.
+
+    Returns:
+        (B, J, K), entry [i, j, k].
+
+    Raises:
+        ValueError: for other shapes, and unless gamma > 0.
+
+    Source: the paper's p_k(x_i, x_j).
 
     >>> scores, variances = torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([0.5])
     >>> comparative_probability(scores, variances, torch.tensor([3.0]), torch.tensor([0.5]))
@@ -108,11 +119,19 @@ def ranking_reward(
 
     r_ik = mean over j != i of fidelity(p(i, j), p_k(i, j)), over images j of the same data set.
 
-    ``scores`` (B, K) floating, NaN = unparseable; ``mos`` (B,); ``dataset`` B names, or None for one data
-    set. The result is (B, K), in the dtype and on the device of ``scores``, in 0.002..1.001; 0 where
-    nothing was compared: an unparseable completion (which takes no part in its group's mean and variance)
-    and an image without a partner. One parseable completion in a group: variance 0. None: the image is
-    nobody's partner. A score so large that its square overflows counts as unparseable.
+    Args:
+        scores: (B, K), floating; NaN = unparseable. These take no part in their group's mean and variance.
+        mos: (B,), higher is better.
+        dataset: B names, or None for one data set.
+        binary, average, variance: the variants below.
+        gamma, eps: of `comparative_probability` and `fidelity`.
+
+    Returns:
+        (B, K), in the dtype and on the device of ``scores``, in 0.002..1.001; 0 where nothing was compared:
+        an unparseable completion, and an image without a partner.
+
+    A group with one parseable completion has variance 0; with none, its image is nobody's partner. A score
+    so large that its square overflows counts as unparseable.
 
     The variants of the paper's Table 4:
 
@@ -168,7 +187,7 @@ def _checked(scores, mos, dataset, variance) -> torch.Tensor:
 
 
 def _moments(scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance (ddof 1) over the parseable completions; one of them: variance 0, none: both 0."""
+    """Return mean and variance (ddof 1) of the parseable completions; of one: variance 0, of none: both 0."""
     count = valid.sum(1)  # (B,)
     mean = scores.sum(1) / count.clamp(min=1)
     deviation = torch.where(valid, scores - mean[:, None], 0)
@@ -211,11 +230,10 @@ def thurstone_scale(wins) -> tuple[np.ndarray, np.ndarray]:
     information of the votes cast.
 
     ``wins`` (n, n), not negative: wins[i, j] = how often i beat j (a tie is half a vote each way). Both
-    results are
-    (n,) float64 arrays. The unit is the standard deviation of one item's perceived quality, as
-    ``ranking_reward(variance=1.0)`` has it; many texts use the deviation of the *difference* instead:
-    divide by sqrt(2) for theirs. Raises ValueError for a matrix that is not square, n < 2, a negative or
-    non-finite entry, a vote of an item against itself, and items that no chain of comparisons connects.
+    results are (n,) float64 arrays. The unit is the standard deviation of one item's perceived quality, as in
+    ``ranking_reward(variance=1.0)``; many texts use that of the *difference*: divide by sqrt(2) for
+    theirs. Raises ValueError for a matrix that is not square, n < 2, a negative or non-finite entry, a vote
+    of an item against itself, and items that no chain of comparisons connects.
     Source: Thurstone (1927), Case V.
 
     >>> quality, error = thurstone_scale([[0, 30], [10, 0]])     # 30.5 : 10.5 votes
@@ -252,9 +270,7 @@ def _log_pdf(x: np.ndarray) -> np.ndarray:
 
 
 def _information(q: np.ndarray, votes: np.ndarray) -> np.ndarray:
-    """Fisher information of votes (n, n, symmetric) about q: a graph Laplacian, singular along a common
-    shift.
-    """
+    """Return the Fisher information about q of symmetric votes (n, n): Laplacian, singular along a shift."""
     difference = (q[:, None] - q[None, :]) / np.sqrt(2)
     log_weight = 2 * _log_pdf(difference) - log_ndtr(difference) - log_ndtr(-difference)
     weight = 0.5 * votes * np.exp(log_weight)

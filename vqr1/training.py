@@ -52,7 +52,7 @@ def train(
         shown: a callback that shows how far training is, instead of the progress bar.
 
     Raises:
-        ValueError: for settings that cannot be meant, before the model is loaded.
+        ValueError: for invalid settings, before the model is loaded.
         FileExistsError: for a folder with a run, unless `resume` is given.
     """
     settings, output = load_config(config), Path(output)
@@ -95,10 +95,10 @@ def build_trainer(
     policy: tuple[PreTrainedModel, ProcessorMixin] | None = None,
     frame: pd.DataFrame | None = None,
 ) -> GRPOTrainer:
-    """Return the configured trainer: TRL's own, with our rewards, rows and settings; arguments as of `train`.
+    """Return TRL's trainer with our rewards, rows and settings; arguments as for `train`.
 
     Raises:
-        ValueError: for settings that cannot be meant, before the model is loaded.
+        ValueError: for invalid settings, before the model is loaded.
     """
     settings = load_config(config)
     args = grpo_config(settings.grpo, output)
@@ -160,7 +160,7 @@ def _trainer(
 
 
 def _share(trainer: GRPOTrainer, one_tower: bool) -> None:
-    """Compute once what the K answers to an image share; one_tower: policy and reference have the same."""
+    """Compute once what the K answers to an image share; one_tower: the reference uses the policy's."""
     if base_of(trainer.model).config.model_type not in SHARED:
         return
     process_once(trainer.processing_class)
@@ -186,7 +186,7 @@ def grpo_config(grpo: dict, output: Path) -> GRPOConfig:
         output: folder of the run.
 
     Raises:
-        ValueError: for what TRL does not take, or a GPU that is not there.
+        ValueError: for what TRL does not take, or a missing GPU.
     """
     if "max_steps" not in grpo:
         raise ValueError("max_steps is missing: say under grpo, or by --steps, for how many steps to train")
@@ -255,7 +255,7 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
     pass would run through all of it for nothing.
 
     Args:
-        model: whose parameters no longer require gradients.
+        model: its parameters stop requiring gradients.
         names: parts of the parameters' paths.
 
     Raises:
@@ -275,9 +275,7 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
 
 
 def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
-    """Keep TRL from sampling tokens that only a prompt may hold, in the words of what samples: vLLM or
-    transformers.
-    """
+    """Keep TRL from sampling tokens that only a prompt may hold, by vLLM's or transformers' setting."""
     tokens, own = never_sampled(processor), args.generation_kwargs or {}
     key, never = ("bad_words", list(tokens)) if args.use_vllm else ("suppress_tokens", list(tokens.values()))
     args.generation_kwargs = own | {key: [*(own.get(key) or []), *never]}

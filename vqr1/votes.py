@@ -20,11 +20,10 @@ CHOICES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "same": (0.5, 0.5)}
 
 
 def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Return all n (n - 1) / 2 pairs in an order for voting, left and right by chance.
+    """Return all n (n - 1) / 2 pairs in voting order, left and right at random.
 
-    Round after round: each picture beside its d-th neighbour in a shuffled circle. After the first n pairs
-    every picture was seen twice and all are connected, so one may stop at any time after. Raises ValueError
-    for n < 2.
+    Round d shows each picture beside its d-th neighbour in a shuffled circle. After n pairs every picture was
+    seen twice and all are connected, so voting may stop then or later. Raises ValueError for n < 2.
 
     >>> len(blind_pairs(6)), sorted(i for pair in blind_pairs(6)[:6] for i in pair)
     (15, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
@@ -40,9 +39,7 @@ def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
 
 
 class Ballot:
-    """Blind pairs of n pictures, and the votes: ``wins`` (n, n), wins[i, j] = how often i looked better than
-    j.
-    """
+    """Blind pairs of n pictures, and votes: wins[i, j], (n, n), counts how often i looked better than j."""
 
     def __init__(self, n: int, seed: int = 0):
         self.pairs = blind_pairs(n, seed)
@@ -112,16 +109,15 @@ def vote_agreement(wins, scores) -> dict[str, float]:
 
 
 def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes") -> pd.DataFrame:
-    """Write the pictures with their scaled quality as ``mos``, a manifest that training reads; return it,
-    read again.
+    """Write a manifest that training reads, with the scaled quality as ``mos``, and return it.
 
     frame: the pictures' rows, in the order of ``wins``.
     wins: (n, n), how often the one looked better than the other.
     path: of the manifest.
-    name: of the data set that it becomes.
+    name: the data set's.
 
-    The unit is Thurstone's, which is as good as any: rewards compare within a set. The columns
-    standard_error and votes are for people, std stays empty. Raises ValueError as `scale_votes` does.
+    The unit is Thurstone's; any will do, as rewards compare within a set. The columns standard_error and
+    votes are for people; std stays empty. Raises ValueError as `scale_votes` does.
     """
     scale = scale_votes(wins).round(4)
     rows = frame.reset_index(drop=True).assign(dataset=name, mos=scale["quality"], std="")[

@@ -1,8 +1,8 @@
 """Four small ipywidgets applications, and the plain functions behind their controls.
 
 `explorer`, `comparison`, `leaderboard` and `rating` build an application; a control only calls one of the
-functions above them and shows what it returns, so that all of it runs, and is tested, without a browser.
-What a user gives and cannot be used is said on the application, in red.
+functions above them and shows what it returns, so all of it runs and is tested without a browser. Unusable
+input is reported on the application, in red.
 """
 
 import base64
@@ -53,8 +53,7 @@ def read_upload(value) -> Image.Image:
 
 
 def degrade(image: Image.Image, distortion: str = "jpeg", level: int = 0, seed: int = 0) -> Image.Image:
-    """Return the picture distorted at full size, then its middle `CROP` px, as the rows of the simulated
-    sets are made.
+    """Return the middle `CROP` px of the picture distorted at full size, as in the simulated sets.
 
     level: 1..5, or 0 for no distortion. Raises ValueError for an unknown distortion or level.
 
@@ -80,9 +79,7 @@ def explore(scorer: Scorer, image: Image.Image, k: int = 6, seed: int = 0) -> tu
 
 
 def curves(ax: Axes, scores: Sequence[Score], labels: Sequence[str], sampled: Sequence[str] = ()) -> None:
-    """Draw the normal curves that Thurstone's law sees in the scores; sampled: answers, ticks under the
-    first one.
-    """
+    """Draw the scores' normal curves, as in Thurstone's law; sampled: answers, ticks under the first one."""
     labels = [f"{label}: {score.score:.2f} ± {score.std:.2f}" for label, score in zip(labels, scores)]
     ticks = [[parse_score(answer) for answer in sampled]] + [[]] * (len(scores) - 1)
     bells(ax, [score.score for score in scores], [score.std for score in scores], labels, ticks)
@@ -113,10 +110,9 @@ def rank_folder(scorer: Scorer, folder: str | Path) -> pd.DataFrame:
 
 
 def board(ranked: pd.DataFrame, root: str | Path | None = None) -> pd.DataFrame:
-    """Return a ranking as a table to read: place, image, score, 95% interval of the score, places it may
-    have, problem.
+    """Return a ranking as a table to read: place, image, score, its 95% interval, possible places, problem.
 
-    root: the pictures' folder, for small pictures of them in HTML (file names are escaped then).
+    root: the pictures' folder, to show thumbnails in HTML (file names are escaped then).
     """
     good = ranked["error"] == ""
     table = pd.DataFrame(
@@ -176,9 +172,7 @@ def _table(frame: pd.DataFrame, escape: bool = True) -> str:
 
 
 def _guard(message: w.HTML, function: Callable[[], None]) -> Callable:
-    """Return an event handler: call the function; what it refuses is said in the message, not as a
-    traceback.
-    """
+    """Return an event handler that calls the function and shows its error as message, not as traceback."""
 
     def handle(*_):
         message.value = ""
@@ -294,8 +288,7 @@ def leaderboard(scorer: Scorer, folder: str | Path = "") -> w.VBox:
 
 
 def rating(ballot: Ballot, frame: pd.DataFrame, scorer: Scorer, path: str | Path = "my-votes.csv") -> w.VBox:
-    """Return "rate it yourself": blind pairs of the frame's pictures, votes by click or key, their scale,
-    the manifest.
+    """Return "rate it yourself": blind pairs of the frame, votes by click or key, their scale, the manifest.
 
     Votes go into ``ballot``; path: the manifest that "Save as manifest" writes.
     """

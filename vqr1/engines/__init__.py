@@ -1,8 +1,7 @@
 """The engines that a policy answers through: transformers, and vLLM.
 
-An engine is one file here, with a function `load(policy)` that returns what `Engine` describes; its file's
-name goes into `ENGINES`. Nothing else knows about engines: the `Scorer` hands pictures over, and makes scores
-of the answers.
+An engine is one file here, named in `ENGINES`, with a function `load(policy)` that returns an `Engine`.
+Nothing else knows about engines: the `Scorer` hands pictures over and makes scores of the answers.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class Engine(Protocol):
     """What an engine must offer.
 
     A `chat` is a list of messages with one image, as `vqr1.prompts.messages` gives it. Answers come back in
-    the order of the pictures; a picture that the engine cannot answer for costs its own answer alone, which
-    says why in its `error`. The engine may split what it is given into batches of at most `batch_size`.
+    the order of the pictures; a picture that the engine cannot answer for has an `error`, and the others keep
+    their answers. The engine may split what it is given into batches of at most `batch_size`.
     """
 
     def check(self, estimate: str) -> None:
@@ -39,18 +38,18 @@ class Engine(Protocol):
     def texts(
         self, chat: list[dict], prepared: list[Prepared], k: int, max_tokens: int, seed: int, batch_size: int
     ) -> list[Answer]:
-        """Return k completions of each picture, in `Answer.texts`: greedy if k is 1, else sampled at
-        temperature 1, neither top-k nor top-p.
+        """Return k completions of each picture, in `Answer.texts`.
+
+        Greedy if k is 1, else sampled at temperature 1, neither top-k nor top-p.
         """
 
     def distributions(
         self, chat: list[dict], prepared: list[Prepared], thinking: bool, max_tokens: int, batch_size: int
     ) -> list[Answer]:
-        """Return the text before each picture's answer, the probability of every answer after it, and the
-        likeliest one.
+        """Return each picture's text before its answer, all answers' probabilities, and the likeliest answer.
 
-        thinking: generate greedily up to the opening tag first, in at most `max_tokens`; otherwise the tag
-        is put into the model's mouth.
+        thinking: generate greedily up to the opening tag first, in at most `max_tokens`; otherwise the prompt
+            ends in the tag.
         """
 
 

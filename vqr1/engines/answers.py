@@ -1,13 +1,12 @@
-"""Which answers there are between the tags, once, for every engine: numbers as one tree, and what each is
-worth.
+"""The answers that engines consider between the tags: numbers as one tree, and their values.
 
-An answer is an opening, a number and what follows it: `3.50`, `3.5`, `4.`, `4`, `0.80`, `.85`, `10`, after
-nothing, a space or a newline. Every character of an opening and a number is one token. A number ends where
-no further digit, no first point, and none of `DOUBT`, which `parse_score` does not read, follows; d.dd is
-taken as it stands, whatever follows. Nothing after that is looked at, so answers such as `3.5 or 4` are in
-the mass, which is too large by their probability. What the likeliest answer goes on with is read by
-`parse_score` itself (`vqr1.scoring`). A space or newline less likely than `RARE` is not followed: that
-moves a mean by 2e-4 of the distance between its own mean and the others' at most.
+An answer is an opening (nothing, a space or a newline), a number (`3.50`, `3.5`, `4.`, `4`, `0.80`, `.85`,
+`10`) and what follows it. Every character of an opening and a number is one token. A number ends where no
+further digit, no first point, and none of `DOUBT` (which `parse_score` does not read) follows; d.dd is taken
+whatever follows. Nothing after that is looked at, so the mass is too large by the probability of answers such
+as `3.5 or 4`. Only the likeliest answer is followed further, and read by `parse_score` (`vqr1.scoring`). A
+space or newline less likely than `RARE` is not followed: that moves a mean by at most 2e-4 of the distance
+between its own mean and the others'.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 
 OPEN = "<answer>"
 AHEAD = 12
-"""Tokens that the likeliest answer is followed for, to see what it is."""
+"""Most tokens that the likeliest answer is followed for."""
 NOT_NUMBERS = "the model's output holds NaN or infinity; in fp16, load the policy with dtype=torch.float32"
 
 DIGITS = "0123456789"
@@ -27,9 +26,7 @@ SPACES = " \n"
 OPENINGS = ("", *SPACES)
 """What may stand between the tag and the number."""
 DOUBT = ",-–%+eE"
-"""What makes the number before it doubtful: 4,5 and 3-4 and 100% and 1e-1. The end of the completion does
-so, too.
-"""
+"""What makes the number before it doubtful (4,5, 3-4, 100%, 1e-1), as does the completion's end."""
 END = "<"
 """Stands for all else that may follow a number: the closing tag, a space, a full stop, /5."""
 
@@ -49,9 +46,7 @@ ANSWERS = (
 )
 """The 1,231 numbers d.dd, d.d, d., d and 10."""
 RARE = 1e-4
-"""A space or newline before the number is followed where it is likelier than this; otherwise it is no part
-of the mass.
-"""
+"""A space or newline before the number is followed, and in the mass, where it is likelier than this."""
 VALUES = torch.tensor([float(text.removesuffix(END)) for text in ANSWERS], dtype=torch.float64)  # (1231,)
 COLUMNS = f"{DIGITS}.{SPACES}{END}"
 """What may follow a beginning."""
@@ -62,7 +57,7 @@ _COLUMN = torch.tensor([COLUMNS.index(text[-1:] or END) for text in BEGINNINGS])
 _ANSWER_PARENT = torch.tensor([BEGINNINGS.index(text[:-1]) for text in ANSWERS])
 _ANSWER_COLUMN = torch.tensor([COLUMNS.index(text[-1]) for text in ANSWERS])
 _FULL_STOP = torch.tensor([text.endswith(END) and "." in text for text in ANSWERS])
-"""Of each answer, whether a point after it is a full stop: 3.5. is a number, too."""
+"""Whether a point after each answer is a full stop: 3.5. is a number, too."""
 
 
 class Prepared(NamedTuple):
@@ -90,8 +85,9 @@ class Answer(NamedTuple):
 def by_halves(
     ask: Callable[[list], list[Answer]], items: list, refusal: type[Exception], explain: str
 ) -> list[Answer]:
-    """Return ``ask(items)``; where it raises `refusal`, that of each half, and so on down to the item at
-    fault, whose answer is an error.
+    """Return ``ask(items)``; if it raises `refusal`, ask each half, and so on.
+
+    The answer of an item at fault is an error.
 
     Args:
         ask: from items to as many answers.
@@ -135,8 +131,7 @@ def tag_token(tokenizer) -> int:
 
 
 def tree(opening: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return depth (N,) and (N, N) which sees which: of the tokens of an opening, and the 133 of
-    `BEGINNINGS` below them.
+    """Return depth (N,) and which sees which (N, N), of an opening's tokens and the 133 `BEGINNINGS` below.
 
     The root is the last token before the answer, or of the opening. A token sees itself and its own
     beginnings.
@@ -150,8 +145,7 @@ def tree(opening: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tokens_of(tokenizer) -> dict[str, int]:
-    """Return the token of each character that may follow a beginning, `COLUMNS` without the end first, then
-    those of doubt.
+    """Return the token of each character after a beginning: `COLUMNS` without the end, then those of doubt.
 
     Raises ValueError where a digit, the point or a space is no token of its own.
     """
@@ -196,8 +190,7 @@ def probabilities(following: torch.Tensor) -> torch.Tensor:
 
 
 def likeliest(probability: torch.Tensor) -> str:
-    """Return the opening and the number of the likeliest answer; "" where less than half is on numbers, or
-    it is not known.
+    """Return opening and number of the likeliest answer; "" if unknown or less than half is on numbers.
 
     probability: (3, 1231), as `probabilities` gives it.
     """
@@ -208,10 +201,9 @@ def likeliest(probability: torch.Tensor) -> str:
 
 
 def closed(text: str, going: bool = False) -> str:
-    """Return an answer's text up to its closing tag, and that tag; without the tag if the text ended before
-    it.
+    """Return an answer's text up to its closing tag, and that tag unless the text ended before it.
 
-    going: more would have come; the tag is put there, and the answer is judged by what there is.
+    going: the text was cut off; the tag is added, and the answer is judged by what there is.
 
     >>> closed("3.50</"), closed("3.50<|im_end|>"), closed("The picture is quite", going=True)
     ('3.50</answer>', '3.50<|im_end|>', 'The picture is quite</answer>')

@@ -30,9 +30,7 @@ from vqr1.policy import Policy, as_policy, base_of, never_sampled
 from vqr1.sharing import prefill
 
 PATCHES = 2**16
-"""Of a batch, padding included, at most; a single picture may have more. A picture of 12 megapixels has
-61,204.
-"""
+"""Most patches of a batch, with padding; a single picture may have more (12 megapixels: 61,204)."""
 TOO_LARGE = (
     "does not fit into the GPU's memory; use a smaller model, quantize it, or limit the processor's pixels"
 )
@@ -44,9 +42,7 @@ def load(policy: str | Path | tuple) -> Transformers:
 
 
 class Prompt(NamedTuple):
-    """A prompt around its picture: the tokens before it with their cache, which all pictures share, and those
-    after it.
-    """
+    """A prompt's tokens before its picture, their cache (which all pictures share), and the tokens after."""
 
     before: torch.Tensor
     cache: Cache
@@ -62,9 +58,7 @@ class Prefilled(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """Where a batch stands before its answers: ids and mask, (B, T), the place of each row's last real token,
-    (B,), and the cache.
-    """
+    """A batch before its answers: ids and mask, (B, T), the cache, and each row's last real place, (B,)."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -73,7 +67,7 @@ class Reached(NamedTuple):
 
 
 class Transformers(Engine):
-    """Asks a model of transformers; see `vqr1.engines.Engine`.
+    """Ask a model of transformers; see `vqr1.engines.Engine`.
 
     Pictures are batched by size, so that little is padded: `batch_size` at most, fewer if they are large or
     do not fit into memory. Each goes through the vision tower once. The model is in eval mode meanwhile.
@@ -146,9 +140,7 @@ class Transformers(Engine):
         prepared: list[Prepared],
         batch_size: int,
     ) -> list[Answer]:
-        """Return the answers of all pictures, in order, asked a batch at a time; of a batch that does not fit
-        into memory, of each half.
-        """
+        """Return all pictures' answers, in order, by batches; one too large for the memory is halved."""
         patches = [len(picture["pixel_values"]) for picture, _ in prepared]
         order, found = sorted(range(len(prepared)), key=patches.__getitem__), {}
         with torch.no_grad(), _evaluating(self.model):
@@ -173,9 +165,7 @@ class Transformers(Engine):
         )
 
     def _prefill(self, pictures: list[dict], prompt: Prompt) -> Prefilled:
-        """Return the prompts of pictures in the model. A row is the shared beginning, padding, picture,
-        question.
-        """
+        """Prefill the pictures' prompts; a row is the shared beginning, padding, picture, question."""
         grid = torch.cat([picture["image_grid_thw"] for picture in pictures])
         pixels = torch.cat([picture["pixel_values"] for picture in pictures])
         sizes = (grid.prod(1) // self.processor.image_processor.merge_size**2).tolist()
@@ -194,9 +184,7 @@ class Transformers(Engine):
         return Prefilled(ids, mask, prefill(self.model, ids, mask, pixels, grid, cache))
 
     def _generate(self, prefilled: Prefilled, max_tokens: int, k: int = 1, **options):
-        """Return what `generate` makes of k copies of every prefilled row, and of each whether the model gave
-        NaN for it.
-        """
+        """Return `generate`'s output for k copies of every prefilled row, and which of them met NaN."""
         (ids, mask, cache), inner = prefilled, base_of(self.model).model
         own, tokenizer = self.model.generation_config, self.processor.tokenizer
         if k > 1:
@@ -225,9 +213,7 @@ class Transformers(Engine):
         return out, numbers.failed or [False] * len(ids)
 
     def _think(self, prefilled: Prefilled, max_tokens: int) -> tuple[list[str], Reached, list[bool]]:
-        """Return the texts that are generated greedily up to the opening tag, where the rows stand then, and
-        which of them failed.
-        """
+        """Return greedy texts up to the opening tag, where the rows stand then, and which of them failed."""
         length = prefilled.ids.shape[1]
         out, failed = self._generate(prefilled, max_tokens, stop_strings=[OPEN])
         ids, pad = out.sequences, self.model.generation_config.pad_token_id
@@ -239,9 +225,7 @@ class Transformers(Engine):
         return texts, Reached(ids, mask, last, out.past_key_values), failed
 
     def _thoughts(self, ids: torch.Tensor) -> str:
-        """Return the text of generated ids, whose last token is made the tag's own where white space clings
-        to it.
-        """
+        """Return the text of generated ids; a last tag token with white space becomes the plain one."""
         tokenizer = self.processor.tokenizer
         if tokenizer.decode(ids, skip_special_tokens=True).rstrip().endswith(OPEN):
             ids[-1] = answers.tag_token(tokenizer)  # it is fed again
@@ -250,8 +234,8 @@ class Transformers(Engine):
     def _answers(self, reached: Reached) -> torch.Tensor:
         """Return the probability of each of `ANSWERS` after each of `OPENINGS`, (B, 3, 1231).
 
-        All beginnings of a number are one tree, and one forward; another one where a space or newline
-        before it is not `RARE`.
+        All beginnings of a number are one tree and one forward, plus one each for a space or newline before
+        it that is not `RARE`.
         """
         count, device = len(reached.ids), reached.ids.device
         listed = torch.tensor(list(self.tokens.values()), device=device)
@@ -269,9 +253,7 @@ class Transformers(Engine):
         return answers.probabilities(following)
 
     def _follow(self, reached: Reached, starts: list[str | None]) -> list[str]:
-        """Return how each answer goes on greedily to its end, or for `AHEAD` tokens; "" where there is no
-        start.
-        """
+        """Return each answer, continued greedily to its end or for `AHEAD` tokens; "" without a start."""
         tokenizer = self.processor.tokenizer
         chains = [[self.tokens[character] for character in start or ""] for start in starts]
         going = [i for i, start in enumerate(starts) if start is not None]
@@ -296,10 +278,12 @@ class Transformers(Engine):
     def _branch(
         self, reached: Reached, tail: torch.Tensor, depth: torch.Tensor, sees: torch.Tensor
     ) -> torch.Tensor:
-        """Return the logits (B, 1 + N, V) of each row's last token and the N of `tail`, (B, N), after it; the
-        cache stays as it was.
+        """Return the logits (B, 1 + N, V) of each row's last token and the tail after it; keep the cache.
 
-        A 4-D mask makes them a tree: a token sees the prefix, and those that `sees`, (1 + N, 1 + N), names.
+        A 4-D mask makes them a tree: a token sees the prefix, and those that `sees` names.
+
+        tail: (B, N).
+        sees: (1 + N, 1 + N).
         depth: (1 + N,).
         """
         ids, mask, last, cache = reached
@@ -326,9 +310,9 @@ class Transformers(Engine):
 
 
 class OnlyNumbers(LogitsProcessor):
-    """Ends a completion where the logits are no numbers: sampling from them would stop the whole batch.
+    """End a completion where the logits are no numbers: sampling from them would stop the whole batch.
 
-    failed: of each row, whether it happened.
+    failed: whether it happened, row by row.
     """
 
     def __init__(self, end: int):
@@ -347,8 +331,7 @@ def _error(failed: bool) -> str:
 
 
 def _batched(items: list, sizes: list[int], most: int) -> list[list]:
-    """Split items into batches of at most `most`, and of at most `PATCHES` when each is padded to the
-    largest.
+    """Split items into batches of at most `most`, and of at most `PATCHES` after padding to the largest.
 
     sizes: their patches, ascending.
 

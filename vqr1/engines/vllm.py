@@ -1,10 +1,10 @@
 """vLLM behind the Scorer: `Scorer("Qwen/Qwen2.5-VL-7B-Instruct", engine="vllm", batch_size=256)`.
 
-NOT RUN HERE: vLLM needs a GPU. What is tested is how requests are built and what is made of the
-log-probabilities that come back, with the embedded policy's own, from transformers. The names are those of
-vLLM 0.31. It wants an older transformers than the rest of this package, and so an environment of its own
-(`INSTALL`). vLLM prepares pictures with the checkpoint's own image processor and computes in bf16: its
-scores are near the transformers engine's, not equal, and may differ a little with the company in the batch.
+NOT RUN HERE: vLLM needs a GPU. Tests cover how requests are built and how log-probabilities are read,
+with the embedded policy's, from transformers. The names are those of vLLM 0.31. It wants an older
+transformers than the rest of this package, and so an environment of its own (`INSTALL`). vLLM prepares
+pictures with the checkpoint's own image processor and computes in bf16: its scores are near the transformers
+engine's, not equal, and may differ a little with the rest of the batch.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ INSTALL = (
     " && .venv-vllm/bin/pip install --no-deps -e ."
 )
 MAX_TOKENS = 20_480
-"""Of one request: Qwen's processors make at most 16,384 tokens of a picture; the rest is for prompt and
-reasoning.
-"""
+"""Most tokens of a request: up to 16,384 of a picture by Qwen's processors, then prompt and reasoning."""
 RANKS = (8, 16, 32, 64, 128, 256)
 """The LoRA ranks that vLLM can be set to."""
 
@@ -69,8 +67,7 @@ Tree = dict[str, dict[str, float]]
 
 
 def answer_probability(tree: Tree, text: str) -> float:
-    """Return the probability that the answer begins with `text`, by the chain rule; 0 where the tree does
-    not reach.
+    """Return the probability that the answer begins with `text`, by the chain rule; 0 beyond the tree.
 
     >>> answer_probability({"": {"3": 0.5, "4": 0.5}, "3": {".": 0.9, "<": 0.1}}, "3.")
     0.45
@@ -110,7 +107,7 @@ def image_prompt(prompt: list[int], image: Image.Image, name: str, more: Sequenc
     Args:
         prompt: its tokens, with one image token, which vLLM repeats as the image needs.
         image: RGB.
-        name: the image's, unique in the engine's life: its cache knows the image again by it without hashing
+        name: the image's, unique in the engine's life: its cache recognises the image by it, without hashing
             pixels.
         more: tokens that have been said since.
     """
@@ -122,9 +119,7 @@ def image_prompt(prompt: list[int], image: Image.Image, name: str, more: Sequenc
 
 
 def logprob_settings(tokens: Mapping[str, int]) -> dict:
-    """Return the sampling settings that read off the log-probabilities of these tokens as they are, before
-    any truncation.
-    """
+    """Return the sampling settings that read these tokens' log-probabilities before any truncation."""
     return {
         "max_tokens": 1,
         "temperature": 0.0,
@@ -193,7 +188,7 @@ def load(policy: str | Path | tuple) -> Vllm:
 
 
 class Vllm(Engine):
-    """Asks vLLM; see `vqr1.engines.Engine`. It makes its own batches, so `batch_size` changes nothing."""
+    """Ask vLLM; see `vqr1.engines.Engine`. It makes its own batches, so `batch_size` changes nothing."""
 
     def __init__(self, llm, processor: ProcessorMixin, sampling_params: type, lora=None):
         self.llm, self.processor, self.sampling_params, self.lora = llm, processor, sampling_params, lora
@@ -254,18 +249,14 @@ class Vllm(Engine):
         return [*before, self.processor.image_token_id, *after]
 
     def _think(self, rows: list[dict], max_tokens: int) -> tuple[list[str], list[list[int]]]:
-        """Return what is generated greedily up to the opening tag: texts, and tokens that end with the tag's
-        own.
-        """
+        """Return what is generated greedily up to the opening tag: texts, and tokens ending in the tag's."""
         how = {"stop": [OPEN], "include_stop_str_in_output": True, "bad_words": self.barred}
         outputs = self._run(rows, temperature=0.0, max_tokens=max_tokens, **how)
         written, tag = [output.outputs[0] for output in outputs], tag_token(self.processor.tokenizer)
         return [one.text for one in written], [[*one.token_ids[:-1], tag] for one in written]
 
     def _trees(self, row: Callable[[int, str], dict], ready: list[int], count: int) -> list[Tree]:
-        """Return the trees of `count` pictures; those that are not ready stay empty. All go down together,
-        in at most five calls.
-        """
+        """Return the trees of `count` pictures, asked together in at most five calls; empty if not ready."""
         trees: list[Tree] = [{} for _ in range(count)]
         while asked := [(i, text) for i in ready for text in open_prefixes(trees[i])]:
             outputs = self._run([row(i, text) for i, text in asked], **logprob_settings(self.tokens))
@@ -287,9 +278,7 @@ class Vllm(Engine):
         return followed
 
     def _run(self, requests: list[dict], **settings) -> list:
-        """Return vLLM's outputs; raise Refused where it finds fault with a request, which it does before it
-        computes anything.
-        """
+        """Return vLLM's outputs; raise Refused if it rejects a request, which it does before computing."""
         try:
             return self.llm.generate(
                 requests, self.sampling_params(**settings), use_tqdm=False, lora_request=self.lora
