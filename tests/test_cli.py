@@ -374,6 +374,19 @@ def test_a_run_is_not_overwritten(command, tmp_path, capsys, monkeypatch):
     assert f"{tmp_path} already holds a run, at checkpoint-30" in said and "--resume" in said
 
 
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_a_run_with_other_settings_is_not_resumed(command, tmp_path, capsys, monkeypatch):
+    """This refusal, too, comes before anything is loaded, rendered or evaluated."""
+    for module in (demo, training):
+        monkeypatch.setattr(module, "load_policy", lambda *args: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(demo, "evaluation_rows", lambda *args, **kwargs: pytest.fail("an evaluation began"))
+    (tmp_path / "checkpoints" / "checkpoint-30").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-30" / "trainer_state.json").touch()
+    write_yaml(tmp_path / "config.yaml", {"extends": "cpu", "lora_r": 8})
+    said = refused([command, "--resume", "--out", str(tmp_path)], capsys)
+    assert "lora_r was 8, now 16" in said
+
+
 def test_ctrl_c_ends_with_a_hint_and_whole_checkpoints(tmp_path, started, wait_until):
     """The process gets SIGINT in the middle of training; its next step would take as long as the last."""
     settings, folder = small_config(tmp_path, max_steps=60, logging_steps=1, save_steps=1), tmp_path / "run"

@@ -209,13 +209,13 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
-def resume_from(output: Path, resume: bool, settings: Settings | None = None) -> Path | None:
+def resume_from(output: Path, resume: bool, settings: Settings) -> Path | None:
     """Return the checkpoint that a run goes on from, None for a new run.
 
     Args:
         output: folder of the run.
         resume: whether going on was asked for.
-        settings: to go on with; None: they are not compared yet.
+        settings: to go on with.
 
     Raises:
         FileExistsError: there is a checkpoint, and `resume` was not asked for.
@@ -228,8 +228,8 @@ def resume_from(output: Path, resume: bool, settings: Settings | None = None) ->
             f"{output} already holds a run, at {found.name}; go on with it by --resume, or give another "
             "folder"
         )
-    if not found or settings is None:
-        return found
+    if not found:
+        return None
     same_settings(output, asdict(settings), lambda path: merged(DEFAULTS, read_settings(path)))
     last = settings.grpo.get("max_steps", -1)
     if step_of(found) > last:

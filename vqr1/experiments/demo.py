@@ -42,9 +42,9 @@ def demo(
         limit: at most so many test rows of each set, for a quick look.
     """
     output, settings = Path(output), load_config(config)
-    resume_from(output, resume)  # before minutes of evaluation
     if steps:
         settings = settings.changed(grpo={"max_steps": steps})
+    resume_from(output, resume, settings)  # before minutes of evaluation
     start = time.time()
     print("Rendering the test pictures and scoring them before training.", flush=True)
     sets = evaluation_rows(EVALUATION_SETS, limit=limit)
