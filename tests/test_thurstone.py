@@ -1,5 +1,6 @@
 """Vectorised Thurstone mathematics equals plain loops written from the paper's equations."""
 
+import itertools
 import math
 
 import numpy as np
@@ -29,7 +30,16 @@ def phi(x):
 
 
 def loop_reward(
-    scores, mos, dataset=None, *, binary=False, average=False, variance=None, gamma=1e-6, eps=1e-6
+    scores,
+    mos,
+    dataset=None,
+    *,
+    preference=None,
+    binary=False,
+    average=False,
+    variance=None,
+    gamma=1e-6,
+    eps=1e-6,
 ):
     """Compute the paper's section 3 with Python loops over i, j and k; vqr1 shares none of it."""
     parsed = [[s for s in group if not math.isnan(s)] for group in scores]
@@ -48,7 +58,12 @@ def loop_reward(
             for j in range(len(scores)):
                 if i == j or not parsed[j] or (dataset is not None and dataset[i] != dataset[j]):
                     continue
-                p = 1.0 if mos[i] > mos[j] else 0.5 if mos[i] == mos[j] else 0.0
+                if preference is not None and math.isnan(preference[i][j]):
+                    continue
+                if preference is not None:
+                    p = preference[i][j]
+                else:
+                    p = 1.0 if mos[i] > mos[j] else 0.5 if mos[i] == mos[j] else 0.0
                 root = math.sqrt(var[i] + var[j] + gamma)
                 if average:
                     q = sum(phi((s - other) / root) for other in parsed[j]) / len(parsed[j])
@@ -120,6 +135,80 @@ def test_reward_equals_the_triple_loop_on_drawn_batches(drawn, variant):
     scores, mos, dataset = drawn
     expected = torch.tensor(loop_reward(scores.tolist(), mos, dataset, **variant), dtype=torch.float64)
     torch.testing.assert_close(ranking_reward(scores, mos, dataset, **variant), expected, atol=1e-6, rtol=0)
+
+
+@st.composite
+def comparisons(draw):
+    """Return a batch with the shares of 1 to 5 votes on some of its pairs in place of mos."""
+    scores, _, dataset = draw(batches())
+    preference = np.full((len(scores), len(scores)), NAN)
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        votes = draw(st.integers(0, 5))
+        if votes:
+            preference[i, j] = draw(st.integers(0, 2 * votes)) / (2 * votes)  # ties are half a vote each
+            preference[j, i] = 1 - preference[i, j]
+    return scores, preference, dataset
+
+
+@few
+@given(comparisons(), variants)
+def test_reward_from_comparisons_equals_the_triple_loop(drawn, variant):
+    scores, preference, dataset = drawn
+    for names in (None, dataset):
+        reward = ranking_reward(scores, dataset=names, preference=preference, **variant)
+        expected = loop_reward(scores.tolist(), None, names, preference=preference.tolist(), **variant)
+        torch.testing.assert_close(reward, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@few
+@given(batches(), variants)
+def test_preferences_made_from_mos_give_the_reward_of_mos(drawn, variant):
+    scores, mos, dataset = drawn
+    reward = ranking_reward(scores, dataset=dataset, preference=true_preference(mos), **variant)
+    assert torch.equal(reward, ranking_reward(scores, mos, dataset, **variant))
+
+
+def test_a_pair_that_nobody_compared_takes_no_part():
+    """Whatever the third image's scores are, the first two are rewarded as if alone."""
+    preference = np.array([[NAN, 0.75, NAN], [0.25, NAN, NAN], [NAN, NAN, NAN]])
+    for third in (1.0, 5.0):
+        scores = torch.tensor([[4.0, 3.0], [3.0, 2.5], [third, third]], dtype=torch.float64)
+        reward = ranking_reward(scores, preference=preference)
+        assert torch.equal(reward[:2], ranking_reward(scores[:2], preference=preference[:2, :2]))
+        assert not reward[2].any() and reward[:2].min() > 0
+
+
+@pytest.mark.parametrize(
+    ("preference", "message"),
+    [
+        (
+            [[0.5, 0.7], [0.4, 0.5]],
+            r"preference\[0, 1\] is 0.7 and preference\[1, 0\] is 0.4; .* add up to 1",
+        ),
+        ([[0.5, 1.2], [-0.2, 0.5]], r"preference\[0, 1\] is 1.2 .* in 0..1"),
+        ([[0.5, float("inf")], [NAN, 0.5]], r"preference\[0, 1\] is inf .* in 0..1"),
+        (
+            [[0.5, NAN], [0.4, 0.5]],
+            r"preference\[0, 1\] is nan and preference\[1, 0\] is 0.4; .* NaN in both",
+        ),
+        ([[0.5, 0.5, 0.5]] * 3, r"shape \(2, 2\), got \(3, 3\)"),
+        (None, "give either mos or preference"),
+    ],
+)
+def test_preferences_that_contradict_themselves_are_named(preference, message):
+    with pytest.raises(ValueError, match=message):
+        ranking_reward(torch.ones(2, 2), preference=preference)
+
+
+def test_mos_and_preference_together_are_refused():
+    with pytest.raises(ValueError, match="give either mos or preference"):
+        ranking_reward(torch.ones(2, 2), [1.0, 2.0], preference=[[0.5, 0.5], [0.5, 0.5]])
+
+
+def test_the_diagonal_of_a_preference_is_ignored():
+    scores = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
+    known = [ranking_reward(scores, preference=[[x, 1.0], [0.0, x]]) for x in (0.5, NAN, 7.0)]
+    assert torch.equal(known[0], known[1]) and torch.equal(known[0], known[2])
 
 
 @few

@@ -5,6 +5,7 @@ Equations: VisualQuality-R1, arXiv 2505.14460 v2, section 3. The two small const
 paper; gamma = eps = 1e-6 are the official code's (``grpo_jsonl.py`` lines 128-139).
 """
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -106,9 +107,10 @@ def true_preference(mos) -> torch.Tensor:
 
 def ranking_reward(
     scores: torch.Tensor,
-    mos,
+    mos=None,
     dataset: Sequence[Hashable] | None = None,
     *,
+    preference=None,
     binary: bool = False,
     average: bool = False,
     variance: float | None = None,
@@ -119,10 +121,14 @@ def ranking_reward(
 
     r_ik = mean over j != i of fidelity(p(i, j), p_k(i, j)), over images j of the same data set.
 
+    Either MOS state which image is better, or people who compared the two.
+
     Args:
         scores: (B, K), floating; NaN = unparseable. These take no part in their group's mean and variance.
-        mos: (B,), higher is better.
+        mos: (B,), higher is better; p(i, j) is their `true_preference`.
         dataset: B names, or None for one data set.
+        preference: (B, B), in place of ``mos``: p(i, j), the share of people who prefer i to j, a tie counted
+            half; NaN where nobody compared the two, who then are no partners. The diagonal is ignored.
         binary, average, variance: the variants below.
         gamma, eps: of `comparative_probability` and `fidelity`.
 
@@ -142,7 +148,9 @@ def ranking_reward(
     - ``variance``: this number in place of every var_i; 1.0 is Thurstone's Case V.
 
     Raises ValueError for shapes that disagree, K < 2, a MOS that is not finite, a negative variance or eps,
-    gamma <= 0; TypeError if ``scores`` is not a floating tensor. Source: the paper's r_k(x_i); Table 4.
+    gamma <= 0, both or neither of mos and preference, and a preference outside 0..1 or with p(i, j) + p(j, i)
+    other than 1; TypeError if ``scores`` is not a floating tensor. Source: the paper's r_k(x_i); Table 4. The
+    paper has MOS alone.
 
     >>> scores = torch.tensor([[4.1, 4.3], [2.0, float("nan")], [1.0, 3.0]])
     >>> ranking_reward(scores, [5.0, 3.0, 1.0])
@@ -153,20 +161,30 @@ def ranking_reward(
     tensor([[1.0000, 1.0000],
             [0.7500, 0.0000],
             [1.0000, 0.5000]])
+
+    Of five people, four prefer the first image to the third; nobody compared the second:
+
+    >>> nan = float("nan")
+    >>> ranking_reward(scores, preference=[[nan, nan, 0.8], [nan, nan, nan], [0.2, nan, nan]])
+    tensor([[0.9808, 0.9733],
+            [0.0000, 0.0000],
+            [0.9383, 1.0000]])
     """
     scores = _checked(scores, mos, dataset, variance)
+    p_true = _preference(len(scores), mos, preference)  # (B, B)
+    compared = ~torch.isnan(p_true)
+    p_true = torch.where(compared, p_true, 0.5).to(scores)[..., None]  # (B, B, 1)
     valid = torch.isfinite(scores * scores)  # (B, K)
     scores = torch.where(valid, scores, 0)
     mean, var = _moments(scores, valid)  # (B,), (B,)
     if variance is not None:
         var = torch.full_like(var, variance)
-    p_true = true_preference(mos).to(scores)[..., None]  # (B, B, 1)
     if average:
         p_pred = _averaged_probability(scores, valid, var, gamma)
     else:
         p_pred = comparative_probability(scores, var, mean, var, gamma)  # (B, B, K)
     gain = _agreement(p_true, p_pred) if binary else fidelity(p_true, p_pred, eps)
-    partners = _partners(valid, dataset)  # (B, B)
+    partners = _partners(valid, dataset) & compared.to(valid.device)  # (B, B)
     total = gain.mul_(partners[..., None]).sum(1)  # (B, K)
     return torch.where(valid, total / partners.sum(1).clamp(min=1)[:, None], 0)
 
@@ -184,6 +202,28 @@ def _checked(scores, mos, dataset, variance) -> torch.Tensor:
     if variance is not None and not variance >= 0:
         raise ValueError(f"variance must not be negative, got {variance}")
     return scores
+
+
+def _preference(images: int, mos, preference) -> torch.Tensor:
+    """Return p(i, j), (B, B), NaN where nobody compared; checked where people stated it."""
+    if (mos is None) == (preference is None):
+        raise ValueError("give either mos or preference: one of the two says which image is better")
+    if preference is None:
+        return true_preference(mos)
+    p = preference if torch.is_tensor(preference) else torch.from_numpy(np.array(preference, dtype=float))
+    if p.shape != (images, images):
+        raise ValueError(f"preference must have shape {(images, images)}, got {tuple(p.shape)}")
+    p = p.to("cpu", torch.float64).where(~torch.eye(images, dtype=torch.bool), math.nan)
+    for bad, wanted in (
+        ((p < 0) | (p > 1), "a share of people is in 0..1"),
+        (p.isnan() != p.T.isnan(), "give a share in both places, or NaN in both"),
+        ((p + p.T - 1).abs() > 1e-6, "the two shares must add up to 1"),
+    ):
+        if bad.any():
+            i, j = bad.nonzero()[0].tolist()
+            said = f"preference[{i}, {j}] is {p[i, j]:.7g} and preference[{j}, {i}] is {p[j, i]:.7g}"
+            raise ValueError(f"{said}; {wanted}")
+    return p
 
 
 def _moments(scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
