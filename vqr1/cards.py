@@ -40,6 +40,10 @@ def model_card(settings: Settings, log: pd.DataFrame, machine: str) -> str:
     )
     sets = ", ".join(f"`{name}`" for name in settings.sets)
     prompt = "thinking" if settings.thinking else "non-thinking"
+    compared = ", ".join(f"`{name}`" for name in settings.comparisons)
+    learned = (
+        f" Of {compared} it learned from people's comparisons of pairs, not from MOS." if compared else ""
+    )
     simulated = SIMULATED if any(name.startswith("sim-") for name in settings.sets) else ""
     return f"""---
 {header.to_yaml()}
@@ -59,7 +63,7 @@ print(Scorer("FOLDER", thinking={settings.thinking}).score(["picture.jpg"]))
 
 ## Data
 
-Rows with split `train` of {sets}; pictures are compared with pictures of the same set alone.
+Rows with split `train` of {sets}; pictures are compared with pictures of the same set alone.{learned}
 
 ## Results
 

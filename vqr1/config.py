@@ -81,6 +81,8 @@ class Settings:
     """Parts that are not trained. The vision tower has learned to see; the language model judges."""
     sets: list[str]
     """Names of rated sets, or paths of manifests."""
+    comparisons: list[str] = field(default_factory=list)
+    """Which of the sets are learned from what people said of pairs, instead of their mos."""
     root: str | dict[str, str] | None = None
     """Folder of the public sets, or one per set, {kadid10k: /data/kadid10k}; None: VQR1_DATA, else data/."""
     thinking: bool = True
@@ -162,7 +164,7 @@ def _hints(function: Callable, *without: str) -> dict[str, Any]:
 HINTS = {
     "": _hints(Settings, "source"),
     "validation": _hints(Validation),
-    "reward_options": _hints(RankingReward.__init__, "num_generations")
+    "reward_options": _hints(RankingReward.__init__, "num_generations", "comparisons")
     | _hints(ranking_reward, "scores", "dataset")
     | {"scope": Literal["local", "global"]},
     "grpo": _hints(GRPOConfig)
@@ -461,6 +463,12 @@ def _check_sets(source, settings: Settings) -> None:
     again = [name for name in names if names.count(name) > 1]
     if again:
         raise _wrong(source, "sets", sets, f"names {again[0]} twice")
+    for name in settings.comparisons:
+        if name not in sets:
+            raise _wrong(source, "comparisons", name, f"is none of the sets; they are {', '.join(sets)}")
+    if settings.comparisons and settings.reward != "ranking":
+        why = f"are of no use to the reward {settings.reward}; use reward: ranking, or leave them out"
+        raise _wrong(source, "comparisons", settings.comparisons, why)
     for name in root if isinstance(root, dict) else ():
         if name not in sets:
             raise _wrong(source, "root", name, f"is none of the sets; they are {', '.join(sets)}")

@@ -5,15 +5,18 @@ side by side. A completion is ``[{"role": "assistant", "content": text}]`` or th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from vqr1.data.comparisons import PairTable
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, format_ok, parse_score
-from vqr1.thurstone import ranking_reward
+from vqr1.thurstone import ranking_reward, true_preference
 
 Completion = str | list[dict]
 LogMetric = Callable[[str, float], None]
@@ -57,24 +60,43 @@ class RankingReward:
         num_generations: K, TRL's own.
         scope: "local" compares the images of this process: with gradient accumulation the whole generation
             batch, as TRL passes it, not one micro-batch. "global" compares the images of all processes, which
-            exchange (score, mos, dataset) rows in one collective per call: every process has to call it.
+            exchange (score, mos, dataset, name) rows in one collective per call: every process has to call
+            it.
         bounded: a score outside 1..5 counts as unparseable. Otherwise nothing holds the scale: in a
             comparison 300 is as good as 5 (notebook 02, section 5).
+        comparisons: data set -> what people said of its pairs, as from `load_comparisons`: columns first,
+            second, preference and, if known, votes. p(i, j) of such a set is the share who prefer picture i,
+            the mean over the pair's rows weighted by votes; a pair that is not there takes no part. Its rows
+            need the column ``name``, as the comparisons spell it, and no ``mos``.
         variants: keyword arguments of `ranking_reward`: binary, average, variance, gamma, eps.
 
     Raises:
-        ValueError: for K < 2 or an unknown scope. When called: for a missing ``mos`` column, a number of
-            completions on any process that K does not divide, or a group with several MOS or data sets.
+        ValueError: for K < 2, an unknown scope, or comparisons that `PairTable` refuses. When called: for a
+            missing ``mos``, a number of completions on any process that K does not divide, a group with
+            several MOS, data sets or names; with comparisons for a missing ``dataset`` or ``name``, and a
+            name that no comparison of its set mentions.
 
     >>> reward = RankingReward(num_generations=2)
     >>> answers = [f"<answer>{score}</answer>" for score in (4.2, 4.4, 1.5, 1.1)]
     >>> [round(value, 4) for value in reward(completions=answers, mos=[80, 80, 20, 20])]
     [1.001, 1.001, 1.001, 1.001]
+    >>> pairs = pd.DataFrame({"first": ["cat.jpg"], "second": ["dog.jpg"], "preference": [0.75]})
+    >>> reward = RankingReward(num_generations=2, comparisons={"pets": pairs})
+    >>> names = ["cat.jpg", "cat.jpg", "dog.jpg", "dog.jpg"]
+    >>> [round(value, 4) for value in reward(completions=answers, dataset=["pets"] * 4, name=names)]
+    [0.867, 0.867, 0.867, 0.867]
     """
 
     __name__ = "ranking"  # TRL logs a reward under this name
 
-    def __init__(self, num_generations: int, scope: str = "local", bounded: bool = False, **variants):
+    def __init__(
+        self,
+        num_generations: int,
+        scope: str = "local",
+        bounded: bool = False,
+        comparisons: Mapping[str, pd.DataFrame] | None = None,
+        **variants,
+    ):
         if num_generations < 2:
             raise ValueError(
                 f"num_generations = {num_generations}: ranking needs at least 2 completions per image"
@@ -84,14 +106,23 @@ class RankingReward:
         ranking_reward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 2], **variants)  # a bad variant fails now
         self.num_generations, self.scope = num_generations, scope
         self.bounded, self.variants = bounded, variants
+        self.tables = {name: PairTable(pairs, name) for name, pairs in (comparisons or {}).items()}
 
     def __call__(
-        self, prompts=None, completions=(), mos=None, dataset=None, log_metric=None, log_extra=None, **kwargs
+        self,
+        prompts=None,
+        completions=(),
+        mos=None,
+        dataset=None,
+        name=None,
+        log_metric=None,
+        log_extra=None,
+        **kwargs,
     ) -> list[float]:
         scores = scores_of(completions, log_metric)
         if self.bounded:
             scores = [score if SCORE_MIN <= score <= SCORE_MAX else math.nan for score in scores]
-        columns = [scores, _or_none(mos, scores), _or_none(dataset, scores)]
+        columns = [scores, *(_or_none(column, scores) for column in (mos, dataset, name))]
         # One list of rows per process, in the order of ranks. Every check comes after this collective and
         # looks at the rows of all processes, so that all raise together and none is left waiting.
         everyone = gather_object([columns]) if self.scope == "global" else [columns]
@@ -103,11 +134,26 @@ class RankingReward:
 
     def _rewards(self, everyone: list[list[list]]) -> torch.Tensor:
         k = self.num_generations
-        for rank, (scores, mos, dataset) in enumerate(everyone):
-            _check_columns(k, len(scores), mos, dataset, f" (process {rank} of {len(everyone)})")
-        scores, mos, dataset = (sum(column, []) for column in zip(*everyone))
-        table = torch.tensor(scores, dtype=torch.float64).reshape(-1, k)  # (B, K)
-        return ranking_reward(table, mos[::k], dataset[::k], **self.variants)
+        for rank, (scores, *labels) in enumerate(everyone):
+            _check_columns(k, len(scores), *labels, self.tables, f" (process {rank} of {len(everyone)})")
+        scores, *labels = (sum(column, []) for column in zip(*everyone))
+        mos, dataset, name = (column[::k] for column in labels)
+        scores = torch.tensor(scores, dtype=torch.float64).reshape(-1, k)  # (B, K)
+        if not self.tables:
+            return ranking_reward(scores, mos, dataset, **self.variants)
+        preference = self._preference(mos, dataset, name)
+        return ranking_reward(scores, dataset=dataset, preference=preference, **self.variants)
+
+    def _preference(self, mos: list, dataset: list, name: list) -> np.ndarray:
+        """Return p(i, j), (B, B): of a set with comparisons what they say, of the others by their MOS."""
+        learned = np.array([own in self.tables for own in dataset])
+        p = true_preference(np.where(learned, 0.0, np.array(mos, dtype=float))).numpy()  # None becomes NaN
+        p[learned] = p[:, learned] = np.nan
+        for own, table in self.tables.items():
+            rows = np.flatnonzero([other == own for other in dataset])
+            codes = table.codes([name[row] for row in rows], (rows * self.num_generations).tolist())
+            p[np.ix_(rows, rows)] = table.preference(codes)
+        return p
 
     def _log(self, scores, log_metric, log_extra) -> None:
         if log_extra:
@@ -125,27 +171,47 @@ def _or_none(column, scores: list) -> list:
     return [None] * len(scores) if column is None else list(column)
 
 
-def _check_columns(k: int, rows: int, mos: list, dataset: list, where: str) -> None:
+def _check_columns(
+    k: int, rows: int, mos: list, dataset: list, name: list, tables: Mapping[str, PairTable], where: str
+) -> None:
     if rows == 0 or rows % k:
         raise ValueError(
             f"{rows} completions{where} are not whole groups of num_generations = {k}: a group would be "
             "split between batches or processes. Make per_device_train_batch_size * steps_per_generation a "
             "multiple of it"
         )
-    for name, column in (("mos", mos), ("dataset", dataset)):
+    for title, column in (("mos", mos), ("dataset", dataset), ("name", name)):
         if len(column) != rows:
-            raise ValueError(f"{rows} completions but {len(column)} values of {name!r}{where}")
-    if not all(value is not None and math.isfinite(value) for value in mos):
+            raise ValueError(f"{rows} completions but {len(column)} values of {title!r}{where}")
+    if tables and None in dataset:
+        raise ValueError(
+            f"row {dataset.index(None)}{where} has no 'dataset', and comparisons are of {', '.join(tables)}; "
+            "give the rows a column 'dataset'"
+        )
+    learned = [own in tables for own in dataset]
+    if not all(own or _is_number(value) for own, value in zip(learned, mos)):
         raise ValueError(
             f"the ranking reward needs a number in column 'mos' for every row, got {mos[:3]}…{where}"
         )
+    for row, (own, called) in enumerate(zip(learned, name)):
+        if own and called is None:
+            raise ValueError(
+                f"row {row}{where} has no 'name', and set {dataset[row]!r} is learned from comparisons; give "
+                "the rows a column 'name' with what the comparisons call the picture"
+            )
+    labels = list(zip([None if own else value for own, value in zip(learned, mos)], dataset, name))
     for start in range(0, rows, k):
-        group = set(zip(mos[start : start + k], dataset[start : start + k]))
+        group = set(labels[start : start + k])
         if len(group) > 1:
             raise ValueError(
                 f"rows {start}..{start + k - 1}{where} should be {k} completions of one image, but their "
-                f"(mos, dataset) differ: {sorted(group, key=str)[:3]}. Is num_generations the trainer's?"
+                f"(mos, dataset, name) differ: {sorted(group, key=str)[:3]}. Is num_generations that of the "
+                "trainer?"
             )
+
+
+def _is_number(value) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _std(scores: list[float]) -> float:

@@ -6,6 +6,7 @@ train("cpu", "runs/mine")    # a name in vqr1/configs, the path of a YAML file, 
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,9 @@ from vqr1 import quiet
 from vqr1.cards import model_card
 from vqr1.config import Settings, load_config
 from vqr1.data.batches import one_set_batches, prompt_rows
-from vqr1.data.manifests import load_ratings, pictures_of
+from vqr1.data.comparisons import names_of
+from vqr1.data.manifests import load_comparisons, load_ratings, pictures_of
+from vqr1.data.people_sets import win_share
 from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, save_native_names
 from vqr1.records import machine_line
 from vqr1.rewards import reward_functions
@@ -39,6 +42,7 @@ def train(
     policy: tuple[PreTrainedModel, ProcessorMixin] | None = None,
     frame: pd.DataFrame | None = None,
     shown: TrainerCallback | None = None,
+    comparisons: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
     """Train a policy and return its folder.
 
@@ -50,6 +54,10 @@ def train(
         policy: (model, processor) to train, default the configuration's.
         frame: manifest rows to train on, default those of the configuration's sets.
         shown: a callback that shows how far training is, instead of the progress bar.
+        comparisons: data set -> the pairs that its rows are learned from, default those of the
+            configuration's ``comparisons``; for `RankingReward`.
+
+    Validation rows without a mos are watched by their share of wins.
 
     Raises:
         ValueError: for invalid settings, before the model is loaded.
@@ -58,7 +66,9 @@ def train(
     settings, output = load_config(config), Path(output)
     found = resume_from(output, resume, settings)
     save_settings(output, settings)
-    trainer = build_trainer(settings, output, policy, frame)
+    if comparisons is None:
+        comparisons = set_comparisons(settings.comparisons, settings.root)
+    trainer = build_trainer(settings, output, policy, frame, comparisons)
     scorer = Scorer(
         (trainer.model, trainer.processing_class),
         settings.thinking,
@@ -66,7 +76,7 @@ def train(
         max_new_tokens=trainer.args.max_completion_length,
         seed=trainer.args.seed,
     )
-    watched = set_rows(settings.sets, settings.root, "val")
+    watched = with_win_shares(set_rows(settings.sets, settings.root, "val"), comparisons)
     watched = watched.sample(min(len(watched), settings.validation["rows"]), random_state=0)
     log = RunLog(
         output / "log.csv",
@@ -94,6 +104,7 @@ def build_trainer(
     output: Path,
     policy: tuple[PreTrainedModel, ProcessorMixin] | None = None,
     frame: pd.DataFrame | None = None,
+    comparisons: Mapping[str, pd.DataFrame] | None = None,
 ) -> GRPOTrainer:
     """Return TRL's trainer with our rewards, rows and settings; arguments as for `train`.
 
@@ -102,12 +113,15 @@ def build_trainer(
     """
     settings = load_config(config)
     args = grpo_config(settings.grpo, output)
-    rewards = reward_functions(
-        settings.reward, args.num_generations, settings.thinking, settings.reward_options
-    )
+    if comparisons is None:
+        comparisons = set_comparisons(settings.comparisons, settings.root)
+    if comparisons and settings.reward != "ranking":
+        raise ValueError(f"comparisons teach the reward ranking alone, not {settings.reward}; leave them out")
+    options = settings.reward_options | {"comparisons": comparisons}
+    rewards = reward_functions(settings.reward, args.num_generations, settings.thinking, options)
     if frame is None:
         frame = set_rows(settings.sets, settings.root, "train")
-    rows = training_rows(frame, args, settings.thinking, settings.picture_number)
+    rows = training_rows(frame, args, settings.thinking, settings.picture_number, comparisons)
     model, processor = policy or _load(settings)
     freeze(model, settings.frozen)
     if not settings.use_peft and not any(parameter.requires_grad for parameter in model.parameters()):
@@ -209,24 +223,29 @@ def images_per_step(args: GRPOConfig) -> int:
 
 
 def training_rows(
-    frame: pd.DataFrame, args: GRPOConfig, thinking: bool = True, picture_number: bool = False
+    frame: pd.DataFrame,
+    args: GRPOConfig,
+    thinking: bool = True,
+    picture_number: bool = False,
+    comparisons: Mapping[str, pd.DataFrame] | None = None,
 ) -> Dataset:
     """Return TRL's dataset in the order of training: batches of one data set, only rows that will be used."""
+    comparisons = comparisons or {}
     images = images_per_step(args)
     learned = args.max_steps * args.gradient_accumulation_steps  # batches, counting a repeated one again
     batches = math.ceil(learned / (args.steps_per_generation * args.num_iterations))
     left_out = images * frame["dataset"].nunique() - 1  # rows of an epoch, at most: they fill no batch
     epochs = math.ceil(batches * images / max(1, len(frame) - left_out))
-    order = one_set_batches(frame, images, args.seed, max(1, epochs))[: batches * images]
+    order = one_set_batches(frame, images, args.seed, max(1, epochs), comparisons)[: batches * images]
     used = sorted(set(order))
     place = {row: i for i, row in enumerate(used)}
     rows = frame.iloc[used]
-    dataset = prompt_rows(rows, pictures_of(rows), thinking, picture_number)
+    dataset = prompt_rows(rows, pictures_of(rows), thinking, picture_number, comparisons)
     return dataset.select([place[row] for row in order])
 
 
 def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> pd.DataFrame:
-    """Return the rows of several sets, each image by its absolute path.
+    """Return the rows of several sets, each image by its absolute path; name is what comparisons call it.
 
     Args:
         sets: names, or paths of manifests.
@@ -236,16 +255,34 @@ def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> 
     Raises:
         ValueError: for a set without rows of the split.
     """
-    roots = root if isinstance(root, dict) else dict.fromkeys(sets, root)
     frames = []
     for name in sets:
-        ratings = load_ratings(name, roots.get(name))
+        ratings = load_ratings(name, _root_of(name, root))
         rows = ratings[ratings["split"] == split]
         if rows.empty:
             raise ValueError(f"set {ratings['dataset'].iloc[0]!r} has no rows with split {split!r}")
         paths = [str(Path(ratings.attrs["root"], image).absolute()) for image in rows["image"]]
-        frames.append(rows.assign(image=paths))
+        frames.append(rows.assign(name=names_of(rows), image=paths))
     return pd.concat(frames, ignore_index=True)
+
+
+def _root_of(name: str, root: str | dict[str, str] | None) -> str | None:
+    return root.get(name) if isinstance(root, dict) else root
+
+
+def set_comparisons(sets: list[str], root: str | dict[str, str] | None) -> dict[str, pd.DataFrame]:
+    """Return data set -> its comparisons, arguments as for `set_rows`; errors as of `load_comparisons`."""
+    loaded = [load_comparisons(name, _root_of(name, root)) for name in sets]
+    return {pairs.attrs["dataset"]: pairs for pairs in loaded}
+
+
+def with_win_shares(frame: pd.DataFrame, comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of `set_rows`; those without a mos get their share of wins, in percent."""
+    mos = frame["mos"]
+    for dataset, pairs in comparisons.items():
+        share = frame["name"].map(win_share(pairs))
+        mos = mos.where(mos.notna() | (frame["dataset"] != dataset), share)
+    return frame.assign(mos=mos)
 
 
 def freeze(model: torch.nn.Module, names: list[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from vqr1.data.comparisons import comparisons_path, names_of
 from vqr1.data.manifests import MANIFEST_COLUMNS, read_manifest
 from vqr1.metrics import srcc
 from vqr1.thurstone import thurstone_scale
@@ -108,23 +109,51 @@ def vote_agreement(wins, scores) -> dict[str, float]:
     }
 
 
-def save_votes(frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes") -> pd.DataFrame:
-    """Write a manifest that training reads, with the scaled quality as ``mos``, and return it.
+def save_votes(
+    frame: pd.DataFrame, wins, path: str | Path, name: str = "my-votes", scaled: bool = True
+) -> pd.DataFrame:
+    """Write a manifest that training reads, and the votes as comparisons beside it; return its rows.
 
     frame: the pictures' rows, in the order of ``wins``.
     wins: (n, n), how often the one looked better than the other.
-    path: of the manifest.
+    path: of the manifest; the votes are in `comparisons_path` of it.
     name: the data set's.
+    scaled: whether ``mos`` is the scaled quality; else it is empty, and training needs the comparisons.
 
     The unit is Thurstone's; any will do, as rewards compare within a set. The columns standard_error and
-    votes are for people; std stays empty. Raises ValueError as `scale_votes` does.
+    votes are for people; std stays empty. Rows that share a photograph get a column name, such as
+    ``a.jpg #3``. Raises ValueError for no votes at all and, if ``scaled``, as `scale_votes` does.
     """
-    scale = scale_votes(wins).round(4)
-    rows = frame.reset_index(drop=True).assign(dataset=name, mos=scale["quality"], std="")[
-        list(MANIFEST_COLUMNS)
-    ]
+    pairs = vote_pairs(wins)
+    rows = frame.reset_index(drop=True).assign(dataset=name, mos="", std="")[list(MANIFEST_COLUMNS)]
+    if rows["image"].duplicated().any():
+        rows["name"] = [f"{image} #{n}" for n, image in enumerate(rows["image"])]
+    if scaled:
+        scale = scale_votes(wins).round(4)
+        rows = rows.assign(mos=scale["quality"]).join(scale[["standard_error", "votes"]])
+    named = pairs.assign(**{side: pairs[side].map(names_of(rows)) for side in ("first", "second")})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rows.join(scale[["standard_error", "votes"]]).to_csv(
-        path, index=False, lineterminator="\n", encoding="utf-8"
-    )
+    for table, file in ((rows, path), (named, comparisons_path(path))):
+        table.to_csv(file, index=False, lineterminator="\n", encoding="utf-8")
     return read_manifest(path, frame.attrs.get("root"))
+
+
+def vote_pairs(wins) -> pd.DataFrame:
+    """Return votes as comparisons: the places first and second, preference (share for the first), and votes.
+
+    wins: (n, n), how often the one looked better than the other.
+
+    Raises ValueError if there are no votes.
+
+    >>> vote_pairs([[0, 3, 0], [1, 0, 0], [0, 0.5, 0]]).to_numpy().tolist()
+    [[0.0, 1.0, 0.75, 4.0], [1.0, 2.0, 0.0, 0.5]]
+    """
+    wins = np.asarray(wins, dtype=float)
+    votes = np.triu(wins + wins.T, 1)
+    first, second = np.nonzero(votes)
+    if not len(first):
+        raise ValueError("no pair has a vote; vote on at least one")
+    votes = votes[first, second]
+    return pd.DataFrame(
+        {"first": first, "second": second, "preference": wins[first, second] / votes, "votes": votes}
+    )

@@ -230,7 +230,7 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(small):
         ({"mos": "good"}, "mos 'good' is not a number"),
         ({"mos": "nan"}, "mos 'nan' is not a number"),
         ({"mos": "inf"}, "mos 'inf' is not a number"),
-        ({"mos": ""}, "mos '' is not a number.*only sim-mixed"),
+        ({"mos": ""}, "mos '' is not a number.*or what people said of pairs in set-comparisons.csv"),
         ({"std": "-1"}, "std '-1' is not a number >= 0"),
         ({"image": ""}, "image '' is empty"),
         ({"dataset": ""}, "dataset '' is empty"),
@@ -499,9 +499,10 @@ def rows(small):
 def test_rows_are_read_one_by_one_in_lists_and_by_column(rows):
     frame, images = rows
     dataset = prompt_rows(frame, images)
-    assert dataset.column_names == ["prompt", "image", "mos", "dataset", "uid"]
+    assert dataset.column_names == ["prompt", "image", "mos", "dataset", "name", "uid"]
     assert dataset[1]["image"] is images[1]
-    assert [dataset[1][name] for name in ("mos", "dataset", "uid")] == [3.5, "sim-small", 1]
+    assert [dataset[1][key] for key in ("mos", "dataset", "uid")] == [3.5, "sim-small", 1]
+    assert dataset["name"][:] == frame["image"].tolist()
     assert (
         dataset[[2, 2]]["image"][0] is dataset[[2, 2]]["image"][1] is images[2]
     )  # K repeats share one picture
@@ -539,6 +540,15 @@ def test_rows_without_mos_or_picture_cannot_be_trained_on(rows):
         prompt_rows(frame, images[:2])
     with pytest.raises(ValueError, match="row 1 .* has no mos"):
         prompt_rows(frame.assign(mos=[3.0, np.nan, 2.0]), images)
+
+
+def test_rows_of_a_set_with_comparisons_need_no_mos_and_may_have_a_name(rows):
+    frame, images = rows
+    frame = frame.assign(mos=np.nan, name=["x", "y", "z"])
+    dataset = prompt_rows(frame, images, compared=["sim-small"])
+    assert dataset["name"][:] == ["x", "y", "z"] and np.isnan(dataset["mos"][:]).all()
+    with pytest.raises(ValueError, match="row 0 .* has no mos; learn its set from comparisons"):
+        prompt_rows(frame, images, compared=["other"])
 
 
 @settings(max_examples=50, deadline=None)

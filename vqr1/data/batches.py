@@ -2,7 +2,7 @@
 
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from vqr1.data.comparisons import PairTable, names_of
 from vqr1.prompts import messages
 
 if TYPE_CHECKING:
@@ -48,19 +49,25 @@ def _same_transform(token: str) -> PromptTransform:
 
 
 def prompt_rows(
-    frame: pd.DataFrame, images: Sequence[Image.Image], thinking: bool = True, numbered: bool = False
+    frame: pd.DataFrame,
+    images: Sequence[Image.Image],
+    thinking: bool = True,
+    numbered: bool = False,
+    compared: Iterable[str] = (),
 ) -> "datasets.Dataset":
-    """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset and uid.
+    """Return the rows as TRL's GRPOTrainer takes them: columns prompt, image, mos, dataset, name and uid.
 
     frame: rows of `load_ratings`, N of them.
     images: their N pictures (`pictures_of`).
     thinking: whether the prompt asks for reasoning first.
     numbered: whether it gives the picture a number, as the official code does.
+    compared: data sets that are learned from comparisons; their rows need no mos.
 
     Pictures and messages are put in by a transform when a row is read: all repeats of a row share one
     picture, nothing is encoded, and the image placeholder stays ``{"type": "image"}`` (Arrow would fill the
     keys of its neighbours in with None). uid is the row's position in ``frame``; it survives ``select`` and
-    ``shuffle``. Raises ValueError when the lengths differ or a mos is missing.
+    ``shuffle``. name is what comparisons call the picture (`names_of`). Raises ValueError when the lengths
+    differ or a mos is missing.
     """
     from datasets import Dataset  # slow to import; the worker processes of `render_rows` do without
 
@@ -68,31 +75,43 @@ def prompt_rows(
         raise ValueError(
             f"{len(frame)} rows but {len(images)} images; pass render_rows(frame) of the same frame"
         )
-    unrated = frame.index[frame["mos"].isna()]
+    needy = ~frame["dataset"].isin(list(compared))
+    unrated = frame.index[frame["mos"].isna() & needy]
     if len(unrated):
         raise ValueError(
-            f"row {unrated[0]} (counted from 0) has no mos; rows rated by dominance cannot be trained on"
+            f"row {unrated[0]} (counted from 0) has no mos; learn its set from comparisons (setting "
+            "comparisons), or leave it out: rows rated by dominance cannot be trained on"
         )
     uid = list(range(len(frame)))
     mos, dataset = frame["mos"].astype(float).tolist(), frame["dataset"].astype(str).tolist()
-    columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "uid": uid}
+    name = names_of(frame).astype(str).tolist()
+    columns = {"prompt": uid, "image": uid, "mos": mos, "dataset": dataset, "name": name, "uid": uid}
     return Dataset.from_dict(columns).with_transform(
         PromptTransform(images, partial(messages, thinking, numbered))
     )
 
 
-def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epochs: int = 1) -> list[int]:
+def one_set_batches(
+    frame: pd.DataFrame,
+    images_per_batch: int,
+    seed: int,
+    epochs: int = 1,
+    comparisons: Mapping[str, pd.DataFrame] | None = None,
+) -> list[int]:
     """Return row positions in an order in which each batch holds a single data set.
 
     frame: rows with a column dataset.
     images_per_batch: at least 2.
     seed: of the order.
     epochs: how often each row comes; each epoch is shuffled anew, within sets and among batches.
+    comparisons: data set -> its pairs, as `vqr1.rewards.RankingReward` takes them. A batch of such a set
+        grows along them: a random picture, then pictures that were compared with one of the batch, as long as
+        there are any that the epoch has not had, then another random picture.
 
     Use it in ``dataset.select(order)`` with ``GRPOConfig(shuffle_dataset=False, num_train_epochs=1)``.
     Scores of different data sets are never compared: a mixed batch would waste comparisons. Rows that do
-    not fill a batch are left out of that epoch. Raises ValueError for fewer than two images per batch and
-    for a set smaller than a batch.
+    not fill a batch are left out of that epoch. Raises ValueError for fewer than two images per batch, for
+    a set smaller than a batch, and for a row that no comparison of its set mentions.
 
     >>> frame = pd.DataFrame({"dataset": list("aaabbbb")})
     >>> order = one_set_batches(frame, 2, seed=0)
@@ -109,15 +128,49 @@ def one_set_batches(frame: pd.DataFrame, images_per_batch: int, seed: int, epoch
                 "use a smaller batch or leave the set out"
             )
     rng = np.random.default_rng(seed)
-    chunks = [
-        chunk for _ in range(epochs) for chunk in _one_epoch(list(sets.values()), images_per_batch, rng)
-    ]
+    partners = {
+        name: _partners(frame, sets[name], PairTable(pairs, name))
+        for name, pairs in (comparisons or {}).items()
+        if name in sets
+    }
+    chunks = [chunk for _ in range(epochs) for chunk in _one_epoch(sets, partners, images_per_batch, rng)]
     return [int(row) for chunk in chunks for row in chunk]
 
 
-def _one_epoch(sets: list[np.ndarray], size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    chunks = [rng.permutation(rows)[: len(rows) // size * size].reshape(-1, size) for rows in sets]
+def _one_epoch(
+    sets: dict[str, np.ndarray],
+    partners: dict[str, list[np.ndarray]],
+    size: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    chunks = []
+    for name, rows in sets.items():
+        whole = len(rows) // size * size
+        mixed = rows[_grown(partners[name], size, rng)] if name in partners else rng.permutation(rows)
+        chunks.append(mixed[:whole].reshape(-1, size))
     return list(rng.permutation(np.concatenate(chunks)))
+
+
+def _partners(frame: pd.DataFrame, rows: np.ndarray, table: PairTable) -> list[np.ndarray]:
+    """Return, for each row of a set, which of these rows people compared it with (places in ``rows``)."""
+    codes = table.codes(names_of(frame).iloc[rows], rows.tolist())
+    place = np.full(len(table.names), -1)
+    place[codes] = np.arange(len(rows))
+    near = (place[table.compared_with(code)] for code in codes)
+    return [found[found >= 0] for found in near]
+
+
+def _grown(partners: list[np.ndarray], size: int, rng: np.random.Generator) -> list[int]:
+    """Return all places in an order in which each chunk of ``size`` grows along compared pairs."""
+    free, order = np.ones(len(partners), bool), []
+    for n in range(len(partners)):
+        if n % size == 0:
+            near = np.zeros(len(partners), bool)
+        choice = np.flatnonzero(near & free)
+        order.append(int(rng.choice(choice if len(choice) else np.flatnonzero(free))))
+        free[order[-1]] = False
+        near[partners[order[-1]]] = True
+    return order
 
 
 def realigned(frame: pd.DataFrame) -> pd.DataFrame:

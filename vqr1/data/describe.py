@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from vqr1.data.manifests import load_ratings
+from vqr1.data.comparisons import PairTable, comparisons_path
+from vqr1.data.manifests import is_manifest, load_comparisons, load_ratings
 from vqr1.data.people_sets import TWIN_BITS, TWIN_CORRELATION, near_twins
 from vqr1.data.public_sets import PUBLIC_SETS, public_name, read_public
 from vqr1.places import data_root
@@ -34,22 +35,35 @@ def describe_rows(name: str, root: str | Path | None = None) -> tuple[str, str]:
     missing = frame.attrs.get("missing", [])
     absent = f", {len(missing)} missing" if missing else ""
     published = f"; published: {public.rows}" if public else ""
-    mos, std = frame["mos"], frame["std"]
-    spread = f"{std.min():.4g} to {std.max():.4g}" if std.notna().any() else "none"
+    mos = _span(frame["mos"])
     lines = [
         f"{known or name}, in {frame.attrs['root']}",
         f"pictures    {len(frame) - len(missing)}{absent}{published}",
-        f"mos         {mos.min():.4g} to {mos.max():.4g}, higher is better",
-        f"std         {spread}",
+        f"mos         {mos}, higher is better" if mos != "none" else "mos         none",
+        f"std         {_span(frame['std'])}",
         f"references  {frame['reference'].nunique()}",
         f"splits      {_counts(frame['split'].replace('', 'none').value_counts())}",
     ]
     if "subset" in frame:
         lines.append(f"subsets     {_counts(frame['subset'].value_counts().sort_index())}")
+    if is_manifest(name) and comparisons_path(name).is_file():
+        lines.append(f"compared    {_compared(load_comparisons(name, root), len(frame))}")
     if public:
         lines.append(f"note        {public.note}")
     lines += [f"missing: {picture}" for picture in missing[:10]]
     return "\n".join(lines), public.layout if missing else ""
+
+
+def _span(values) -> str:
+    return f"{values.min():.4g} to {values.max():.4g}" if values.notna().any() else "none"
+
+
+def _compared(pairs, pictures: int) -> str:
+    """Describe comparisons: how many pairs, their share of all pairs of the pictures, and the ties."""
+    shares = PairTable(pairs, pairs.attrs["dataset"]).shares  # both directions
+    count, of = len(shares) // 2, pictures * (pictures - 1) // 2
+    ties = (shares == 0.5).sum() // 2
+    return f"{count} of {of} pairs ({count / of:.0%}), {ties} of them ties ({ties / count:.0%})"
 
 
 def _counts(counts) -> str:

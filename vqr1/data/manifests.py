@@ -25,6 +25,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from vqr1.data.comparisons import comparisons_path, names_of, read_pairs
 from vqr1.data.folders import pictures_below
 from vqr1.data.images import is_address, open_picture, upright_size
 from vqr1.data.public_sets import (
@@ -53,11 +54,13 @@ NEEDED = MANIFEST_COLUMNS[:3]
 """What a manifest must have; the other columns may be missing or empty."""
 EXTRA = ("subset",)
 """Columns that only some sets have: groups within which pictures are also compared separately."""
+NAME = "name"
+"""Column that only some manifests have: what comparisons call the row's picture, where not by its image."""
 HELD_OUT = ("motion_blur", "color_saturation_2", "jpeg2000", "multiplicative_noise", "darken", "pixelate")
 """No row that is trained, validated or pretrained on has one of these types."""
 TRAINED = tuple(name for name in DISTORTIONS if name not in HELD_OUT)
 UNRATED = ("sim-mixed",)
-"""Sets rated by dominance between rows: their mos is empty."""
+"""Sets rated by dominance between rows: their mos is empty. So may be that of a manifest with comparisons."""
 CROP = 192
 """Side of the simulated sets' pictures, px."""
 SPAWN_FROM = 64
@@ -85,7 +88,7 @@ def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool 
     >>> len(rows), float(rows["mos"].min()), float(rows["mos"].max())
     (7695, 1.0, 5.0)
     """
-    if str(name).lower().endswith(".csv"):
+    if is_manifest(name):
         return read_manifest(name, root)
     if public := public_name(name):
         frame = read_public(public, Path(root or data_root()), strict)
@@ -101,18 +104,53 @@ def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool 
 
 
 def load_comparisons(name: str, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
-    """Return the pairs of pictures that people compared in a public set.
+    """Return the pairs of pictures that people compared in a set.
 
-    name: "pcuid" is the one set that has them.
+    name: "pcuid", the one public set that has them, or the path of a manifest with comparisons beside it
+        (`vqr1.data.comparisons`).
     root: as for `load_ratings`.
-    strict: whether a missing picture is an error; else its pairs are left out.
+    strict: whether a missing picture of a public set is an error; else its pairs are left out.
 
-    Columns: first, second (paths as in `load_ratings`) and preference: 1 if the first looks better, 0.5
-    for a tie, else 0. Raises ValueError for a set without comparisons, and what `load_ratings` raises.
+    Columns: first, second (`names_of` the rows: images as in `load_ratings`, or a manifest's own names),
+    preference (share of people who prefer the first, a tie counted half) and, if known, votes.
+    ``attrs["dataset"]`` keeps the set's name. Raises FileNotFoundError for a manifest without comparisons,
+    ValueError for another set without them and for the file's first mistake, and what `load_ratings` raises.
     """
+    if is_manifest(name):
+        return _manifest_comparisons(Path(name), root)
     if not (public := public_name(name)):
         raise ValueError(f"unknown set {str(name)!r}; public sets: {', '.join(PUBLIC_SETS)}")
     return read_comparisons(public, root or data_root(), strict)
+
+
+def is_manifest(name: str | Path) -> bool:
+    """Tell whether this is the path of a manifest, and no set's name."""
+    return str(name).lower().endswith(".csv")
+
+
+def _manifest_comparisons(path: Path, root: str | Path | None) -> pd.DataFrame:
+    file = comparisons_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; write what people said of the pairs of {path.name} there: "
+            "first,second,preference"
+        )
+    frame = read_manifest(path, root)
+    names, datasets = names_of(frame), frame["dataset"].unique()
+    again = names[names.duplicated()]
+    if len(again):
+        raise ValueError(
+            f"{path}: two rows are called {again.iloc[0]!r}, so comparisons cannot tell them apart; give "
+            f"every row a name of its own in a column {NAME}"
+        )
+    if len(datasets) > 1:
+        raise ValueError(
+            f"{path}: comparisons need a manifest of one data set, and this one has {', '.join(datasets)}; "
+            "split it"
+        )
+    pairs = read_pairs(file, set(names))
+    pairs.attrs["dataset"] = datasets[0]
+    return pairs
 
 
 def _kept_columns(frame: pd.DataFrame) -> pd.DataFrame:
@@ -126,6 +164,7 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
     """Return a manifest's rows after checking every one of them; columns that are not ours are dropped.
 
     path: of a CSV; image, dataset and mos are needed, the other `MANIFEST_COLUMNS` may be missing or empty.
+        mos may be empty where comparisons are beside it (`vqr1.data.comparisons`).
     root: where the images are, by default the manifest's folder.
 
     ``./a.png`` becomes ``a.png``. A missing reference becomes the image. No picture may be in two splits,
@@ -162,7 +201,7 @@ def _read_text(path: Path, root: Path) -> pd.DataFrame:
         if name not in text and (name in NEEDED or meant(name, text.columns)):
             known = f"needed are {','.join(NEEDED)}, also known {','.join(MANIFEST_COLUMNS[3:])}"
             raise ValueError(f"{path}, line 1: {lacks(name, text.columns)}; {known}")
-    known = [*MANIFEST_COLUMNS, *(name for name in EXTRA if name in text)]
+    known = [*MANIFEST_COLUMNS, *(name for name in (*EXTRA, NAME) if name in text)]
     text = text.reindex(columns=known, fill_value="")
     text = text[(text != "").any(axis=1)]  # rows of other columns alone
     if text.empty:
@@ -170,7 +209,8 @@ def _read_text(path: Path, root: Path) -> pd.DataFrame:
     names = pd.unique(text[["image", "reference"]].to_numpy().ravel())
     short = {name: os.path.normpath(name) if os.path.isfile(root / name) else name for name in names}
     image, reference = text["image"].map(short), text["reference"].map(short)  # a reference may be no path
-    return text.assign(image=image, reference=reference.where(reference != "", image))
+    text = text.assign(image=image, reference=reference.where(reference != "", image))
+    return text.assign(name=text[NAME].where(text[NAME] != "", image)) if NAME in text else text
 
 
 def _require(path: Path, good: pd.Series, values: pd.Series, problem: str) -> None:
@@ -184,8 +224,12 @@ def _check_labels(path: Path, text: pd.DataFrame) -> None:
     for name in ("image", "dataset"):
         _require(path, text[name] != "", text[name], "is empty; every row needs one")
     mos, std = (pd.to_numeric(text[name], errors="coerce") for name in ("mos", "std"))
-    rated = np.isfinite(mos) | ((text["mos"] == "") & text["dataset"].isin(UNRATED))
-    wanted = f"is not a number; give the mean opinion score (only {', '.join(UNRATED)} has none)"
+    unrated = text["dataset"].isin(UNRATED) | comparisons_path(path).is_file()
+    rated = np.isfinite(mos) | ((text["mos"] == "") & unrated)
+    wanted = (
+        "is not a number; give the mean opinion score, or what people said of pairs in "
+        f"{comparisons_path(path).name}"
+    )
     _require(path, rated, text["mos"], wanted)
     wanted = "is not a number >= 0; give the standard deviation or leave it empty"
     _require(path, (np.isfinite(std) & (std >= 0)) | (text["std"] == ""), text["std"], wanted)

@@ -457,7 +457,7 @@ def read_comparisons(name: str, root: str | Path, strict: bool = True) -> pd.Dat
     missing = _missing(name, folder, names, images, strict)
     sides = table[["first", "second"]].apply(lambda side: side.map(dict(zip(names, images))))
     frame = sides.assign(preference=table["preference"])[(sides != "").all(axis=1)].reset_index(drop=True)
-    frame.attrs |= {"root": str(folder), "missing": missing}
+    frame.attrs |= {"root": str(folder), "missing": missing, "dataset": name}
     return frame
 
 
