@@ -588,6 +588,14 @@ def test_a_card_names_a_base_of_the_hub_and_only_simulated_sets_simulated():
     assert "No validation gave an SRCC" in card and "simulated" not in card
 
 
+def test_a_card_names_the_sets_that_were_learned_from_comparisons():
+    log = pd.DataFrame({"step": [0], "val_srcc": [None], "val_plcc": [None]})
+    config = load_config("cpu").changed(sets=["sim-kadid", "pcuid"], comparisons=["pcuid"])
+    said = "Of `pcuid` it learned from comparisons of pairs, not from MOS."
+    assert said in model_card(config, log, "a machine")
+    assert "not from MOS" not in model_card(load_config("cpu"), log, "a machine")
+
+
 @pytest.mark.parametrize("share", [look_once, prompt_once])
 def test_sharing_keeps_log_probabilities_and_gradients(folder, share):
     """It holds for both classes; tests/test_sharing.py has the embedded policy."""

@@ -1,13 +1,18 @@
 """Public sets that anyone can clone are read, whole or in part, where they are present."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from vqr1.cli import main
+from vqr1.config import load_config
+from vqr1.data.comparisons import comparisons_path
+from vqr1.data.images import open_picture
 from vqr1.data.manifests import load_comparisons, load_ratings, render
 from vqr1.data.people_sets import TWINS
 from vqr1.data.public_sets import PUBLIC_SETS, find_folder, read_public
 from vqr1.metrics import srcc
+from vqr1.training import train
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,45 @@ def test_pcuid_is_read_with_its_comparisons(whole):
     decided = pairs[pairs["preference"] != 0.5]
     higher = mos[decided["first"]].to_numpy() > mos[decided["second"]].to_numpy()
     assert (higher == (decided["preference"] == 1)).mean() == pytest.approx(0.913, abs=0.05)
+
+
+@pytest.fixture
+def pairs_alone(whole, tmp_path):
+    """Return a manifest of what is there of PCUID, small, without mos, and its comparisons."""
+    folder, _, _ = whole("pcuid")
+    rows = load_ratings("pcuid", folder, strict=False)
+    pairs = load_comparisons("pcuid", folder, strict=False)
+    for name in rows["image"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        open_picture(folder / name).resize((96, 64)).save(tmp_path / name)
+    path = tmp_path / "pairs.csv"
+    rows.assign(dataset="underwater", mos="", std="").to_csv(path, index=False)
+    pairs.to_csv(comparisons_path(path), index=False)
+    return path
+
+
+@pytest.mark.slow
+def test_ten_steps_learn_from_the_comparisons_of_pcuid_alone(pairs_alone, tmp_path):
+    """The same run with the pairs' preferences permuted has other rewards: they are what is learned from."""
+
+    def rewards(folder: str) -> pd.Series:
+        named = {"sets": [str(pairs_alone)], "comparisons": [str(pairs_alone)]}
+        small = {"max_steps": 10, "per_device_train_batch_size": 8, "num_generations": 2, "logging_steps": 1}
+        small |= {"save_strategy": "no", "max_completion_length": 24}
+        config = load_config("cpu").changed(**named, grpo=small, validation={"rows": 8, "every": 10})
+        train(config, tmp_path / folder)
+        log = pd.read_csv(tmp_path / folder / "log.csv", comment="#").set_index("step")
+        assert np.isfinite(log["val_srcc"].dropna()).sum() == 2  # watched by shares of wins, before and after
+        assert log["ranking"].loc[1:].between(0, 1.01).all() and log["ranking"].max() > 0
+        return log["ranking"].loc[1:]
+
+    learned = rewards("people")
+    assert len(learned) == 10
+    path = comparisons_path(pairs_alone)
+    pairs = pd.read_csv(path)
+    mixed = np.random.default_rng(0).permutation(pairs["preference"])
+    pairs.assign(preference=mixed).to_csv(path, index=False)
+    assert rewards("mixed").iloc[0] != learned.iloc[0]
 
 
 def test_srij_is_read_with_its_originals(whole):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from vqr1.rewards import (
     format_reward,
     scores_of,
 )
-from vqr1.thurstone import ranking_reward
+from vqr1.thurstone import ranking_reward, true_preference
 
 NAN = float("nan")
 K = 3
@@ -77,6 +78,80 @@ def test_without_a_data_set_column_all_images_are_compared():
     reward = RankingReward(K)(**columns)
     assert reward == ranking_reward(scores, mos).flatten().tolist()
     assert reward != ranking_reward(scores, mos, dataset).flatten().tolist()
+
+
+def compared():
+    """Return `batch` with kadid learned from comparisons of some pairs: its columns, and the comparisons.
+
+    Its rows have no mos. Pair (0, 2) was compared twice, the second time the other way round.
+    """
+    columns, scores, mos, dataset = batch()
+    columns["name"] = np.repeat([f"{n}.jpg" for n in range(8)], K).tolist()
+    columns["mos"] = [None if own == "kadid" else m for own, m in zip(columns["dataset"], columns["mos"])]
+    pairs = [("0.jpg", "2.jpg", 1.0, 3), ("2.jpg", "0.jpg", 0.5, 1), ("4.jpg", "6.jpg", 0.2, 5)]
+    pairs += [("6.jpg", "0.jpg", 0.5, 2), ("0.jpg", "elsewhere.jpg", 1.0, 1)]
+    return columns, {"kadid": pd.DataFrame(pairs, columns=["first", "second", "preference", "votes"])}
+
+
+def test_a_set_with_comparisons_is_learned_from_them_and_another_from_its_mos():
+    columns, comparisons = compared()
+    reward = RankingReward(K, comparisons=comparisons)(**columns)
+    _, scores, mos, dataset = batch()
+    preference = true_preference(mos).numpy()
+    kadid = np.array([own == "kadid" for own in dataset])
+    preference[kadid] = preference[:, kadid] = NAN
+    for i, j, share in ((0, 2, (3 + 0.5) / 4), (4, 6, 0.2), (6, 0, 0.5)):
+        preference[i, j], preference[j, i] = share, 1 - share
+    assert reward == ranking_reward(scores, dataset=dataset, preference=preference).flatten().tolist()
+    plain = batch()[0]
+    by_mos = RankingReward(K)(**plain)
+    same = [a == b for a, b in zip(reward, by_mos)]
+    assert [own for own, equal in zip(plain["dataset"], same) if not equal].count("kadid") > 4
+    assert all(equal for own, equal in zip(plain["dataset"], same) if own == "koniq")
+
+
+def test_comparisons_made_from_mos_give_the_reward_of_mos():
+    columns, scores, mos, dataset = batch()
+    columns["name"] = np.repeat([f"{n}.jpg" for n in range(8)], K).tolist()
+    pairs = [(f"{i}.jpg", f"{j}.jpg", float(true_preference(mos)[i, j])) for i in range(8) for j in range(i)]
+    pairs = pd.DataFrame(pairs, columns=["first", "second", "preference"])
+    expected = RankingReward(K)(**columns)
+    columns["mos"] = None
+    assert RankingReward(K, comparisons={"kadid": pairs, "koniq": pairs})(**columns) == expected
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "row 0 .*process 0 of 1.* has no 'name', and set 'mine' is .*a column 'name'"),
+        ({"dataset": None}, "row 0 .* has no 'dataset', and comparisons are of mine; give .*'dataset'"),
+        ({"name": ["a"] * 5}, "6 completions but 5 values of 'name'"),
+        ({"name": ["a"] * 3 + ["z"] * 3}, "row 3 .*: 'z' is in no comparison of 'mine'; correct the name"),
+        ({"name": ["a"] * 4 + ["b"] * 2}, r"rows 3..5.*one image.*\(mos, dataset, name\) differ"),
+        ({"dataset": ["mine"] * 3 + ["rated"] * 3}, "needs a number in column 'mos'"),
+    ],
+)
+def test_rows_that_comparisons_cannot_be_looked_up_for_are_named(change, message, scope):
+    pairs = pd.DataFrame({"first": ["a"], "second": ["b"], "preference": [1.0]})
+    columns = {
+        "completions": ["<answer>3.00</answer>"] * 6,
+        "mos": [NAN] * 6,
+        "dataset": ["mine"] * 6,
+        "name": ["a"] * 3 + ["b"] * 3,
+    }
+    reward = RankingReward(3, scope, comparisons={"mine": pairs})
+    assert min(reward(**columns)) > 0.7
+    with pytest.raises(ValueError, match=message):
+        reward(**{**columns, **change})
+
+
+def test_wrong_comparisons_fail_before_training():
+    pairs = pd.DataFrame({"first": ["a"], "second": ["b"], "preference": [75]})
+    with pytest.raises(
+        ValueError, match="the comparisons of 'mine', row 0 .*: preference 75 is not a number"
+    ):
+        RankingReward(2, comparisons={"mine": pairs})
 
 
 def test_reward_takes_the_other_keywords_of_trl_and_has_a_name():
@@ -244,6 +319,9 @@ def test_two_processes_reward_the_same_completions_exactly_as_one(tmp_path, star
         for cut in (12, 6):
             name = f"{cut}{variant}"
             assert ranks[0][name] + ranks[1][name] == expected
+    named, comparisons = compared()
+    expected = RankingReward(K, "global", comparisons=comparisons)(**named)
+    assert ranks[0]["compared"] + ranks[1]["compared"] == expected
     halves = [split(columns, 0, 12), split(columns, 12, 24)]
     assert [rank["local"] for rank in ranks] == [RankingReward(K)(**half) for half in halves]
     assert ranks[0]["local"] + ranks[1]["local"] != ranks[0]["12{}"] + ranks[1]["12{}"]
@@ -266,6 +344,9 @@ def worker(folder: str) -> None:
         for variant in ({}, {"average": True})
         for cut in (12, 6)
     }
+    named, comparisons = compared()
+    share = split(named, 0, 6) if rank == 0 else split(named, 6, 24)
+    found["compared"] = RankingReward(K, "global", comparisons=comparisons)(**share)
     found["local"] = RankingReward(K)(**own(12))
     try:
         RankingReward(K, "global")(**own(10))

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -27,12 +28,15 @@ from shared import pushed
 from vqr1 import rewards, training
 from vqr1.cli import main
 from vqr1.config import CONFIGS, Settings, load_config, write_yaml
+from vqr1.data.comparisons import names_of
 from vqr1.data.manifests import load_ratings, render
+from vqr1.places import EMBEDDED
 from vqr1.policy import load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
 from vqr1.runlog import LOG, LivePlot, RunLog, last_checkpoint
 from vqr1.scoring import Scorer
-from vqr1.training import build_trainer, train, training_rows
+from vqr1.training import build_trainer, train, training_rows, with_win_shares
+from vqr1.votes import save_votes
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -530,6 +534,31 @@ def test_with_gradient_accumulation_all_images_of_the_generation_batch_are_compa
     build_trainer(config, tmp_path, frame=rows).train()
     [(count, mos)] = calls
     assert count == 24 and len(set(mos)) == 8  # one call per step: 8 images x 3 answers
+
+
+def test_the_setting_comparisons_says_which_sets_are_learned_from_them(rows, tmp_path):
+    """The votes turn the order of the mos upside down, and so does what is rewarded."""
+    path = tmp_path / "votes.csv"
+    wins = np.triu(np.ones((len(rows), len(rows))), 1)  # the earlier row looked better
+    saved = save_votes(rows, wins, path, scaled=False)
+    place = {name: n for n, name in enumerate(names_of(saved))}
+    pd.read_csv(path).assign(mos=range(len(rows))).to_csv(path, index=False)
+    found = {}
+    for learned in ([], [str(path)]):
+        config = tiny(max_steps=2).changed(sets=[str(path)], root=str(EMBEDDED), comparisons=learned)
+        trainer = build_trainer(config, tmp_path / "run")
+        batch = trainer.train_dataset[:4]
+        columns = {key: list(np.repeat(batch[key], 3)) for key in ("mos", "dataset", "name")}
+        scores = [f"<answer>{5 - place[name] / 5:.2f}</answer>" for name in columns["name"]]
+        found[bool(learned)] = trainer.reward_funcs[0](completions=scores, **columns)
+    assert min(found[True]) > 1 and max(found[False]) < 0.01
+
+
+def test_rows_without_mos_are_watched_by_their_share_of_wins():
+    frame = pd.DataFrame({"dataset": list("aaab"), "name": list("xyzx"), "mos": [None, None, 7.0, None]})
+    pairs = pd.DataFrame({"first": ["x", "x"], "second": ["y", "z"], "preference": [0.5, 1.0]})
+    assert with_win_shares(frame, {"a": pairs})["mos"].iloc[:3].tolist() == [75.0, 50.0, 7.0]
+    assert with_win_shares(frame, {"a": pairs})["mos"].isna().tolist() == [False] * 3 + [True]
 
 
 # --- the libraries ------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vqr1.config import load_config
-from vqr1.data.manifests import folder_rows, load_ratings, render_rows
+from vqr1.config import Settings, load_config
+from vqr1.data.comparisons import names_of
+from vqr1.data.manifests import folder_rows, load_comparisons, load_ratings, render_rows
 from vqr1.data.observers import pairwise_votes
 from vqr1.places import EMBEDDED
 from vqr1.training import train
@@ -96,6 +97,58 @@ def test_votes_on_a_folder_become_a_manifest(photo, tmp_path):
     assert len(render_rows(saved)) == 2
 
 
+def test_votes_are_saved_as_comparisons_of_the_pairs_that_were_shown(rated, tmp_path):
+    """Six pictures in three couples, which no chain of votes connects, so they have no common scale."""
+    wins = np.zeros((6, 6))
+    wins[0, 1], wins[1, 0], wins[2, 3] = 3, 1, 2
+    wins[4, 5] = wins[5, 4] = 0.5
+    saved = save_votes(rated, wins, tmp_path / "votes.csv", scaled=False)
+    assert saved["mos"].isna().all() and len(saved) == 6
+    name = names_of(saved)
+    pairs = load_comparisons(tmp_path / "votes.csv", EMBEDDED)
+    assert pairs[["first", "second"]].to_numpy().tolist() == [
+        [name[0], name[1]],
+        [name[2], name[3]],
+        [name[4], name[5]],
+    ]
+    assert pairs["preference"].tolist() == [0.75, 1.0, 0.5] and pairs["votes"].tolist() == [4, 2, 1]
+    with pytest.raises(ValueError, match="vote on more pairs"):
+        save_votes(rated, wins, tmp_path / "votes.csv")
+    with pytest.raises(ValueError, match="no pair has a vote"):
+        save_votes(rated, np.zeros((6, 6)), tmp_path / "votes.csv", scaled=False)
+
+
+def test_votes_on_one_photograph_tell_its_distortions_apart(tmp_path):
+    frame = load_ratings("sim-kadid").query("image == image[0]").head(3)
+    saved = save_votes(frame, [[0, 2, 2], [0, 0, 2], [1, 0, 0]], tmp_path / "votes.csv")
+    image = frame["image"].iloc[0]
+    assert saved["name"].tolist() == [f"0: {image}", f"1: {image}", f"2: {image}"]
+    pairs = load_comparisons(tmp_path / "votes.csv", EMBEDDED)
+    assert pairs["second"].tolist() == [f"{n}: {image}" for n in (1, 2, 2)]
+
+
+def test_training_takes_votes_as_they_are(rated, tmp_path):
+    """Blind pairs -> votes -> comparisons -> two training steps, with no scale in between."""
+    ballot = Ballot(len(rated))
+    while len(ballot.pairs) - ballot.cast > 3:
+        ballot.vote("first" if ballot.pair[0] < ballot.pair[1] else "same")
+    path = tmp_path / "votes.csv"
+    frame = save_votes(rated, ballot.wins, path, "simulated-votes", scaled=False)
+    comparisons = {"simulated-votes": load_comparisons(path, EMBEDDED)}
+    train(short(), tmp_path / "run", frame=frame, comparisons=comparisons)
+    log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
+    assert log["ranking"].dropna().between(0.01, 1.01).sum() == 2
+    with pytest.raises(ValueError, match="row 0 .* has no mos; learn its set from comparisons"):
+        train(short(), tmp_path / "again", frame=frame)
+    with pytest.raises(ValueError, match="comparisons teach the reward ranking alone, not absolute"):
+        train(short(reward="absolute"), tmp_path / "again", frame=frame, comparisons=comparisons)
+
+
+def short(**changes) -> Settings:
+    small = {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2, "logging_steps": 1}
+    return load_config("cpu").changed(grpo=small, validation={"rows": 4, "every": 2}, **changes)
+
+
 def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
     """Blind pairs -> votes -> scale -> manifest -> two training steps."""
     observer, ballot = pairwise_votes(rated["mos"], 1, seed=0), Ballot(len(rated))
@@ -103,8 +156,6 @@ def test_training_takes_votes_from_blind_pairs(rated, tmp_path):
         ballot.vote("first" if observer[ballot.pair] else "second")
     assert (ballot.wins == observer).all()
     frame = save_votes(rated, ballot.wins, tmp_path / "votes.csv", "simulated-votes")
-    small = {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2, "logging_steps": 1}
-    config = load_config("cpu").changed(grpo=small, validation={"rows": 4, "every": 2})
-    assert (train(config, tmp_path / "run", frame=frame) / "adapter_config.json").is_file()
+    assert (train(short(), tmp_path / "run", frame=frame) / "adapter_config.json").is_file()
     log = pd.read_csv(tmp_path / "run" / "log.csv", comment="#")
     assert log["ranking"].dropna().between(0.01, 1.01).sum() == 2

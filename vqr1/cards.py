@@ -41,9 +41,7 @@ def model_card(settings: Settings, log: pd.DataFrame, machine: str) -> str:
     sets = ", ".join(f"`{name}`" for name in settings.sets)
     prompt = "thinking" if settings.thinking else "non-thinking"
     compared = ", ".join(f"`{name}`" for name in settings.comparisons)
-    learned = (
-        f" Of {compared} it learned from people's comparisons of pairs, not from MOS." if compared else ""
-    )
+    learned = f" Of {compared} it learned from comparisons of pairs, not from MOS." if compared else ""
     simulated = SIMULATED if any(name.startswith("sim-") for name in settings.sets) else ""
     return f"""---
 {header.to_yaml()}

@@ -122,12 +122,12 @@ def save_votes(
 
     The unit is Thurstone's; any will do, as rewards compare within a set. The columns standard_error and
     votes are for people; std stays empty. Rows that share a photograph get a column name, such as
-    ``a.jpg #3``. Raises ValueError for no votes at all and, if ``scaled``, as `scale_votes` does.
+    ``3: a.jpg``. Raises ValueError for no votes at all and, if ``scaled``, as `scale_votes` does.
     """
     pairs = vote_pairs(wins)
     rows = frame.reset_index(drop=True).assign(dataset=name, mos="", std="")[list(MANIFEST_COLUMNS)]
     if rows["image"].duplicated().any():
-        rows["name"] = [f"{image} #{n}" for n, image in enumerate(rows["image"])]
+        rows["name"] = [f"{n}: {image}" for n, image in enumerate(rows["image"])]
     if scaled:
         scale = scale_votes(wins).round(4)
         rows = rows.assign(mos=scale["quality"]).join(scale[["standard_error", "votes"]])
