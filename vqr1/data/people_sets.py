@@ -236,7 +236,8 @@ def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
 def win_share(pairs: pd.DataFrame) -> pd.Series:
     """Return each picture's share of wins in percent, ties counted half, by name.
 
-    pairs: rows with first, second, and preference: 1 if the first is better, 0.5 for a tie, else 0.
+    pairs: rows with first, second, and preference: the share who prefer the first, 0..1, a tie counted half.
+        Each row counts once, however many people voted.
 
     >>> pairs = pd.DataFrame({"first": list("aab"), "second": list("bcc"), "preference": [1, 0.5, 0]})
     >>> win_share(pairs).to_dict()
