@@ -23,6 +23,7 @@ from vqr1.evaluation import (
     save_scores,
     score_frame,
 )
+from vqr1.places import EMBEDDED
 from vqr1.scoring import OPEN, Score
 
 NAN = math.nan
@@ -119,6 +120,52 @@ def test_dominance_is_the_share_of_pairs_in_order(scores, share, why):
 
 def test_without_a_pair_there_is_no_dominance():
     assert math.isnan(agreement(mixed(4.0, 3.0, 2.0, 1.0).iloc[1:3])["dominance"])
+
+
+def compared(*scores):
+    """Return five rows without a mos and their pairs: a to d in order by majority, one pair undecided."""
+    table = pd.DataFrame({"dataset": "mine", "image": list("abcde"), "reference": list("abcde")})
+    said = {"ab": 0.9, "bc": 0.6, "dc": 0.1, "da": 0.2, "ae": 0.5, "ea": 0.5}
+    pairs = [(*names, share) for names, share in said.items()]
+    return table.assign(score=scores, mos=NAN, level=0), pd.DataFrame(
+        pairs, columns=["first", "second", "preference"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "share", "why"),
+    [
+        ((5, 4, 3, 2, 1), 1.0, "all in order"),
+        ((2, 3, 4, 5, 1), 0.0, "all reversed"),
+        ((5, 4, 4, 4, 9), 0.75, "two ties count half, and the undecided pair not at all"),
+        ((5, 4, 3, NAN, 1), 0.5, "two of four pairs without an answer are wrong"),
+    ],
+)
+def test_pairs_right_is_the_share_of_decided_pairs_in_the_majoritys_order(scores, share, why):
+    row = agreement(*compared(*map(float, scores)))
+    assert row["pairs_right"] == pytest.approx(share), why
+    assert math.isnan(row["srcc"]) and "pairs_right" not in agreement(compared(*scores)[0])
+
+
+def test_a_pair_that_is_there_twice_counts_once_by_its_votes():
+    table, _ = compared(5.0, 4.0, 3.0, 2.0, 1.0)
+    pairs = pd.DataFrame({"first": list("aba"), "second": list("bac"), "preference": [1, 1, 1.0]})
+    assert agreement(table, pairs.assign(votes=[1, 3, 1]))["pairs_right"] == 0.5
+    assert agreement(table, pairs.assign(votes=[3, 1, 1]))["pairs_right"] == 1.0
+
+
+def test_rows_come_with_their_comparisons_of_each_other(tmp_path):
+    rows = pd.DataFrame({"image": [f"photos/{name}.jpg" for name in ("koala", "kitten", "wall_clock")]})
+    path = tmp_path / "mine.csv"
+    rows.assign(dataset="mine", mos="", split=["test", "test", "train"]).to_csv(path, index=False)
+    koala, kitten, clock = rows["image"]
+    pairs = pd.DataFrame([(koala, clock, 1), (koala, kitten, 1)], columns=["first", "second", "preference"])
+    pairs.iloc[:1].to_csv(tmp_path / "mine-comparisons.csv", index=False)
+    with pytest.raises(ValueError, match="'test' has a mos, and nobody"):
+        evaluation_rows([path], root=EMBEDDED)
+    pairs.to_csv(tmp_path / "mine-comparisons.csv", index=False)
+    found = evaluation_rows([path], root=EMBEDDED)[str(path)].pairs
+    assert found["second"].tolist() == ["photos/kitten.jpg"]
 
 
 def test_a_set_rated_per_content_is_not_pooled():
@@ -241,7 +288,7 @@ def test_a_limit_takes_whole_contents_where_ratings_are_scaled_within_them(tmp_p
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(folder / name)
     for limit, contents in ((1, 1), (3, 1), (7, 2), (11, 3), (12, 4), (99, 4)):
-        frame, images = evaluation_rows(["sriqa-bench"], limit=limit, root=tmp_path)["sriqa-bench"]
+        frame, images, _ = evaluation_rows(["sriqa-bench"], limit=limit, root=tmp_path)["sriqa-bench"]
         assert frame["reference"].value_counts().tolist() == [3] * contents, limit
         assert images == [tmp_path / image for image in frame["image"]]
 
@@ -281,7 +328,7 @@ def with_images(frame, images):
 @pytest.mark.parametrize("name", ["sim-kadid", "sim-mixed"])
 def test_rendered_pictures_stand_beside_the_rows(name):
     """If they were in attrs, pandas would copy all of them at nearly every step."""
-    frame, images = evaluation_rows([name], limit=4)[name]
+    frame, images, _ = evaluation_rows([name], limit=4)[name]
     assert len(frame) == len(images) == 4 and all(isinstance(image, Image.Image) for image in images[:])
     for table in (
         frame,

@@ -559,6 +559,8 @@ def test_rows_without_mos_are_watched_by_their_share_of_wins():
     pairs = pd.DataFrame({"first": ["x", "x"], "second": ["y", "z"], "preference": [0.5, 1.0]})
     assert with_win_shares(frame, {"a": pairs})["mos"].iloc[:3].tolist() == [75.0, 50.0, 7.0]
     assert with_win_shares(frame, {"a": pairs})["mos"].isna().tolist() == [False] * 3 + [True]
+    voted = with_win_shares(frame, {"a": pairs.assign(votes=[3, 1])})
+    assert voted["mos"].iloc[:2].tolist() == [62.5, 50.0]
 
 
 # --- the libraries ------------------------------------------------------------------------------

@@ -10,7 +10,15 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from vqr1.data.manifests import UNRATED, RenderedImages, dominance_pairs, load_ratings
+from vqr1.data.comparisons import PairTable, names_of
+from vqr1.data.manifests import (
+    UNRATED,
+    RenderedImages,
+    dominance_pairs,
+    has_comparisons,
+    load_comparisons,
+    load_ratings,
+)
 from vqr1.data.observers import oracle_scores
 from vqr1.data.public_sets import PER_CONTENT
 from vqr1.distortions import FAMILIES, true_strength
@@ -25,19 +33,21 @@ FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
 class Rows(NamedTuple):
-    """Rows of a manifest and their pictures, one per row: rendered, or paths where nothing is rendered.
+    """Rows of a manifest, their pictures, and what people said of their pairs, if they were asked.
 
-    In ``frame.attrs``, pandas would copy every picture at nearly every step.
+    The pictures are rendered, or paths where nothing is. In ``frame.attrs``, pandas would copy every picture
+    at nearly every step.
     """
 
     frame: pd.DataFrame
     images: Sequence[Image.Image | Path]
+    pairs: pd.DataFrame | None = None
 
 
 def evaluation_rows(
     names=EVALUATION_SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None
 ) -> dict[str, Rows]:
-    """Return each set's rows of a split, with their pictures.
+    """Return each set's rows of a split, with their pictures and comparisons.
 
     Args:
         names: sets, or paths of manifests.
@@ -46,7 +56,7 @@ def evaluation_rows(
         root: folder of the public sets, as for `load_ratings`.
 
     Raises:
-        ValueError: a set has no rows of this split.
+        ValueError: a set has no rows of this split, or people said nothing about them.
     """
     found = {}
     for name in names:
@@ -59,8 +69,22 @@ def evaluation_rows(
             )
         rows = _sample(rows, limit) if limit and limit < len(rows) else rows
         rows = rows.reset_index(drop=True)
-        found[str(name)] = Rows(rows, _images_of(rows))
+        found[str(name)] = Rows(rows, _images_of(rows), _pairs_of(name, root, rows))
+        if rows["mos"].isna().all() and found[str(name)].pairs is None and protocol(rows) != "dominance":
+            raise ValueError(
+                f"set {str(name)!r}: no row with split {split!r} has a mos, and nobody compared two of them; "
+                "give them ratings, or comparisons with each other"
+            )
     return found
+
+
+def _pairs_of(name: str | Path, root: str | Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the comparisons of these rows with each other, or None if there are none."""
+    if not has_comparisons(name):
+        return None
+    pairs, names = load_comparisons(name, root), set(names_of(rows))
+    pairs = pairs[pairs["first"].isin(names) & pairs["second"].isin(names)]
+    return pairs if len(pairs) else None
 
 
 def _sample(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
@@ -129,20 +153,35 @@ def protocol(frame: pd.DataFrame) -> str:
     return "per content" if names <= set(PER_CONTENT) else "pooled"
 
 
-def agreement(table: pd.DataFrame) -> dict[str, float]:
+def agreement(table: pd.DataFrame, pairs: pd.DataFrame | None = None) -> dict[str, float]:
     """Return one result row for scored rows, by their `protocol`.
 
     Args:
         table: from `score_frame`.
+        pairs: people's comparisons of these rows, as in `Rows`.
 
     Returns:
         pooled: `summarize`, and srcc_SUBSET, the SRCC within each subset if the set has any.
         per content: srcc and plcc are means over contents, their pooled values have columns of their own,
         and there is no fit.
-        dominance: the share of pairs in the right order. Ties count half, a pair with an unparseable answer
-        is wrong.
+        dominance: the share of pairs in the right order.
+        with pairs: pairs_right, the share of decided pairs that the scores order as most people do.
+        In both shares ties of the scores count half, and a pair with an unparseable answer is wrong.
     """
-    return _AGREEMENT[protocol(table)](table)
+    compared = {} if pairs is None else {"pairs_right": _pairs_right(table, pairs)}
+    return _AGREEMENT[protocol(table)](table) | compared
+
+
+def _pairs_right(table: pd.DataFrame, pairs: pd.DataFrame) -> float:
+    compared = PairTable(pairs, table["dataset"].iloc[0])
+    score = table["score"].set_axis(names_of(table)).reindex(compared.names).to_numpy()
+    better, worse = np.divmod(compared.keys[compared.shares > 0.5], len(compared.names))
+    return _in_order(score[better], score[worse])
+
+
+def _in_order(better: np.ndarray, worse: np.ndarray) -> float:
+    """Return the share of pairs whose better picture has the higher score; ties count half."""
+    return _mean((better > worse) + 0.5 * (better == worse))
 
 
 def _pooled(table: pd.DataFrame) -> dict[str, float]:
@@ -157,13 +196,11 @@ def _per_content(table: pd.DataFrame) -> dict[str, float]:
 def _dominance(table: pd.DataFrame) -> dict[str, float]:
     pairs = dominance_pairs(table)
     score = table["score"].to_numpy()
-    better, worse = score[pairs[:, 0]], score[pairs[:, 1]]
-    right = (better > worse) + 0.5 * (better == worse)
     return {
         "rows": len(table),
         "unparseable": int(table["score"].isna().sum()),
         "photographs": table["reference"].nunique(),
-        "dominance": _mean(right),
+        "dominance": _in_order(score[pairs[:, 0]], score[pairs[:, 1]]),
     }
 
 
@@ -267,7 +304,8 @@ def evaluate(
                     scorer, own, f"{name}, {estimate}, {'thinking' if thinking else 'non-thinking'}"
                 )
                 tables[name, estimate, thinking] = table
-                rows.append({"set": name, "estimate": estimate, "thinking": thinking} | agreement(table))
+                row = {"set": name, "estimate": estimate, "thinking": thinking}
+                rows.append(row | agreement(table, own.pairs))
     result = pd.DataFrame(rows)
     rated = result[result["srcc"].notna()] if "srcc" in result else result.iloc[:0]
     if rated["set"].nunique() > 1:

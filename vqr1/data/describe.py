@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vqr1.data.comparisons import PairTable, comparisons_path
-from vqr1.data.manifests import is_manifest, load_comparisons, load_ratings
+from vqr1.data.comparisons import PairTable
+from vqr1.data.manifests import has_comparisons, load_comparisons, load_ratings
 from vqr1.data.people_sets import TWIN_BITS, TWIN_CORRELATION, near_twins
 from vqr1.data.public_sets import PUBLIC_SETS, public_name, read_public
 from vqr1.places import data_root
@@ -46,8 +46,8 @@ def describe_rows(name: str, root: str | Path | None = None) -> tuple[str, str]:
     ]
     if "subset" in frame:
         lines.append(f"subsets     {_counts(frame['subset'].value_counts().sort_index())}")
-    if is_manifest(name) and comparisons_path(name).is_file():
-        lines.append(f"compared    {_compared(load_comparisons(name, root), len(frame))}")
+    if has_comparisons(name):
+        lines.append(f"compared    {_compared(load_comparisons(name, root, strict=False), len(frame))}")
     if public:
         lines.append(f"note        {public.note}")
     lines += [f"missing: {picture}" for picture in missing[:10]]

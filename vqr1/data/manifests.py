@@ -123,6 +123,18 @@ def load_comparisons(name: str, root: str | Path | None = None, strict: bool = T
     return read_comparisons(public, root or data_root(), strict)
 
 
+def has_comparisons(name: str | Path) -> bool:
+    """Tell whether people compared pictures of a set: `load_comparisons` has its pairs.
+
+    >>> has_comparisons("pcuid"), has_comparisons("kadid-10k"), has_comparisons("missing.csv")
+    (True, False, False)
+    """
+    if is_manifest(name):
+        return comparisons_path(name).is_file()
+    public = public_name(name)
+    return public is not None and PUBLIC_SETS[public].compare is not None
+
+
 def is_manifest(name: str | Path) -> bool:
     """Tell whether this is the path of a manifest, and no set's name."""
     return str(name).lower().endswith(".csv")

@@ -236,8 +236,8 @@ def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
 def win_share(pairs: pd.DataFrame) -> pd.Series:
     """Return each picture's share of wins in percent, ties counted half, by name.
 
-    pairs: rows with first, second, and preference: the share who prefer the first, 0..1, a tie counted half.
-        Each row counts once, however many people voted.
+    pairs: rows with first, second, preference (the share who prefer the first, 0..1, a tie counted half) and,
+        if known, votes, by which a row weighs.
 
     >>> pairs = pd.DataFrame({"first": list("aab"), "second": list("bcc"), "preference": [1, 0.5, 0]})
     >>> win_share(pairs).to_dict()
@@ -245,4 +245,5 @@ def win_share(pairs: pd.DataFrame) -> pd.Series:
     """
     name = pd.concat([pairs["first"], pairs["second"]])
     won = pd.concat([pairs["preference"], 1 - pairs["preference"]])
-    return 100 * won.groupby(name).mean()
+    votes = pd.concat([pairs.get("votes", pd.Series(1.0, pairs.index))] * 2)
+    return 100 * (won * votes).groupby(name).sum() / votes.groupby(name).sum()

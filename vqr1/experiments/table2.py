@@ -79,7 +79,7 @@ def measure(
                     "plcc_lo": low,
                     "plcc_hi": high,
                 }
-                rows.append(row | agreement(table) | cost | {"unread": len(unread(table))})
+                rows.append(row | agreement(table, own.pairs) | cost | {"unread": len(unread(table))})
                 if out:
                     save_scores({(name, estimate, thinking): table}, out)
     return pd.DataFrame(rows)
