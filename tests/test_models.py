@@ -42,6 +42,7 @@ from vqr1.engines.transformers import Reached
 from vqr1.experiments import memory
 from vqr1.experiments.memory import memory_by_part, qwen_config
 from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL
+from vqr1.places import EMBEDDED
 from vqr1.policy import PictureProcessor, load_policy, lora_config
 from vqr1.prompts import messages
 from vqr1.rewards import reward_functions
@@ -651,7 +652,7 @@ def test_the_benchmark_runs_in_small_on_a_cpu(benchmark, tmp_path):
 
 
 def test_the_committed_computed_memory_is_what_is_computed(benchmark):
-    committed = pd.read_csv(policy.TINY.parent / "runs" / "gpu-computed.csv", comment="#")
+    committed = pd.read_csv(EMBEDDED / "runs" / "gpu-computed.csv", comment="#")
     assert set(committed["how"]) == {"computed"}
     rows, _ = benchmark.computed()
     assert committed["peak_gib"].tolist() == pytest.approx([row["peak_gib"] for row in rows], rel=1e-3)

@@ -39,7 +39,8 @@ def quiet():
 
     bitsandbytes, which peft and TRL import, logs that an optional CPU kernel is missing. Around every
     generation, TRL calls what transformers 5.23 renamed. peft looks for the vocabulary of an adapter's base
-    by its name, and the embedded policy's name is no folder. TRL's trainers ping a server when built.
+    by its name, and the embedded policy's name is neither a folder nor on the hub. TRL's trainers ping a
+    server when built.
     """
     import logging
     import sys
@@ -54,7 +55,8 @@ def quiet():
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-            warnings.filterwarnings("ignore", "Could not find a config file in tiny-policy", UserWarning)
+            for sought in ("Could not find a config file in", "Unable to fetch remote file .* in"):
+                warnings.filterwarnings("ignore", f"(?s){sought} tiny-policy", UserWarning)
             yield
     finally:
         kernels.setLevel(before[0])

@@ -69,7 +69,7 @@ def _count(text: str) -> int:
 
 
 def _policy(add: Add) -> None:
-    kinds = "tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)"
+    kinds = "ranker, tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)"
     add("--policy", default="tiny-policy", help=kinds)
 
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 LOG = logging.getLogger(__name__)
-TINY = EMBEDDED / "tiny-policy"
-"""The embedded policy."""
+SHIPPED = ("ranker", "tiny-policy")
+"""Policies that come with the project: trained by RL to rank on simulated ratings, and not."""
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for pictures and their borders: a prompt has them, an answer never."""
 BASE = "base.json"
@@ -71,6 +71,15 @@ class PictureProcessor(Qwen2_5_VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
+def policy_path(name: str | Path) -> Path:
+    """Return the folder of a shipped policy, or any other name as a path.
+
+    >>> policy_path("tiny-policy").parent.name, policy_path("runs/mine").parts
+    ('data', ('runs', 'mine'))
+    """
+    return EMBEDDED / name if str(name) in SHIPPED else Path(name)
+
+
 def as_policy(policy: str | Path | tuple) -> Policy:
     """Return a `Policy`, loading it where only its name is given.
 
@@ -96,7 +105,7 @@ def load_policy(
     loads its base first, and the adapter can be trained on. Processors pad on the left.
 
     Args:
-        name_or_path: "tiny-policy" (the embedded one), a folder of a model or an adapter, or a hub name:
+        name_or_path: one of `SHIPPED`, a folder of a model or an adapter, or a hub name:
             Qwen/Qwen2.5-VL-3B-Instruct, …-7B-Instruct, TianheWu/VisualQuality-R1-7B,
             Qwen/Qwen3-VL-2B-Instruct, …-4B…, …-8B….
         quantize: load the language model in 4-bit NF4. Default: as an adapter was trained, and not for a
@@ -110,7 +119,7 @@ def load_policy(
         FileNotFoundError: the folder holds no model; or the name is neither a folder nor on the hub.
     """
     name, dtype = str(name_or_path), dtype or default_dtype()
-    path = TINY if name == "tiny-policy" else Path(name)
+    path = policy_path(name)
     if path.is_dir() and (path / "adapter_config.json").is_file():
         return Policy(*_load_adapter(path, quantize, dtype, pixels), name)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -122,7 +131,7 @@ def load_policy(
         name.count("/") != 1 or path.is_absolute() or name.startswith(".") or path.parent.is_dir()
     ):
         raise FileNotFoundError(
-            f"{name}: no such folder; give 'tiny-policy', a folder of a model or an adapter, "
+            f"{name}: no such folder; give one of {', '.join(SHIPPED)}, a folder of a model or an adapter, "
             "or a hub name like Qwen/Qwen2.5-VL-7B-Instruct"
         )
     source = str(path) if path.is_dir() else name

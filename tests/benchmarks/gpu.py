@@ -36,12 +36,12 @@ from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
 from vqr1.experiments.memory import PROMPT_TOKENS, memory_by_part, qwen_config  # noqa: E402
 from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL  # noqa: E402
 from vqr1.policy import (  # noqa: E402
-    TINY,
     PictureProcessor,
     default_dtype,
     disable_cpu_packing,
     four_bit,
     load_processor,
+    policy_path,
 )
 from vqr1.records import machine_line, write_table  # noqa: E402
 from vqr1.scoring import Scorer  # noqa: E402
@@ -140,7 +140,7 @@ def random_policy(config, device: torch.device, dtype: torch.dtype):
 
 def random_processor(config) -> PictureProcessor:
     """Return the embedded tokenizer with Qwen's picture processor; prompts are padded to Qwen's length."""
-    tokenizer = load_processor(str(TINY), "qwen2_5_vl").tokenizer
+    tokenizer = load_processor(str(policy_path("tiny-policy")), "qwen2_5_vl").tokenizer
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
     config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
     config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]

@@ -460,7 +460,7 @@ def test_what_comes_with_the_project_is_there_whatever_vqr1_data_says(tmp_path, 
 
 def test_what_comes_with_the_project_has_one_folder():
     """Only places.py finds its own location, and only readers of public sets ask the environment."""
-    places = [policy.TINY, observers.TABLE, baselines.CNN, people.TWINS]
+    places = [policy.policy_path("tiny-policy"), observers.TABLE, baselines.CNN, people.TWINS]
     assert all(path.exists() and path.is_relative_to(EMBEDDED) for path in places)
     package = Path(data.__file__).parents[1]
     texts = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}

@@ -39,7 +39,7 @@ from vqr1.engines.answers import (
     tag_token,
     tokens_of,
 )
-from vqr1.policy import TINY, load_processor, never_sampled, trained_in_4_bits
+from vqr1.policy import load_processor, never_sampled, policy_path, trained_in_4_bits
 
 INSTALL = (
     "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.31.0 peft==0.21.2 bitsandbytes==0.50.2 "
@@ -140,7 +140,7 @@ def llm_options(policy: str | Path) -> tuple[dict, str | None]:
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "enable_prefix_caching": True,
     }
-    path = TINY if str(policy) == "tiny-policy" else Path(policy)
+    path = policy_path(policy)
     if not (path / "adapter_config.json").is_file():
         return options | {"model": str(path)}, None
     adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))

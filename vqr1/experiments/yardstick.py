@@ -291,11 +291,6 @@ PARTS = ("retouching", "reward", "upscaling", "painting")
 PICTURES, ROUNDS, TRAINING = "progress-pictures.csv", "progress-reward.csv", "progress-training.csv"
 
 
-def policy_path(name: str) -> str:
-    """Return where a policy of the study is: "ranker" in the data folder, everything else by its own name."""
-    return str(EMBEDDED / name) if name == "ranker" else name
-
-
 def make_networks(folder: Path, log: Path, seed: int = 0) -> None:
     """Train the networks whose weights `folder` lacks, on one thread, and write their losses into `log`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -367,7 +362,7 @@ def study(policies: Sequence[str] = POLICIES, runs: Path | None = None) -> pd.Da
     todo = {(name, part) for name in policies for part in PARTS} - set(zip(done["policy"], done["part"]))
     print(f"{len(todo)} parts to be scored: about {len(todo)} minutes on two cores", flush=True)
     for name in (name for name in policies if any(policy == name for policy, _ in todo)):
-        scorer = Scorer(policy_path(name), thinking=True)
+        scorer = Scorer(name, thinking=True)
         for part in (part for part in PARTS if (name, part) in todo):
             measure_part(part, name, scorer, runs)
     rows = study_rows(read_table(runs / PICTURES))
