@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from vqr1.config import Settings
+from vqr1.data.public_sets import PUBLIC_SETS, public_name
 
 LIMITS = """\
 - It judges technical quality as the raters of its training sets did, asked one fixed English question about
@@ -62,7 +63,7 @@ print(Scorer("FOLDER", thinking={settings.thinking}).score(["picture.jpg"]))
 ## Data
 
 Rows with split `train` of {sets}; pictures are compared with pictures of the same set alone.{learned}
-
+{_sources(settings)}
 ## Results
 
 {_results(settings, log)}
@@ -78,6 +79,12 @@ Rows with split `train` of {sets}; pictures are compared with pictures of the sa
 {yaml.safe_dump(asdict(settings), sort_keys=False).strip()}
 ```
 """
+
+
+def _sources(settings: Settings) -> str:
+    """Return a line on each public set: where its pictures and ratings come from, and its terms."""
+    public = [PUBLIC_SETS[name] for name in map(public_name, settings.sets) if name]
+    return "".join(f"\n- {known.title}: {known.source}\n  Licence: {known.licence}.\n" for known in public)
 
 
 def _results(settings: Settings, log: pd.DataFrame) -> str:
