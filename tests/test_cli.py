@@ -3,6 +3,7 @@
 import csv
 import importlib
 import io
+import json
 import os
 import re
 import signal
@@ -16,11 +17,12 @@ from PIL import Image
 
 from vqr1 import training
 from vqr1.cli import _parser, main
-from vqr1.config import load_config, write_yaml
+from vqr1.config import config_for_device, load_config, write_yaml
 from vqr1.data.manifests import MANIFEST_COLUMNS
 from vqr1.experiments import demo
 from vqr1.experiments.baselines import CNN
 from vqr1.runlog import last_checkpoint
+from vqr1.training import fitted
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "data" / "photos" / "kitten.jpg"
@@ -111,8 +113,24 @@ WORKERS = [
         "training.train",
         (load_config("cpu").changed(grpo={"seed": 5}), "o", False),
     ),
+    (["manifest", "f", "--ratings", "r.csv"], "data.own.write_manifest", ("f", "r.csv", None)),
     (["score", str(PHOTO)], "scoring.Scorer", ("tiny-policy", False, "expected", 6, 16)),
     (["compare", "a.png", "b.png"], "scoring.Scorer", ("tiny-policy",)),
+    (["compare", "a.png", "b.png", "--policy", "p", "--no-thinking"], "scoring.Scorer", ("p", False)),
+    (
+        ["train", "--set", "sim-five", "--set", "sim-elo", "--steps", "3"],
+        "training.train",
+        (
+            fitted(load_config(config_for_device(), sets=["sim-five", "sim-elo"])).changed(
+                grpo={"max_steps": 3}
+            ),
+        ),
+    ),
+    (
+        ["train", "--config", "cpu-study", "--set", "sim-five"],
+        "training.train",
+        (fitted(load_config("cpu-study", sets=["sim-five"])),),
+    ),
     (["describe", "a.png", "--policy", "p"], "scoring.Scorer", ("p",)),
     (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", ("tiny-policy",)),
     (
@@ -266,7 +284,13 @@ def test_what_needs_no_policy_starts_without_torch():
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
-    for arguments in (["--help"], ["score", "--help"], ["data"], ["data", "sim-unseen"]):
+    for arguments in (
+        ["--help"],
+        ["score", "--help"],
+        ["data"],
+        ["data", "sim-unseen"],
+        ["manifest", "--help"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
         )
@@ -277,6 +301,40 @@ def test_score_with_thinking_gives_the_reasoning(pictures, capsys):
     assert main(["score", pictures[-1], "--thinking", "--estimate", "greedy"]) == 0
     [row] = read_rows(capsys.readouterr().out)
     assert row["reasoning"] and row["thinking"] == "True" and row["estimate"] == "greedy"
+
+
+@pytest.mark.parametrize(
+    ("trained", "more", "asked"),
+    [
+        (None, [], False),
+        (None, ["--thinking"], True),
+        (True, [], True),
+        (True, ["--no-thinking"], False),
+        (False, [], False),
+    ],
+)
+def test_score_and_evaluate_think_as_trained_unless_told(trained, more, asked, tmp_path, monkeypatch, capsys):
+    """A plain policy is scored without thinking, and evaluated both ways."""
+    policy = tmp_path / "policy"
+    policy.symlink_to(ROOT / "data" / "tiny-policy") if trained is None else policy.mkdir()
+    if trained is not None:
+        for path in (ROOT / "data" / "tiny-policy").iterdir():
+            (policy / path.name).symlink_to(path)
+        (policy / "vqr1.json").write_text(json.dumps({"thinking": trained, "picture_number": False}))
+    assert main(["score", str(PHOTO), "--policy", str(policy), *more]) == 0
+    [row] = read_rows(capsys.readouterr().out)
+    assert row["thinking"] == str(asked) and bool(row["reasoning"]) == asked
+    seen = []
+    monkeypatch.setattr("vqr1.evaluation.evaluate", lambda *given: seen.append(given[-1]) or 1 / 0)
+    arguments = ["evaluate", "--sets", "sim-unseen", "--limit", "1", "--policy", str(policy), *more]
+    with pytest.raises(ZeroDivisionError):
+        main(arguments)
+    assert seen == [(asked,) if more or trained is not None else (True, False)]
+
+
+def test_a_suite_has_both_prompts(capsys):
+    said = refused(["evaluate", "--suite", "table2", "--thinking"], capsys)
+    assert "--suite measures both prompts" in said
 
 
 def test_compare_is_even_for_one_picture_twice(capsys):

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 
 from vqr1.cli import _parser, main
 from vqr1.config import load_config
-from vqr1.data.manifests import load_ratings, render_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools" / "readme_tables.py")
@@ -154,27 +154,36 @@ def test_the_front_page_scores_and_trains():
     assert "GRPOTrainer(" in own and "RankingReward(" in own and "trainer.train()" in own
 
 
+@pytest.mark.slow
 def test_the_recipe_for_own_pictures_works(tmp_path, monkeypatch, capsys):
-    """Follow the README step by step, with twelve pictures and fewer training steps."""
+    """Follow the README as a newcomer does, with twelve photographs and fewer training steps."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "holiday").mkdir()
-    kinds = dict(README.blocks)
-    head, *shown_rows = kinds["csv"].splitlines()
-    assert {row.split(",")[-1] for row in shown_rows} == {"train", "val", "test"}
-    frame = load_ratings("sim-kadid").groupby("reference").head(1).head(12)
-    parts = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
-    lines = [head]
-    for i, (image, mos, part) in enumerate(zip(render_rows(frame, workers=1), frame["mos"], parts)):
-        image.save(tmp_path / "holiday" / f"{i}.jpg")
-        lines.append(f"{i}.jpg,holiday,{mos},{part}")
-    (tmp_path / "holiday" / "ratings.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (tmp_path / "holiday" / "train.yaml").write_text(kinds["yaml"], encoding="utf-8")
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    head = dict(README.blocks)["csv"].splitlines()[0]
+    assert head == "file,rating,reference"
+    photos = sorted((ROOT / "data" / "photos").glob("*.jpg"))[:12]
+    rows = [
+        f"{path.stem},{10 + 7 * n % 50},{photos[0].stem if n == 1 else ''}" for n, path in enumerate(photos)
+    ]
+    (folder / "ratings.csv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    for path in photos:
+        os.symlink(path, folder / path.name)
     recipe = [words[1:] for words in COMMANDS if words[0] == "vqr1" and "holiday" in " ".join(words)]
-    assert [words[0] for words in recipe] == ["data", "train", "evaluate", "score"]
+    assert [words[0] for words in recipe] == ["manifest", "train", "evaluate", "score"]
+    said = []
     for words in recipe:
-        few = {"train": ["--steps", "2"], "evaluate": ["--estimates", "expected"]}
+        few = {"train": ["--config", "cpu", "--steps", "2"], "evaluate": ["--estimates", "expected"]}
         assert main(words + few.get(words[0], [])) == 0, capsys.readouterr().err
-    assert len((tmp_path / "scores.csv").read_text(encoding="utf-8").splitlines()) == 13
+        said.append(capsys.readouterr().out)
+    rows = pd.read_csv(folder / "manifest.csv")
+    assert len(rows) == 12 and rows.loc[1, "reference"] == rows.loc[0, "image"]
+    assert rows["split"].nunique() == 3 and rows.loc[1, "split"] == rows.loc[0, "split"]
+    assert "| manifest.csv | expected | True |" in said[2].replace("holiday/", "")
+    assert "| False |" not in said[2]
+    scores = pd.read_csv("scores.csv")
+    assert len(scores) == 12 and scores["thinking"].all() and scores["reasoning"].notna().all()
+    assert scores["score"].between(1, 5).all()
 
 
 def anchors(path: Path) -> set[str]:

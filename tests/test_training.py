@@ -35,7 +35,7 @@ from vqr1.policy import load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
 from vqr1.runlog import LOG, LivePlot, RunLog, last_checkpoint
 from vqr1.scoring import Scorer
-from vqr1.training import build_trainer, train, training_rows, with_win_shares
+from vqr1.training import build_trainer, fitted, train, training_rows, with_win_shares
 from vqr1.votes import save_votes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -657,6 +657,100 @@ def worker(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+# --- sets of one's own ------------------------------------------------------------------------
+
+
+def own_set(folder: Path, train: int, mos: bool = True, dataset: str = "mine") -> str:
+    """Write a manifest with some train rows, two val and two test rows, and comparisons of neighbours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ["train"] * train + ["val"] * 2 + ["test"] * 2
+    names = [f"{n}.png" for n in range(len(parts))]
+    for n, name in enumerate(names):
+        Image.effect_noise((64, 64), 4 * n + 5).convert("RGB").save(folder / name)
+    rows = {"image": names, "dataset": dataset, "mos": range(len(parts)) if mos else "", "split": parts}
+    pd.DataFrame(rows).to_csv(folder / "mine.csv", index=False)
+    pairs = {"first": names, "second": names[1:] + names[:1], "preference": 0.75}
+    pd.DataFrame(pairs).to_csv(folder / "mine-comparisons.csv", index=False)
+    return str(folder / "mine.csv")
+
+
+def sizes(settings: Settings) -> tuple[int, ...]:
+    """Return images of a generation, answers of a pass, passes of a generation and of a step, and steps."""
+    grpo = settings.grpo
+    batch, passes = grpo["per_device_train_batch_size"], grpo["steps_per_generation"]
+    return (
+        batch * passes // grpo["num_generations"],
+        batch,
+        passes,
+        grpo["gradient_accumulation_steps"],
+        grpo["max_steps"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "expected"),
+    [
+        ("cpu", 2, (2, 12, 1, 1, 30)),
+        ("cpu", 7, (4, 24, 1, 1, 53)),
+        ("cpu", 8, (8, 48, 1, 1, 30)),
+        ("cpu", 16, (16, 96, 1, 1, 30)),
+        ("cpu", 130, (16, 96, 1, 1, 200)),
+        ("t4-3b", 7, (4, 2, 12, 12, 53)),
+        ("l4-7b", 7, (4, 6, 4, 4, 53)),
+        ("a100-7b", 9, (8, 12, 4, 4, 34)),
+        ("kadid-7b-qlora", 7, (4, 6, 4, 64, 4)),  # 16 generations a step
+    ],
+)
+def test_batch_and_steps_fit_a_small_set(name, train, expected, tmp_path):
+    """Each picture is looked at some 30 times, and every group of answers stays whole."""
+    assert sizes(fitted(load_config(name, sets=[own_set(tmp_path, train)]))) == expected
+
+
+def test_a_fitted_configuration_of_the_smallest_set_trains(tmp_path):
+    sets = [own_set(tmp_path / "a", 3, dataset="a"), own_set(tmp_path / "b", 9, dataset="b")]
+    settings = fitted(load_config("cpu", sets=sets, grpo={"max_steps": 2, "num_generations": 3}))
+    assert sizes(settings) == (2, 6, 1, 1, 2)
+    folder = train(settings, tmp_path / "run")
+    assert json.loads((folder / "vqr1.json").read_text()) == {"thinking": True, "picture_number": False}
+    assert Scorer(folder).thinking and not Scorer(folder).numbered
+
+
+def test_a_set_without_mos_is_learned_from_the_comparisons_beside_it(tmp_path):
+    rated, compared = (
+        own_set(tmp_path / "a", 4, dataset="a"),
+        own_set(tmp_path / "b", 4, mos=False, dataset="b"),
+    )
+    assert fitted(load_config("cpu", sets=[rated, compared])).comparisons == [compared]
+
+
+def test_sets_that_cannot_be_compared_are_refused(tmp_path):
+    same = [own_set(tmp_path / "a", 4), own_set(tmp_path / "b", 4)]
+    with pytest.raises(ValueError, match="two sets are called 'mine'; rename one of them"):
+        fitted(load_config("cpu", sets=same))
+    with pytest.raises(ValueError, match="'mine' has 1 row with split 'train'"):
+        fitted(load_config("cpu", sets=[own_set(tmp_path / "c", 1)]))
+    with pytest.raises(ValueError, match=r"mine.csv' has no rows with split 'train'; .* `vqr1 manifest`"):
+        fitted(load_config("cpu", sets=[own_set(tmp_path / "d", 0)]))
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_what_is_saved_keeps_the_prompt_and_so_does_what_is_merged(use_peft, rows, tmp_path):
+    config = tiny(max_steps=1, save_steps=1).changed(use_peft=use_peft, thinking=False, picture_number=True)
+    folder = train(config, tmp_path, frame=rows)
+    kept = {"thinking": False, "picture_number": True}
+    for saved in (folder, last_checkpoint(tmp_path / "checkpoints")):
+        assert json.loads((saved / "vqr1.json").read_text()) == kept
+    assert load_policy(folder).prompt == kept
+    for policy in (folder, str(folder), load_policy(folder)):
+        asked, told = Scorer(policy), Scorer(policy, thinking=True, numbered=False)
+        assert (asked.thinking, asked.numbered) == (False, True)
+        assert (told.thinking, told.numbered) == (True, False)
+    assert not Scorer(tuple(load_policy(folder))).numbered  # a pair of one's own says nothing
+    if use_peft:
+        merged = merge_adapter(folder, tmp_path / "merged")
+        assert load_policy(merged).prompt == kept
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: vqr1 demo, train, score, compare, describe, evaluate, data, sheet, pretrain, study.
+"""The command line: vqr1 manifest, train, score, evaluate and the others that ``vqr1 --help`` lists.
 
 Each command has two functions: one adds its options (`_score_options`), one runs it (`_score`) and imports
 what it needs. So ``vqr1 --help``, ``data`` and ``sheet`` start without torch.
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may be unable to print a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if args.command not in ("data", "sheet"):
+        if args.command not in ("manifest", "data", "sheet"):
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # for loading and saving weights; training keeps its bar
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text, options, run, more in (
         ("demo", DEMO, _demo_options, _demo, None),
+        ("manifest", MANIFEST, _manifest_options, _manifest, None),
         ("train", "Train a policy by RL to rank.", _train_options, _train, None),
         ("score", SCORE, _score_options, _score, SCORE_HELP),
         ("compare", COMPARE, _compare_options, _compare, None),
@@ -78,13 +79,34 @@ def _root(add: Add) -> None:
     add("--root", metavar="DIR", help=where)
 
 
+def _thinking(add: Add) -> None:
+    what = "let the policy reason first, or not (as it was trained, where its folder says so; else not)"
+    add("--thinking", action=argparse.BooleanOptionalAction, help=what)
+
+
 def _run_options(add: Add) -> None:
-    add("--config", default="cpu", help="name or path of a configuration (%(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
     add("--steps", type=_count, help="train fewer steps than the configuration says")
 
 
 # Training
+
+
+MANIFEST = "Write the manifest of a folder of your own pictures and their ratings, to train on and evaluate."
+
+
+def _manifest_options(add: Add) -> None:
+    add("folder", metavar="FOLDER", help="the pictures are in it and below it")
+    what = "CSV with a column for the picture and one for its rating (FOLDER/ratings.csv)"
+    add("--ratings", metavar="CSV", help=what)
+    add("--out", metavar="CSV", help="the manifest to write (FOLDER/manifest.csv)")
+
+
+def _manifest(args) -> int:
+    from vqr1.data.own import write_manifest
+
+    print(write_manifest(args.folder, args.ratings, args.out))
+    return EXIT_OK
 
 
 DEMO = "Evaluate the embedded policy, train it by RL to rank, evaluate again; write a report."
@@ -93,6 +115,7 @@ DEMO = "Evaluate the embedded policy, train it by RL to rank, evaluate again; wr
 def _demo_options(add: Add) -> None:
     what = "folder for log, checkpoints, plots and report.md (%(default)s)"
     add("--out", default="runs/demo", help=what)
+    add("--config", default="cpu", help="name or path of a configuration (%(default)s)")
     _run_options(add)
     add("--limit", type=_count, help="evaluate at most so many rows of each set")
 
@@ -107,17 +130,28 @@ def _demo(args) -> int:
 
 def _train_options(add: Add) -> None:
     add("--out", default="runs/train", help="folder of the run (%(default)s)")
+    what = "name or path of a configuration (cpu; with --set, the one for the GPU at hand)"
+    add("--config", help=what)
+    what = (
+        "manifest or name of a set, instead of the configuration's; batch and steps are made to fit; repeat"
+    )
+    add("--set", action="append", dest="sets", metavar="SET", help=what)
     _run_options(add)
     add("--seed", type=int, help="another seed than the configuration's")
 
 
 def _train(args) -> int:
-    from vqr1.config import load_config
-    from vqr1.training import train
+    from vqr1.config import config_for_device, load_config
+    from vqr1.training import fitted, train
 
-    config = load_config(args.config)
+    name = args.config or (config_for_device() if args.sets else "cpu")
+    config = fitted(load_config(name, sets=args.sets)) if args.sets else load_config(name)
     given = {"max_steps": args.steps, "seed": args.seed}
     config = config.changed(grpo={key: value for key, value in given.items() if value is not None})
+    if args.sets:
+        keys = "per_device_train_batch_size", "steps_per_generation", "num_generations", "max_steps"
+        said = ", ".join(f"{key} {config.grpo[key]}" for key in keys)
+        print(f"Configuration {name}, made to fit: {said}. --config and --steps change it.", flush=True)
     print(f"The trained policy is in {train(config, args.out, args.resume)}")
     return EXIT_OK
 
@@ -158,7 +192,7 @@ def _score_options(add: Add) -> None:
     kinds = ("expected", "greedy", "sample")
     add("--estimate", choices=kinds, default="expected", help="how the score is read off (%(default)s)")
     add("--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)")
-    add("--thinking", action="store_true", help="let the policy reason first")
+    _thinking(add)
     what = "pictures at a time; fewer need less memory (%(default)s)"
     add("--batch-size", type=int, default=16, help=what)
     add("--out", help="add rows to this .csv, .jsonl or .parquet file instead of printing them")
@@ -172,11 +206,14 @@ def _score_options(add: Add) -> None:
 def _score(args) -> int:
     import warnings
 
+    from vqr1.policy import trained_prompt
+
+    trained = trained_prompt(args.policy).get("thinking", False)
     settings = {
         "policy": args.policy,
         "estimate": args.estimate,
         "k": args.k if args.estimate == "sample" else 1,
-        "thinking": args.thinking,
+        "thinking": trained if args.thinking is None else args.thinking,
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # on damaged or large files; their rows say it
@@ -191,7 +228,7 @@ def _score_here(args, settings: dict) -> int:
     pictures = shard(find_pictures(args.paths), args.shard, WINDOW * args.batch_size)
 
     def scorer() -> Scorer:
-        return Scorer(args.policy, args.thinking, args.estimate, args.k, args.batch_size)
+        return Scorer(args.policy, settings["thinking"], args.estimate, args.k, args.batch_size)
 
     if not args.out:
         return _print_scores(score_rows(scorer(), pictures, settings))
@@ -271,12 +308,13 @@ COMPARE = "Print the probability that the first picture looks better than the se
 def _compare_options(add: Add) -> None:
     add("images", nargs=2, metavar="IMAGE", help="picture files")
     _policy(add)
+    _thinking(add)
 
 
 def _compare(args) -> int:
     from vqr1.scoring import Scorer
 
-    probability = Scorer(args.policy).compare(*args.images)
+    probability = Scorer(args.policy, args.thinking).compare(*args.images)
     print(f"P({args.images[0]} looks better than {args.images[1]}) = {probability:.3f}")
     return EXIT_OK
 
@@ -307,6 +345,8 @@ def _evaluate_options(add: Add) -> None:
     add("--suite", choices=("table2",), help=what)
     _root(add)
     add("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
+    what = "the prompt of --sets (as the policy was trained, where its folder says so; else both)"
+    add("--thinking", action=argparse.BooleanOptionalAction, help=what)
     what = "how scores are read off (all three; of a suite: expected)"
     add("--estimates", nargs="+", choices=("expected", "greedy", "sample"), help=what)
     add("--limit", type=_count, help="at most so many rows of each set, a fixed sample")
@@ -317,17 +357,22 @@ def _evaluate(args) -> int:
     import pandas as pd
 
     from vqr1.evaluation import FAMILY, evaluate, evaluation_rows, oracles, save_scores, unread
+    from vqr1.policy import trained_prompt
     from vqr1.records import markdown
 
     if args.suite and args.sets:
         raise ValueError("--suite has its own sets; give --suite or --sets")
+    if args.suite and args.thinking is not None:
+        raise ValueError("--suite measures both prompts, as the paper does; leave --[no-]thinking out")
     if args.suite:
         from vqr1.experiments.table2 import table2
 
         print(table2(args.policy, args.root, args.estimates or ["expected"], args.limit, args.out))
         return EXIT_OK
     sets = evaluation_rows(args.sets or SETS, args.split, args.limit, args.root)
-    result, tables = evaluate(args.policy, sets, args.estimates or ["expected", "greedy", "sample"])
+    asked = trained_prompt(args.policy).get("thinking") if args.thinking is None else args.thinking
+    modes = (True, False) if asked is None else (asked,)
+    result, tables = evaluate(args.policy, sets, args.estimates or ["expected", "greedy", "sample"], modes)
     known = {name: rows.frame for name, rows in sets.items() if rows.frame["distortion"].isin(FAMILY).all()}
     rated = {name: frame for name, frame in known.items() if frame["mos"].notna().all()}
     oracle_rows = []

@@ -291,11 +291,12 @@ def config_for_device() -> str:
     return next((name for least, name in made_for if memory >= least), "cpu")
 
 
-def load_config(config: str | Path | Settings) -> Settings:
+def load_config(config: str | Path | Settings, **changes) -> Settings:
     """Return the settings of a training run.
 
     Args:
         config: a name (cpu), the path of a YAML file, or settings, which are checked again.
+        changes: by key, on top; a section is merged key by key.
 
     Raises:
         FileNotFoundError: lists the names.
@@ -305,9 +306,9 @@ def load_config(config: str | Path | Settings) -> Settings:
     6
     """
     if isinstance(config, Settings):
-        return config.changed()
+        return config.changed(**changes)
     path = find_config(config)
-    values = read_settings(path)
+    values = merged(read_settings(path), changes)
     for key in REQUIRED:
         if key not in values:
             raise ValueError(f"{path}: key {key!r} is missing; give it, or a configuration to extend")

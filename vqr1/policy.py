@@ -39,6 +39,8 @@ VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>
 """Tokens that stand for pictures and their borders: a prompt has them, an answer never."""
 BASE = "base.json"
 """File beside an adapter: was its base in 4 bits when it was trained?"""
+PROMPT = "vqr1.json"
+"""File beside trained weights: the prompt's `thinking` and `picture_number` in training."""
 LANGUAGE_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 """LoRA's targets: the language model alone, which every serving engine can load."""
 VISION_LAYERS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
@@ -46,7 +48,9 @@ VISION_LAYERS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|line
 
 
 class Policy(namedtuple("Policy", ["model", "processor"])):
-    """A model and its processor, which unpack as a pair; `name` says where they come from.
+    """A model and its processor, which unpack as a pair.
+
+    `name` says where they come from, `prompt` how they were asked in training (`trained_prompt`).
 
     >>> model, processor = policy = Policy("a model", "its processor", "tiny-policy")
     >>> model, policy.processor, policy.name
@@ -54,10 +58,11 @@ class Policy(namedtuple("Policy", ["model", "processor"])):
     """
 
     name: str
+    prompt: dict[str, bool]
 
     def __new__(cls, model, processor, name: str = "the given policy"):
         policy = super().__new__(cls, model, processor)
-        policy.name = name
+        policy.name, policy.prompt = name, trained_prompt(name)
         return policy
 
 
@@ -78,6 +83,21 @@ def policy_path(name: str | Path) -> Path:
     ('data', ('runs', 'mine'))
     """
     return EMBEDDED / name if str(name) in SHIPPED else Path(name)
+
+
+def trained_prompt(policy: str | Path | tuple) -> dict[str, bool]:
+    """Return `thinking` and `picture_number` as a policy was trained; nothing where its folder does not say.
+
+    Args:
+        policy: what `as_policy` takes. A name on the hub and a pair of your own say nothing.
+
+    >>> trained_prompt("tiny-policy")
+    {}
+    """
+    if isinstance(policy, Policy):
+        return policy.prompt
+    record = None if isinstance(policy, tuple) else policy_path(policy) / PROMPT
+    return json.loads(record.read_text(encoding="utf-8")) if record and record.is_file() else {}
 
 
 def as_policy(policy: str | Path | tuple) -> Policy:
@@ -337,8 +357,10 @@ def merge_adapter(folder: str | Path, output: str | Path, quantize: bool | None 
 
     quantize = _base_in_4_bits(folder, quantize)
     model, processor = load_policy(PeftConfig.from_pretrained(folder).base_model_name_or_path, quantize)
-    model = model.dequantize() if quantize else model
-    PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(output)
+    model = PeftModel.from_pretrained(model.dequantize() if quantize else model, folder).merge_and_unload()
+    if prompt := trained_prompt(folder):
+        note(model, PROMPT, prompt)
+    model.save_pretrained(output)
     processor.save_pretrained(output)
     return Path(output)
 
@@ -360,14 +382,17 @@ def note_base(model: torch.nn.Module) -> None:
 
     A model without an adapter is left alone.
     """
-    if base_of(model) is model:
-        return
+    if base_of(model) is not model:
+        note(model, BASE, {"quantize": bool(getattr(base_of(model), "is_loaded_in_4bit", False))})
+
+
+def note(model: torch.nn.Module, name: str, record: dict[str, bool]) -> None:
+    """Make a model write a record beside its weights, as JSON, wherever it is saved."""
     save = model.save_pretrained
-    record = {"quantize": bool(getattr(base_of(model), "is_loaded_in_4bit", False))}
 
     @wraps(save)
     def noted(folder, *args, **kwargs):
         save(folder, *args, **kwargs)
-        Path(folder, BASE).write_text(json.dumps(record), encoding="utf-8")
+        Path(folder, name).write_text(json.dumps(record), encoding="utf-8")
 
     model.save_pretrained = noted

@@ -22,6 +22,7 @@ from vqr1.data import ahead
 from vqr1.data.images import TAKEN, Picture, is_one, listed, read_picture
 from vqr1.engines import load_engine
 from vqr1.engines.answers import NOT_NUMBERS, OPEN, VALUES, Answer, Prepared
+from vqr1.policy import trained_prompt
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
 
@@ -103,14 +104,15 @@ class Scorer:
     Args:
         policy: a name or path for `load_policy`, or a pair (model, processor); for vLLM, and what of it was
             not run, see `vqr1.engines.vllm`.
-        thinking: whether the model reasons before it answers.
+        thinking: whether the model reasons before it answers. None: as it was trained, where its folder says
+            so (`vqr1.policy.PROMPT`), else not.
         estimate: "expected", "greedy" or "sample".
         k: completions of each picture, at least 2, for "sample".
         batch_size: pictures the model sees together, at most; fewer if they are large.
         max_new_tokens: of a completion, or of a reasoning.
         seed: makes samples repeatable in the same batch.
         engine: "transformers" or "vllm".
-        numbered: "Picture 1: " before the picture (`prompts.messages`).
+        numbered: "Picture 1: " before the picture (`prompts.messages`). None: as for `thinking`.
     """
 
     lower_better = False
@@ -119,17 +121,20 @@ class Scorer:
     def __init__(
         self,
         policy: str | Path | tuple = "tiny-policy",
-        thinking: bool = False,
+        thinking: bool | None = None,
         estimate: str = "expected",
         k: int = 6,
         batch_size: int = 16,
         max_new_tokens: int = 256,
         seed: int = 0,
         engine: str = "transformers",
-        numbered: bool = False,
+        numbered: bool | None = None,
     ):
-        self.thinking, self.estimate, self.k, self.seed = thinking, estimate, k, seed
-        self.batch_size, self.max_new_tokens, self.numbered = batch_size, max_new_tokens, numbered
+        trained = trained_prompt(policy)
+        self.thinking = trained.get("thinking", False) if thinking is None else thinking
+        self.numbered = trained.get("picture_number", False) if numbered is None else numbered
+        self.estimate, self.k, self.seed = estimate, k, seed
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._check()
         self.engine = load_engine(engine, policy)
         self.engine.check(estimate)

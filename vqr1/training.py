@@ -14,12 +14,21 @@ import torch
 
 from vqr1 import quiet
 from vqr1.cards import model_card
-from vqr1.config import Settings, load_config
+from vqr1.config import TRL_DEFAULTS, Settings, load_config
 from vqr1.data.batches import one_set_batches, prompt_rows
 from vqr1.data.comparisons import names_of
 from vqr1.data.manifests import load_comparisons, load_ratings, pictures_of
 from vqr1.data.people_sets import win_share
-from vqr1.policy import base_of, load_policy, lora_config, never_sampled, note_base, save_native_names
+from vqr1.policy import (
+    PROMPT,
+    base_of,
+    load_policy,
+    lora_config,
+    never_sampled,
+    note,
+    note_base,
+    save_native_names,
+)
 from vqr1.records import machine_line
 from vqr1.rewards import reward_functions
 from vqr1.runlog import ProgressBar, RunLog, resume_from, save_settings, step_of
@@ -129,6 +138,7 @@ def build_trainer(
     trainer = _trainer(
         model, processor, args, rewards, rows, adapter_of(settings), settings.model_name_or_path
     )
+    note(trainer.model, PROMPT, {key: getattr(settings, key) for key in ("thinking", "picture_number")})
     if not sharded(trainer):  # DeepSpeed and FSDP keep fp32 weights, and processes must make the same calls
         if settings.share_prompts:
             _share(trainer, one_tower="visual" in settings.frozen)
@@ -260,10 +270,56 @@ def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> 
         ratings = load_ratings(name, _root_of(name, root))
         rows = ratings[ratings["split"] == split]
         if rows.empty:
-            raise ValueError(f"set {ratings['dataset'].iloc[0]!r} has no rows with split {split!r}")
+            raise ValueError(
+                f"set {name!r} has no rows with split {split!r}; fill its column split with train, val and "
+                "test, or let `vqr1 manifest` draw it"
+            )
         paths = [str(Path(ratings.attrs["root"], image).absolute()) for image in rows["image"]]
         frames.append(rows.assign(name=names_of(rows), image=paths))
     return pd.concat(frames, ignore_index=True)
+
+
+LOOKS = 30
+"""How often, on average, a picture of your own is looked at: a small set is soon known by heart."""
+
+
+def fitted(settings: Settings) -> Settings:
+    """Return the settings with a batch that the smallest set fills, and no more steps than `LOOKS` take.
+
+    A set with fewer train rows than a batch has images gets the largest power of two. Sets without any mos
+    are learned from the comparisons beside them.
+
+    Raises:
+        ValueError: for a set with one train row, and for two sets of one name: their scales would be mixed.
+    """
+    frames = {name: set_rows([name], settings.root, "train") for name in settings.sets}
+    rows = pd.concat(frames.values())["dataset"].value_counts()  # by data set
+    named = [dataset for frame in frames.values() for dataset in frame["dataset"].unique()]
+    for dataset in rows.index:
+        if named.count(dataset) > 1:
+            raise ValueError(f"two sets are called {dataset!r}; rename one of them in its column dataset")
+        if rows[dataset] < 2:
+            raise ValueError(f"set {dataset!r} has 1 row with split 'train'; a comparison needs 2: rate more")
+    grpo = TRL_DEFAULTS | settings.grpo
+    k, batch, accumulated = (
+        grpo[key] for key in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    passes = grpo["steps_per_generation"] or accumulated
+    images = batch * passes // k
+    if rows.min() < images:
+        images = 1 << (int(rows.min()).bit_length() - 1)
+        batch = math.gcd(batch, images * k)
+        passes, before = images * k // batch, passes
+        accumulated = max(1, accumulated * passes // before)
+    steps = math.ceil(LOOKS * rows.sum() * passes / (images * accumulated))
+    changes = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulated,
+        "steps_per_generation": passes,
+        "max_steps": min(steps, settings.grpo.get("max_steps", steps)),
+    }
+    unrated = [name for name, frame in frames.items() if frame["mos"].isna().all()]
+    return settings.changed(grpo=changes, comparisons=sorted({*settings.comparisons, *unrated}))
 
 
 def _root_of(name: str, root: str | dict[str, str] | None) -> str | None:

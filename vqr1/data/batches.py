@@ -125,7 +125,8 @@ def one_set_batches(
         if len(rows) < images_per_batch:
             raise ValueError(
                 f"set {name!r} has {len(rows)} rows, fewer than the {images_per_batch} images of a batch; "
-                "use a smaller batch or leave the set out"
+                "lower per_device_train_batch_size (images x num_generations) or leave the set out; "
+                "`vqr1 train --set` makes the batch fit"
             )
     rng = np.random.default_rng(seed)
     partners = {

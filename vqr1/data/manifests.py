@@ -206,12 +206,15 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
 def _read_text(path: Path, root: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such manifest; give the path of a CSV (`vqr1 data --rebuild` writes ours)"
+            f"{path}: no such manifest; give the path of a CSV (`vqr1 manifest FOLDER` writes one)"
         )
     text = read_table(path)
     for name in (*MANIFEST_COLUMNS, *EXTRA):
         if name not in text and (name in NEEDED or meant(name, text.columns)):
-            known = f"needed are {','.join(NEEDED)}, also known {','.join(MANIFEST_COLUMNS[3:])}"
+            known = (
+                f"needed are {','.join(NEEDED)}, also known {','.join(MANIFEST_COLUMNS[3:])}; `vqr1 manifest "
+                f"FOLDER --ratings {path.name}` fills in what is missing"
+            )
             raise ValueError(f"{path}, line 1: {lacks(name, text.columns)}; {known}")
     known = [*MANIFEST_COLUMNS, *(name for name in (*EXTRA, NAME) if name in text)]
     text = text.reindex(columns=known, fill_value="")

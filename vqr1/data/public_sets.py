@@ -571,12 +571,14 @@ def _split(entry: PublicSet, folder: Path, table: pd.DataFrame) -> pd.Series:
 def seeded_split(reference: pd.Series, seed: int = SPLIT_SEED) -> pd.Series:
     """Return train, val or test for each row: 6:2:2 by reference, no reference in two.
 
+    Of 6 references or more, val and test have at least 2 each.
+
     >>> kadid = pd.Series([f"I{n:02d}.png" for n in range(1, 82)])
     >>> seeded_split(kadid).value_counts().tolist()
     [49, 16, 16]
     """
     names = np.random.default_rng(seed).permutation(sorted(set(reference)))
-    fifth = round(0.2 * len(names))
+    fifth = max(round(0.2 * len(names)), min(2, len(names) // 3))
     of = (
         dict.fromkeys(names, "train")
         | dict.fromkeys(names[:fifth], "test")
