@@ -132,6 +132,11 @@ WORKERS = [
         (fitted(load_config("cpu-study", sets=["sim-five"])),),
     ),
     (["describe", "a.png", "--policy", "p"], "scoring.Scorer", ("p",)),
+    (
+        ["calibrate", "--policy", "mine", "--sets", "my.csv", "--limit", "9"],
+        "evaluation.calibrate_policy",
+        ("mine", "my.csv", "val", 9, None),
+    ),
     (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", ("tiny-policy",)),
     (
         ["evaluate", "--suite", "table2", "--root", "r"],
@@ -231,6 +236,8 @@ def test_score_gives_every_picture_a_row_and_exits_with_1_if_one_failed(pictures
         "image",
         "score",
         "std",
+        "low",
+        "high",
         "mass",
         "policy",
         "estimate",

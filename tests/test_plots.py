@@ -13,6 +13,7 @@ from vqr1.plots import (
     gallery,
     intervals,
     jpeg,
+    reliability,
     rounding,
     scatter,
     spread,
@@ -130,3 +131,14 @@ def test_intervals_are_drawn_around_their_means_in_the_tables_order():
         label.get_text() for label in ax.get_xticklabels()
     ] == ["b", "a"]
     assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[1.5, 3.0], [0.0, 1.25]]
+
+
+def test_reliability_is_drawn_beside_the_line_where_probabilities_come_true():
+    ax = axes()
+    table = pd.DataFrame({"predicted": [0.55, 0.97], "observed": [0.5, 0.85], "pairs": [10, 40]})
+    reliability(ax, table, "before")
+    truth, line = ax.lines
+    assert np.array_equal(truth.get_xdata(), truth.get_ydata())
+    assert line.get_xydata().tolist() == [[0.55, 0.5], [0.97, 0.85]] and line.get_label() == "before"
+    small, large = ax.collections[0].get_sizes()
+    assert small < large

@@ -31,7 +31,7 @@ from vqr1.config import CONFIGS, Settings, load_config, write_yaml
 from vqr1.data.comparisons import names_of
 from vqr1.data.manifests import load_ratings, render
 from vqr1.places import EMBEDDED
-from vqr1.policy import load_policy, merge_adapter, never_sampled
+from vqr1.policy import CALIBRATION, load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
 from vqr1.runlog import LOG, LivePlot, RunLog, last_checkpoint
 from vqr1.scoring import Scorer
@@ -358,7 +358,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ended(run, rows, tmp_pat
     folder, _, after = run
     again = Path(shutil.copytree(folder, tmp_path / "run"))
     shutil.rmtree(again / "checkpoints" / "checkpoint-3")
+    (again / "policy" / CALIBRATION).touch()
     found = rerun(tiny(), again, rows)
+    assert not (again / "policy" / CALIBRATION).exists()  # it was of other weights
     for name, value in after.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=name)
     columns = [name for name in LOG if name != "seconds"]

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         ("compare", COMPARE, _compare_options, _compare, None),
         ("describe", "Print what the policy thinks of a picture.", _describe_options, _describe, None),
         ("evaluate", EVALUATE, _evaluate_options, _evaluate, None),
+        ("calibrate", CALIBRATE, _calibrate_options, _calibrate, None),
         ("data", DATA, _data_options, _data, None),
         ("sheet", "Draw all 25 distortions at 5 levels of a picture.", _sheet_options, _sheet, None),
         ("pretrain", PRETRAIN, _pretrain_options, _pretrain, None),
@@ -159,7 +160,7 @@ def _train(args) -> int:
 # Scoring
 
 
-SCORE = "Score pictures: 1 (very poor) to 5 (excellent), with a standard deviation."
+SCORE = "Score pictures: 1 (very poor) to 5 (excellent), with their spread and, if calibrated, an error bar."
 SCORE_HELP = """\
 On a terminal the scores are a table to read; into a pipe they are written as rows of CSV.
 
@@ -386,6 +387,33 @@ def _evaluate(args) -> int:
     for error in failed:
         print(f"vqr1 evaluate: {error}", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_OK
+
+
+CALIBRATE = "Fit a policy's error bars to rated pictures; they are kept in its folder, and scoring uses them."
+
+
+def _calibrate_options(add: Add) -> None:
+    add("--policy", required=True, metavar="FOLDER", help="a policy that may be written to")
+    add("--sets", required=True, metavar="SET", help="one set, by name or manifest, that people rated")
+    what = "rows to calibrate on: val, or others that the policy was not trained on (%(default)s)"
+    add("--split", default="val", help=what)
+    add("--limit", type=_count, help="at most so many rows, a fixed sample")
+    _thinking(add)
+    _root(add)
+
+
+def _calibrate(args) -> int:
+    from vqr1.evaluation import calibrate_policy
+
+    found = calibrate_policy(
+        args.policy, args.sets, args.split, args.limit, args.root, thinking=args.thinking
+    )
+    half = found.quantile * float(found.error(found.typical_spread or 0.0))
+    print(
+        f"Calibrated on {found.rows} rows of {found.dataset}: 95% of MOS are within ± {half:.3g} of what the "
+        f"score says{', at the median spread' * (found.typical_spread is not None)}. Kept in {args.policy}"
+    )
+    return EXIT_OK
 
 
 STUDY = "Make the rows of a study, one per variant, seed and set; rows that are there are kept."

@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from vqr1.calibration import Calibration, calibrate
 from vqr1.data.comparisons import PairTable, names_of
 from vqr1.data.manifests import (
     UNRATED,
@@ -23,6 +24,7 @@ from vqr1.data.observers import oracle_scores
 from vqr1.data.public_sets import PER_CONTENT
 from vqr1.distortions import FAMILIES, true_strength
 from vqr1.metrics import content_agreement, difference, srcc, srcc_by, summarize
+from vqr1.policy import policy_path
 from vqr1.prompts import format_ok, named_distortions, named_severity
 from vqr1.scoring import Score, Scorer
 
@@ -313,6 +315,54 @@ def evaluate(
         means = rated.groupby(["estimate", "thinking"], sort=False)[averaged].mean().reset_index()
         result = pd.concat([result, means.assign(set="average")], ignore_index=True)
     return result, tables
+
+
+def calibrate_policy(
+    policy: str | Path,
+    rated: str | Path | pd.DataFrame,
+    split: str = "val",
+    limit: int | None = None,
+    root: str | Path | None = None,
+    **settings,
+) -> Calibration:
+    """Score rated pictures, fit the policy's error bars to them, and keep these in the policy's folder.
+
+    From then on `Scorer(policy)` has intervals and calibrated probabilities, wherever it scores with the same
+    settings. Pictures whose answer cannot be parsed are left out: they get no score, nor an interval.
+
+    Args:
+        policy: a shipped one, or a folder.
+        rated: a set's name, the path of a manifest, or rows of `load_ratings`, which are all taken.
+        split: of a set; not the one that the policy was trained on, where it errs less.
+        limit: at most so many rows, a fixed sample.
+        root: folder of the public sets, as for `load_ratings`.
+        settings: of the `Scorer`, as ``thinking``.
+
+    Returns:
+        What is in calibration.json now.
+
+    Raises:
+        ValueError: as of `calibrate`; the policy has no folder; there is no MOS on one scale; a picture
+            cannot be read.
+    """
+    folder = policy_path(policy)
+    if not folder.is_dir():
+        raise ValueError(f"{policy} is no folder that could keep a calibration; save the policy in one first")
+    if isinstance(rated, pd.DataFrame):
+        rows = Rows(rated, _images_of(rated))
+    else:
+        rows = evaluation_rows([rated], split, limit, root)[str(rated)]
+    if protocol(rows.frame) != "pooled" or rows.frame["mos"].isna().any():
+        raise ValueError(
+            f"the rows of {rows.frame['dataset'].iloc[0]} have no MOS on one scale; give a set that has"
+        )
+    scorer = Scorer(policy, **settings)
+    table = score_frame(scorer, rows)
+    if failed := unread(table):
+        raise ValueError(failed[0])
+    calibration = calibrate(table[table["score"].notna()], scorer.settings())
+    calibration.save(folder)
+    return calibration
 
 
 def save_scores(tables: dict, folder: Path) -> None:

@@ -83,9 +83,18 @@ def logistic_fit(pred, mos) -> np.ndarray:
     if len(pred) < 5 or np.isnan(_pearson(pred, mos)):
         return np.full(len(pred), np.nan)
     x = _standardised(pred) * np.sqrt(len(pred))  # the fit does not depend on the unit of x; the solver does
+    return logistic(x, *logistic_parameters(x, mos))
+
+
+def logistic_parameters(x: np.ndarray, mos: np.ndarray) -> np.ndarray:
+    """Return b1, b2, b3, b4 of the least-squares `logistic`, (4,); NaN if the fit does not converge.
+
+    x: (N,) scores of mean 0 and standard deviation 1.
+    mos: (N,) mean opinion scores; both finite and not constant.
+    """
     start = [mos.max(), mos.min(), 0.0, 0.25]
-    found = least_squares(lambda b: _logistic(x, *b) - mos, start, method="lm", max_nfev=2000)
-    return _logistic(x, *found.x) if found.success else np.full(len(pred), np.nan)
+    found = least_squares(lambda b: logistic(x, *b) - mos, start, method="lm", max_nfev=2000)
+    return found.x if found.success else np.full(4, np.nan)
 
 
 def srcc_by(pred, mos, group) -> float:
@@ -142,7 +151,12 @@ def _standardised(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x)
 
 
-def _logistic(x, b1, b2, b3, b4):
+def logistic(x, b1: float, b2: float, b3: float, b4: float):
+    """Return VQEG's curve at x: from b2 (far left) to b1 (far right), steepest at b3, of width |b4|.
+
+    >>> float(logistic(3.0, 5, 1, 3, 0.5))
+    3.0
+    """
     return b2 + (b1 - b2) * expit((x - b3) / max(abs(b4), 1e-9))
 
 
@@ -240,7 +254,7 @@ def difference(
         scores, others = arrays[: len(names)], arrays[len(names) :]
         return np.array([statistic(own, *others) for own in scores])  # (runs,)
 
-    _require(frame, [*names, *columns])
+    require(frame, [*names, *columns])
     found = values(*(frame[name].to_numpy() for name in (*names, *columns)))
     drawn = _resampled(frame, values, (*names, *columns), by, n, seed)  # the same photographs for all
     drawn = np.reshape(drawn, (-1, len(names)))  # (n, runs)
@@ -285,7 +299,7 @@ def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict
     >>> row["srcc"], round(row["srcc_pooled"], 3)
     (0.75, 0.359)
     """
-    _require(frame, ["score", "mos", "reference"])
+    require(frame, ["score", "mos", "reference"])
     contents = [(group["score"], group["mos"]) for _, group in frame.groupby("reference")]
     row = {}
     for name, statistic in (("srcc", srcc), ("plcc", plcc)):
@@ -301,9 +315,13 @@ def content_agreement(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict
     return row
 
 
-def _clusters(frame: pd.DataFrame, by: str) -> list[np.ndarray]:
-    """Return row numbers by photograph, sorted by name; then the rows without a name, one by one."""
-    _require(frame, [by])
+def clusters(frame: pd.DataFrame, by: str = "reference") -> list[np.ndarray]:
+    """Return row numbers by photograph, sorted by name; then the rows without a name, one by one.
+
+    >>> [rows.tolist() for rows in clusters(pd.DataFrame({"reference": ["b", "a", "b", None]}))]
+    [[1], [0, 2], [3]]
+    """
+    require(frame, [by])
     codes, names = pd.factorize(frame[by], sort=True)
     nameless = codes < 0
     codes = np.where(nameless, len(names) + np.cumsum(nameless), codes)
@@ -315,13 +333,13 @@ def _resampled(
     frame: pd.DataFrame, statistic: Callable, columns: Sequence[str], by: str, n: int, seed: int
 ) -> list:
     """The statistic of n resamples; [] for fewer than two photographs."""
-    _require(frame, columns)
-    clusters = _clusters(frame, by)
-    if len(clusters) < 2:
+    require(frame, columns)
+    photographs = clusters(frame, by)
+    if len(photographs) < 2:
         return []
     arrays = [frame[name].to_numpy() for name in columns]  # five times as fast to index as a frame
-    draws = np.random.default_rng(seed).integers(len(clusters), size=(n, len(clusters)))
-    resamples = (np.concatenate([clusters[cluster] for cluster in draw]) for draw in draws)
+    draws = np.random.default_rng(seed).integers(len(photographs), size=(n, len(photographs)))
+    resamples = (np.concatenate([photographs[place] for place in draw]) for draw in draws)
     return [statistic(*(values[rows] for values in arrays)) for rows in resamples]
 
 
@@ -333,7 +351,8 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _require(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+def require(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Raise ValueError naming the columns that a table lacks."""
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"columns {missing} are missing; there are {list(frame.columns)}")
@@ -360,11 +379,11 @@ def summarize(frame: pd.DataFrame, n: int = 1000, seed: int = 0) -> dict[str, fl
     >>> row["srcc"], row["rows"], row["photographs"], row["unparseable"]
     (1.0, 4, 2, 1)
     """
-    _require(frame, ["score", "mos", "reference", "level"])
+    require(frame, ["score", "mos", "reference", "level"])
     score, mos = frame["score"], frame["mos"]
     low, high = bootstrap(frame, srcc, n=n, seed=seed)
     return {
-        "photographs": len(_clusters(frame, "reference")),
+        "photographs": len(clusters(frame, "reference")),
         "rows": len(frame),
         "unparseable": int((~np.isfinite(np.asarray(score, dtype=float))).sum()),
         "srcc": srcc(score, mos),

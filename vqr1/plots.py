@@ -100,6 +100,20 @@ def spread(ax: Axes, scores: np.ndarray, label: str | None = None, limit: float 
     ax.grid(alpha=0.3)
 
 
+def reliability(ax: Axes, table: pd.DataFrame, label: str | None = None) -> None:
+    """Draw how often the likelier picture is the better one, by `vqr1.calibration.reliability`.
+
+    On the dashed line, probabilities come true; below it, they promise too much. A point's area goes by its
+    pairs.
+    """
+    ax.plot([0.5, 1], [0.5, 1], linestyle="--", color="0.6", linewidth=1)
+    (line,) = ax.plot(table["predicted"], table["observed"], label=label)
+    area = 10 + 90 * table["pairs"] / table["pairs"].max()
+    ax.scatter(table["predicted"], table["observed"], area, color=line.get_color(), zorder=3)
+    ax.set(xlabel="predicted: A looks better than B", ylabel="share of pairs where raters agree")
+    ax.grid(alpha=0.3)
+
+
 def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
     """Draw the distribution of weights, divided by their block's largest, and the levels 4 bits can keep."""
     ax.hist(weight, bins=np.linspace(-1, 1, 81), color="0.7")

@@ -41,6 +41,8 @@ BASE = "base.json"
 """File beside an adapter: was its base in 4 bits when it was trained?"""
 PROMPT = "vqr1.json"
 """File beside trained weights: the prompt's `thinking` and `picture_number` in training."""
+CALIBRATION = "calibration.json"
+"""File in a policy's folder: how far its scores may be off (`vqr1.calibration`)."""
 LANGUAGE_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 """LoRA's targets: the language model alone, which every serving engine can load."""
 VISION_LAYERS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
@@ -362,6 +364,7 @@ def merge_adapter(folder: str | Path, output: str | Path, quantize: bool | None 
         note(model, PROMPT, prompt)
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    (Path(output) / CALIBRATION).unlink(missing_ok=True)  # of other weights
     return Path(output)
 
 

@@ -22,12 +22,14 @@ from vqr1.data import ahead
 from vqr1.data.images import TAKEN, Picture, is_one, listed, read_picture
 from vqr1.engines import load_engine
 from vqr1.engines.answers import NOT_NUMBERS, OPEN, VALUES, Answer, Prepared
-from vqr1.policy import trained_prompt
+from vqr1.policy import CALIBRATION, policy_path, trained_prompt
 from vqr1.prompts import SCORE_MAX, SCORE_MIN, messages, named_distortions, parse_reasoning, parse_score
 from vqr1.thurstone import comparative_probability
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from vqr1.calibration import Calibration
 
 SETTINGS = ("thinking", "estimate", "k", "batch_size", "max_new_tokens", "seed", "numbered")
 """What may change once a policy is loaded."""
@@ -40,13 +42,17 @@ DRAWS = 10_000
 
 @dataclass
 class Score:
-    """A picture's score (1..5, higher is better) and its standard deviation.
+    """A picture's score (1..5, higher is better), and how its answers spread.
 
+    std: the spread, the standard deviation of the policy's answers. It says how sure the policy is, not how
+        far it is off: no error bar.
     answers: the completions it was read from (expected score: the text before the number).
     reasoning: what the first of them thinks.
     mass: the probability of the answers that an expected score is the mean of; NaN for other estimates.
     note: what was done to read the picture, as "frame 1 of several", and whether answers were off the scale.
     error: why there is no score.
+    low, high: the error bar, where the policy is calibrated, else NaN: 95% of pictures' mean opinion scores,
+        on the score's scale, are within it (`vqr1.calibration.Calibration.interval`).
     """
 
     score: float = math.nan
@@ -56,6 +62,17 @@ class Score:
     mass: float = math.nan
     note: str = ""
     error: str = ""
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def bar(self) -> str:
+        """How certain the score is, in words: its 95% interval, or the spread where that is unknown.
+
+        >>> Score(3.2, 0.4).bar, Score(3.2, 0.4, low=2.5, high=3.7).bar
+        ('± 0.40', '(95%: 2.5 to 3.7)')
+        """
+        return f"± {self.std:.2f}" if math.isnan(self.low) else f"(95%: {self.low:.1f} to {self.high:.1f})"
 
 
 @dataclass
@@ -70,7 +87,7 @@ class Description:
         if self.score.error:
             return self.score.error
         named = f"\nnames: {', '.join(self.distortions)}" if self.distortions else ""
-        return f"{self.text}{named}\nscore {self.score.score:.2f} ± {self.score.std:.2f}"
+        return f"{self.text}{named}\nscore {self.score.score:.2f} {self.score.bar}"
 
     def _repr_html_(self) -> str:
         if self.score.error:
@@ -78,7 +95,7 @@ class Description:
         named = ", ".join(self.distortions) or "none"
         return (
             f"<p><em>{html.escape(self.text)}</em></p><p>distortions named: {html.escape(named)}<br>"
-            f"score <b>{self.score.score:.2f}</b> ± {self.score.std:.2f} (1 very poor, 5 excellent)</p>"
+            f"score <b>{self.score.score:.2f}</b> {self.score.bar} (1 very poor, 5 excellent)</p>"
         )
 
 
@@ -113,6 +130,10 @@ class Scorer:
         seed: makes samples repeatable in the same batch.
         engine: "transformers" or "vllm".
         numbered: "Picture 1: " before the picture (`prompts.messages`). None: as for `thinking`.
+
+    Where the policy's folder has a calibration (`vqr1 calibrate`) for scores read off in this way, they have
+    an error bar, and `compare` and `rank` go by it. A loaded policy gets none by itself, as it may have been
+    trained on since: set ``scorer.calibration = Calibration.load(folder)``.
     """
 
     lower_better = False
@@ -136,6 +157,7 @@ class Scorer:
         self.estimate, self.k, self.seed = estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._check()
+        self.calibration = None if isinstance(policy, tuple) else _calibration(policy)
         self.engine = load_engine(engine, policy)
         self.engine.check(estimate)
 
@@ -146,6 +168,17 @@ class Scorer:
             raise ValueError(f"k is {self.k}: a mean and a deviation need at least 2 samples")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: score at least one picture at a time")
+
+    def settings(self) -> dict:
+        """Return how scores are read off, which a calibration must have in common with them."""
+        how = {"estimate": self.estimate, "thinking": self.thinking, "numbered": self.numbered}
+        return how | {"k": self.k} if self.estimate == "sample" else how
+
+    @property
+    def calibrated(self) -> Calibration | None:
+        """The calibration, if it holds for these settings."""
+        holds = self.calibration is not None and self.calibration.settings == self.settings()
+        return self.calibration if holds else None
 
     def with_(self, **settings) -> Scorer:
         """Return a scorer of the same loaded policy with other settings: ``scorer.with_(estimate="sample")``.
@@ -200,7 +233,7 @@ class Scorer:
         return torch.tensor([score.score for score in self.score(images)])
 
     def compare(self, a: Picture | torch.Tensor, b: Picture | torch.Tensor) -> float:
-        """Return P(a looks better than b) under Thurstone's law, from both score distributions.
+        """Return P(a looks better than b): the calibrated one, else by Thurstone's law from both spreads.
 
         a, b: one picture each, as for `score`. Raises TypeError for anything else, ValueError where one has
         no score.
@@ -211,6 +244,8 @@ class Scorer:
         one, two = self.score([a, b])
         if one.error or two.error:
             raise ValueError(f"cannot compare: {one.error or two.error}")
+        if self.calibrated and not math.isnan(one.low + two.low):
+            return float(self.calibrated.probability(one.score, one.std, two.score, two.std))
         if math.isnan(one.std + two.std):
             raise ValueError(
                 "cannot compare scores without a deviation: use estimate='expected', or 'sample' with two "
@@ -223,8 +258,8 @@ class Scorer:
         """Return the pictures from best to worst; those without a score come last.
 
         images: as for `score`, and so are errors. Columns: image (position in the input), score, std, lo
-        and hi (the score's 95% interval under Thurstone's normal law), rank_lo and rank_hi (95% interval of
-        the rank, 1 = best, over `DRAWS` joint draws of all scores), error.
+        and hi (the score's 95% interval: calibrated, else under Thurstone's normal law), rank_lo and rank_hi
+        (95% interval of the rank, 1 = best, over `DRAWS` joint draws of all scores by the same), error.
         """
         import pandas as pd  # takes as long as scoring a few pictures
 
@@ -234,17 +269,19 @@ class Scorer:
             | {key: [getattr(s, key) for s in scores] for key in ("score", "std", "error")}
         )
         good = table[table["error"] == ""].sort_values("score", ascending=False, kind="stable")
-        std = good["std"].to_numpy()
+        center, std = good["score"].to_numpy(), good["std"].to_numpy()
+        low, high = center - 1.96 * std, center + 1.96 * std
+        if self.calibrated:
+            low, high = self.calibrated.interval(center, std)
+            center, std = self.calibrated.mos(center), self.calibrated.noise * self.calibrated.error(std)
         drawn = (
-            np.random.default_rng(self.seed).normal(good["score"], std, (DRAWS, len(good)))
+            np.random.default_rng(self.seed).normal(center, std, (DRAWS, len(good)))
             if len(good)
             else np.empty((1, 0))
         )
         ranks = 1 + np.argsort(np.argsort(-drawn, axis=1), axis=1)  # (DRAWS, pictures)
-        low, high = np.quantile(ranks, (0.025, 0.975), axis=0, method="nearest")
-        good = good.assign(
-            lo=good["score"] - 1.96 * std, hi=good["score"] + 1.96 * std, rank_lo=low, rank_hi=high
-        )
+        best, worst = np.quantile(ranks, (0.025, 0.975), axis=0, method="nearest")
+        good = good.assign(lo=low, hi=high, rank_lo=best, rank_hi=worst)
         ranked = pd.concat([good, table[table["error"] != ""]], ignore_index=True)
         columns = ["image", "score", "std", "lo", "hi", "rank_lo", "rank_hi", "error"]
         return ranked.reindex(columns=columns).astype({"rank_lo": "Int64", "rank_hi": "Int64"})
@@ -279,6 +316,8 @@ class Scorer:
             answers = self._ask([prepared for _, prepared in ready])
             for (score, _), answer in zip(ready, answers, strict=True):
                 self._read(score, answer)
+                if self.calibrated and not score.error:
+                    score.low, score.high = map(float, self.calibrated.interval(score.score, score.std))
         return [score for score, _ in opened]
 
     def _ask(self, prepared: list[Prepared]) -> list[Answer]:
@@ -340,6 +379,16 @@ class Scorer:
             mean = float((p * VALUES).sum()) / score.mass
             variance = float((p * (VALUES - mean) ** 2).sum()) / score.mass
             score.score, score.std = mean, math.sqrt(max(0.0, variance))
+
+
+def _calibration(policy: str | Path) -> Calibration | None:
+    """Return the calibration in a policy's folder, if there is one."""
+    folder = policy_path(policy)
+    if not (folder / CALIBRATION).is_file():
+        return None
+    from vqr1.calibration import Calibration  # it imports pandas, which takes as long as some pictures
+
+    return Calibration.load(folder)
 
 
 def _held(opened: tuple[Score, Prepared | None]) -> int:

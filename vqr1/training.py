@@ -20,6 +20,7 @@ from vqr1.data.comparisons import names_of
 from vqr1.data.manifests import load_comparisons, load_ratings, pictures_of
 from vqr1.data.people_sets import win_share
 from vqr1.policy import (
+    CALIBRATION,
     PROMPT,
     base_of,
     load_policy,
@@ -104,6 +105,7 @@ def train(
     if trainer.is_world_process_zero():
         card = model_card(settings, log.table(), machine_line(trainer.args.seed))
         (output / "policy" / "README.md").write_text(card, encoding="utf-8")
+        (output / "policy" / CALIBRATION).unlink(missing_ok=True)  # of the weights before
     return output / "policy"
 
 

@@ -241,7 +241,7 @@ def explorer(scorer: Scorer, photographs: Sequence[Path]) -> w.VBox:
     def show():
         score, sampled = explore(scorer, chooser.show(), k.value, next(seed))
         plot.value = _plot([score], ["expected score"], sampled.answers)
-        text.value = f"<b>score {score.score:.2f} ± {score.std:.2f}</b><br>{html.escape(score.reasoning)}"
+        text.value = f"<b>score {score.score:.2f} {score.bar}</b><br>{html.escape(score.reasoning)}"
         head = f"{k.value} sampled answers: mean {sampled.score:.2f}, deviation {sampled.std:.2f}"
         answers.value = f"{head}{_table(sampled_answers(sampled))}"
 

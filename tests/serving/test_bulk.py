@@ -46,7 +46,7 @@ def photos(tmp_path) -> Path:
 
 def row(image: str, **change) -> dict:
     return (
-        {"image": image, "score": 3.25, "std": 0.5, "mass": 0.9}
+        {"image": image, "score": 3.25, "std": 0.5, "low": None, "high": None, "mass": 0.9}
         | SETTINGS
         | {"reasoning": "", "note": "", "error": ""}
         | change

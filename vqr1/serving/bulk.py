@@ -25,6 +25,8 @@ ROW_COLUMNS = (
     "image",
     "score",
     "std",
+    "low",
+    "high",
     "mass",
     "policy",
     "estimate",
@@ -34,6 +36,7 @@ ROW_COLUMNS = (
     "note",
     "error",
 )
+NUMBERS = ("score", "std", "low", "high", "mass")
 CSV_HEAD = ",".join(ROW_COLUMNS) + "\n"
 TABLE_HEAD = "score          picture\n"
 ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -66,7 +69,7 @@ def score_rows(scorer: Scorer, pictures: Sequence[str], settings: dict) -> Itera
 
 
 def _row(name: str, score: Score, settings: dict) -> dict:
-    numbers = {key: getattr(score, key) for key in ("score", "std", "mass")}
+    numbers = {key: getattr(score, key) for key in NUMBERS}
     texts = {key: utf8_name(getattr(score, key)) for key in ("reasoning", "note", "error")}
     return (
         {"image": utf8_name(name)}
@@ -86,12 +89,17 @@ def utf8_name(text: str) -> str:
 
 
 def to_table(rows: Iterable[dict]) -> str:
-    """Return rows as a person reads them: score and deviation, picture, then its note and reasoning.
+    """Return rows as a person reads them: score and error bar, picture, then its note and reasoning.
+
+    The error bar is the 95% interval, or where that is unknown the spread.
 
     >>> row = dict.fromkeys(ROW_COLUMNS, "") | {"image": "a.png", "score": 4.1234, "std": 0.256}
+    >>> row |= dict.fromkeys(("low", "high"))
     >>> print(to_table([row, row | {"image": "b.png", "score": None, "error": "b.png is missing"}]), end="")
     4.12 ± 0.26    a.png
     none           b.png is missing
+    >>> print(to_table([row | {"low": 3.42, "high": 4.71}]), end="")
+    4.12 (3.4-4.7) a.png
     """
     return "".join(map(_line, rows))
 
@@ -100,7 +108,11 @@ def _line(row: dict) -> str:
     if row["error"]:
         named = row["error"] if row["image"] in row["error"] else f"{row['image']}: {row['error']}"
         return f"{'none':<15}{named}\n"
-    score = f"{row['score']:.2f}" if row["std"] is None else f"{row['score']:.2f} ± {row['std']:.2f}"
+    score = f"{row['score']:.2f}"
+    if row["low"] is not None:
+        score += f" ({row['low']:.1f}-{row['high']:.1f})"
+    elif row["std"] is not None:
+        score += f" ± {row['std']:.2f}"
     note = f" ({row['note']})" if row["note"] else ""
     reasoning = "".join(f"\n{'':15}{line}" for line in row["reasoning"].splitlines())
     return f"{score:<15}{row['image']}{note}{reasoning}\n"
@@ -110,7 +122,7 @@ def to_csv(rows: Iterable[dict]) -> str:
     """Return rows as lines of CSV without a header.
 
     >>> to_csv([dict.fromkeys(ROW_COLUMNS) | {"image": "a.png", "score": 3.5}])
-    'a.png,3.5,,,,,,,,,\\n'
+    'a.png,3.5,,,,,,,,,,,\\n'
     """
     lines = []
     for row in rows:
@@ -195,13 +207,7 @@ class RowFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = {
-            "score": pa.float64(),
-            "std": pa.float64(),
-            "mass": pa.float64(),
-            "k": pa.int64(),
-            "thinking": pa.bool_(),
-        }
+        kinds = dict.fromkeys(NUMBERS, pa.float64()) | {"k": pa.int64(), "thinking": pa.bool_()}
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in ROW_COLUMNS])
         rows, half = self._rows(self._whole()), self.path.with_name(self.path.name + ".tmp")
         with pq.ParquetWriter(half, schema) as writer:
