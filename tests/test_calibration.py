@@ -211,6 +211,9 @@ def test_scores_read_off_otherwise_have_no_error_bar(folder, pictures):
     for settings in ({"thinking": not scorer.thinking}, {"estimate": "greedy"}, {"numbered": True}):
         score = scorer.with_(**settings).score(pictures[:1])[0]
         assert math.isnan(score.low) and not score.error
+    for loaded in ({"quantize": True}, {"pixels": [1024, 16_384]}):
+        assert Scorer(folder, **loaded).calibrated is None
+    assert scorer.calibrated
     assert Scorer((scorer.engine.model, scorer.engine.processor)).calibration is None
 
 

@@ -22,11 +22,17 @@ from vqr1.data.manifests import MANIFEST_COLUMNS
 from vqr1.experiments import demo
 from vqr1.experiments.baselines import CNN
 from vqr1.runlog import last_checkpoint
+from vqr1.scoring import DEFAULTS, OFFICIAL
 from vqr1.training import fitted
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "data" / "photos" / "kitten.jpg"
 COMMANDS = _parser()._subparsers._group_actions[0].choices
+READING = {key: value for key, value in DEFAULTS.items() if key not in ("batch_size", "seed")} | {
+    "thinking": False,
+    "numbered": False,
+}
+"""Settings that score with the embedded policy, which was trained for neither prompt."""
 
 
 # --- usage --------------------------------------------------------------------------------------
@@ -95,6 +101,8 @@ def refused(arguments: list[str], capsys) -> str:
         (["score", str(PHOTO), "--estimate", "sample", "--k", "1"], "need at least 2 samples"),
         (["score", str(PHOTO), "--batch-size", "0"], "at least one picture at a time"),
         (["score", str(PHOTO), "--policy", "nowhere"], "nowhere: no such folder"),
+        (["score", str(PHOTO), "--pixels", "9000", "4000"], "pixels 9000 to 4000 are no range"),
+        (["evaluate", "--suite", "table2", "--engine", "vllm"], "leave out --engine"),
         (["score", str(PHOTO), "--policy", str(ROOT / "tests")], "holds no model"),
         (["sheet", "nowhere.png"], "nowhere.png is missing"),
         (["sheet", __file__], "cannot be read as a picture"),
@@ -114,9 +122,6 @@ WORKERS = [
         (load_config("cpu").changed(grpo={"seed": 5}), "o", False),
     ),
     (["manifest", "f", "--ratings", "r.csv"], "data.own.write_manifest", ("f", "r.csv", None)),
-    (["score", str(PHOTO)], "scoring.Scorer", ("tiny-policy", False, "expected", 6, 16)),
-    (["compare", "a.png", "b.png"], "scoring.Scorer", ("tiny-policy",)),
-    (["compare", "a.png", "b.png", "--policy", "p", "--no-thinking"], "scoring.Scorer", ("p", False)),
     (
         ["train", "--set", "sim-five", "--set", "sim-elo", "--steps", "3"],
         "training.train",
@@ -131,17 +136,50 @@ WORKERS = [
         "training.train",
         (fitted(load_config("cpu-study", sets=["sim-five"])),),
     ),
-    (["describe", "a.png", "--policy", "p"], "scoring.Scorer", ("p",)),
     (
         ["calibrate", "--policy", "mine", "--sets", "my.csv", "--limit", "9"],
         "evaluation.calibrate_policy",
         ("mine", "my.csv", "val", 9, None),
     ),
-    (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", ("tiny-policy",)),
+    (
+        ["compare", "a.png", "b.png", "--policy", "p", "--thinking"],
+        "scoring.Scorer",
+        (READING | {"policy": "p", "thinking": True},),
+    ),
+    (["score", str(PHOTO)], "scoring.Scorer", (READING | {"k": 1, "batch_size": 16},)),
+    (
+        ["score", str(PHOTO), "--preset", "official", "--thinking"],
+        "scoring.Scorer",
+        (READING | OFFICIAL | {"k": 1, "thinking": True, "batch_size": 16},),
+    ),
+    (
+        [
+            *("score", str(PHOTO), "--preset", "official", "--estimate", "expected", "--no-numbered"),
+            *("--max-new-tokens", "9", "--pixels", "3136", "65536", "--quantize", "--engine", "vllm"),
+        ],
+        "scoring.Scorer",
+        (
+            READING
+            | {"k": 1, "max_new_tokens": 9, "pixels": [3136, 65536], "quantize": True, "engine": "vllm"}
+            | {"batch_size": 16},
+        ),
+    ),
+    (["compare", "a.png", "b.png"], "scoring.Scorer", (READING,)),
+    (
+        ["compare", "a.png", "b.png", "--preset", "official"],
+        "scoring.Scorer",
+        (READING | OFFICIAL | {"estimate": "expected"},),
+    ),
+    (
+        ["describe", "a.png", "--policy", "p"],
+        "scoring.Scorer",
+        (READING | {"policy": "p"},),
+    ),
+    (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", (DEFAULTS["policy"],)),
     (
         ["evaluate", "--suite", "table2", "--root", "r"],
         "experiments.table2.table2",
-        ("tiny-policy", "r", ["expected"], None, None),
+        (DEFAULTS["policy"], "r", ["expected"], None, None),
     ),
     (["data", "sim-unseen"], "data.describe.load_ratings", ("sim-unseen", None)),
     (["data", "kadid10k", "--root", "r"], "data.describe.read_public", ("kadid-10k", "r")),
@@ -173,7 +211,7 @@ def test_every_command_hands_its_arguments_to_its_worker(arguments, worker, give
         pass
 
     def work(*args, **kwargs):
-        raise Called(*args)
+        raise Called(*(args or [kwargs]))
 
     module, _, name = worker.rpartition(".")
     monkeypatch.setattr(importlib.import_module(f"vqr1.{module}"), name, work)
@@ -243,6 +281,12 @@ def test_score_gives_every_picture_a_row_and_exits_with_1_if_one_failed(pictures
         "estimate",
         "k",
         "thinking",
+        "engine",
+        "quantize",
+        "pixels",
+        "numbered",
+        "max_new_tokens",
+        "repetition_penalty",
         "reasoning",
         "note",
         "error",
@@ -268,10 +312,11 @@ def test_score_writes_the_same_rows_into_a_file(pictures, tmp_path, capsys):
 
 def test_on_a_terminal_the_scores_are_a_table(pictures, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert main(["score", pictures[0], pictures[1]]) == 1
-    head, good, missing = capsys.readouterr().out.splitlines()
+    assert main(["score", pictures[0], pictures[1], "--thinking"]) == 1
+    head, good, reasoning, missing = capsys.readouterr().out.splitlines()
     assert head.split() == ["score", "picture"]
     assert re.fullmatch(rf"\d\.\d\d ± \d\.\d\d +{re.escape(pictures[0])}", good)
+    assert re.fullmatch(r" +\w.*", reasoning)
     assert re.fullmatch(rf"none +{re.escape(pictures[1])} is missing.*", missing)
 
 
@@ -332,7 +377,7 @@ def test_score_and_evaluate_think_as_trained_unless_told(trained, more, asked, t
     [row] = read_rows(capsys.readouterr().out)
     assert row["thinking"] == str(asked) and bool(row["reasoning"]) == asked
     seen = []
-    monkeypatch.setattr("vqr1.evaluation.evaluate", lambda *given: seen.append(given[-1]) or 1 / 0)
+    monkeypatch.setattr("vqr1.evaluation.evaluate", lambda *given, **more: seen.append(given[-1]) or 1 / 0)
     arguments = ["evaluate", "--sets", "sim-unseen", "--limit", "1", "--policy", str(policy), *more]
     with pytest.raises(ZeroDivisionError):
         main(arguments)
@@ -407,8 +452,9 @@ def test_evaluate_names_a_picture_that_cannot_be_read(tmp_path, capsys):
 
 
 def test_evaluate_takes_pictures_of_the_users_own(tmp_path, capsys):
-    path = manifest(tmp_path, own_rows())
-    assert main(["evaluate", "--sets", path, "--estimates", "expected", "--out", str(tmp_path / "out")]) == 0
+    path, out = manifest(tmp_path, own_rows()), str(tmp_path / "out")
+    asked = ["evaluate", "--sets", path, "--estimates", "expected", "--out", out]
+    assert main(asked) == 0
     said = capsys.readouterr().out
     assert said.count("mine.csv | expected") == 2  # thinking and not
     result = pd.read_csv(tmp_path / "out" / "result.csv")
@@ -508,3 +554,9 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     ):
         assert (folder / name).is_file(), name
     assert len(pd.read_csv(folder / "after" / "sim-unseen.expected.plain.csv")) == 66
+
+
+def test_an_engine_that_is_not_installed_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    said = refused(["score", str(PHOTO), "--engine", "vllm"], capsys)
+    assert "engine='vllm' needs vLLM" in said and "pip install vllm==" in said

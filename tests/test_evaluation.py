@@ -24,6 +24,7 @@ from vqr1.evaluation import (
     score_frame,
 )
 from vqr1.places import EMBEDDED
+from vqr1.prompts import CLEAN
 from vqr1.scoring import OPEN, Score
 
 NAN = math.nan
@@ -225,14 +226,14 @@ def test_naming_counts_family_and_type_where_they_are_easy_to_see():
         ("gaussian_blur", 3, "moderate lens blur all over the picture"),  # the family alone
         ("jitter", 5, "severe pixel jitter along the edges, then white noise"),  # the first name counts
         ("white_noise", 5, "severe jpeg blocking, or white noise"),  # the first name is wrong
-        ("white_noise", 3, "no visible distortion"),  # wrong
+        ("white_noise", 3, CLEAN),  # wrong
         ("lens_blur", 3, ""),  # no reasoning: wrong
         ("mean_shift", 1, "moderate brightness shift"),  # exact: its ends are levels 1 and 5
         ("contrast_change", 5, "moderate contrast change"),  # exact
         ("jpeg", 2, "slight white noise"),  # too faint to count, like the next three
-        ("mean_shift", 3, "no visible distortion"),
+        ("mean_shift", 3, CLEAN),
         ("mean_shift", 4, "slight contrast change"),
-        ("contrast_change", 2, "no visible distortion"),
+        ("contrast_change", 2, CLEAN),
     ]
     table = pd.DataFrame(rows, columns=["distortion", "level", "reasoning"])
     assert naming(table) == {"named_rows": 8, "family": 5 / 8, "exact": 4 / 8, "severity": 6 / 8, "texts": 10}

@@ -12,6 +12,7 @@ import shutil
 import types
 from pathlib import Path
 
+import bitsandbytes as bnb
 import numpy as np
 import pandas as pd
 import pytest
@@ -50,7 +51,7 @@ from vqr1.sharing import look_once, prompt_once
 from vqr1.training import adapter_of, build_trainer, grpo_config, set_rows, train
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-REAL = [name for name in NAMES if not name.startswith("cpu")]
+REAL = [name for name in NAMES if load_config(name).model_name_or_path != "tiny-policy"]
 TEXT = dict(
     vocab_size=576,
     hidden_size=256,
@@ -322,6 +323,47 @@ def test_mixed_precision_keeps_the_adapter_in_fp32(folder, tmp_path, monkeypatch
     )
 
 
+def test_on_a_t4_only_4_bit_layers_compute_in_half_precision(folder, tmp_path, monkeypatch):
+    """Prompts are not shared, so that the tower runs in the log-probabilities' pass too.
+
+    A CPU answers "which dtype" as a T4 does. Accelerate has autocast to fp16 for GPUs alone: here it is
+    prepared for bf16.
+    """
+    monkeypatch.setattr(policy, "default_dtype", lambda: torch.float16)
+    monkeypatch.setattr(training, "reward_functions", lambda *args: [length_reward])
+
+    def on_a_t4(grpo, output):
+        args = grpo_config(grpo, output)
+        args.fp16 = True
+        return args
+
+    monkeypatch.setattr(training, "grpo_config", on_a_t4)
+    t4, rows = load_config("t4-3b"), load_ratings("sim-kadid").query("split == 'train'").iloc[::900]
+    config = small(max_steps=1, bf16=True).changed(
+        model_name_or_path=str(folder), dtype=t4.dtype, load_in_4bit=t4.load_in_4bit, share_prompts=False
+    )
+    assert t4.grpo["fp16"]
+    trainer = build_trainer(config, tmp_path, frame=rows.reset_index(drop=True))
+    kinds = {(".visual." in name, weight.dtype) for name, weight in trainer.model.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.float32), (False, torch.uint8)}
+    computed = set()
+
+    def note(name, module, tensors):
+        part = "visual" if ".visual." in name else type(module).__name__
+        computed.update(
+            (part, one.dtype) for one in tensors if torch.is_tensor(one) and one.is_floating_point()
+        )
+
+    for name, module in trainer.model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, args, out, name=name: note(name, m, (*args, out)))
+    trainer.train()
+    assert ("visual", torch.float32) in computed and ("Linear4bit", torch.float32) in computed
+    assert {dtype for _, dtype in computed} == {torch.float32}
+    layers = [m for m in trainer.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {torch.float16}
+
+
 def test_saved_reloaded_and_merged_it_computes_the_same(trained, tmp_path):
     output, model, _ = trained
     four_bit, processor = load_policy(output / "policy")
@@ -463,7 +505,7 @@ def test_a_configuration_fits_its_gpu_as_far_as_computed(name, gib, tmp_path):
         args.per_device_train_batch_size,
         dtype=getattr(torch, config.dtype or "bfloat16"),
     )
-    assert parts["peak"] < gib
+    assert parts["peak"] + memory.RESERVED < gib
 
 
 def test_four_bit_takes_what_is_computed(folder):

@@ -295,14 +295,15 @@ def test_a_policy_is_a_pair_that_knows_its_name(untrained_folder):
     assert copied == ("a", "b") and copied.name == "c"
 
 
-def test_scoring_imports_neither_what_quantises_nor_what_trains():
-    """Importing either takes as long as scoring a few pictures."""
+@pytest.mark.parametrize("policy, needed", [("tiny-policy", []), ("ranker", ["bitsandbytes", "peft"])])
+def test_scoring_imports_neither_what_quantises_nor_what_trains(policy, needed):
+    """Importing either takes as long as scoring a few pictures. An adapter needs peft, which imports both."""
     code = (
         "import sys; from vqr1.scoring import Scorer; "
-        "print(Scorer().score('data/photos/kitten.jpg')[0].score > 1, "
+        f"print(Scorer({policy!r}).score('data/photos/kitten.jpg')[0].score > 1, "
         "sorted({'bitsandbytes', 'peft', 'pandas', 'trl', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=EMBEDDED.parent, check=True
     )
-    assert ran.stdout == "True []\n"
+    assert ran.stdout == f"True {needed}\n"

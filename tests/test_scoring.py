@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from vqr1.data import ahead
 from vqr1.engines import transformers as engine
 from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL
-from vqr1.policy import PictureProcessor
+from vqr1.policy import PictureProcessor, load_policy
 from vqr1.prompts import format_ok, messages, named_distortions, parse_score
-from vqr1.scoring import OPEN, Scorer
+from vqr1.scoring import OFFICIAL, OPEN, Scorer
 from vqr1.thurstone import comparative_probability
 
 NAN = "nan in the logits"
@@ -542,6 +542,47 @@ def test_only_parseable_samples_are_averaged(known):
     values = [value for value in map(parse_score, score.answers) if not math.isnan(value)]
     assert 2 < len(values) < 18 and len(score.answers) == 20 and not score.error
     assert (score.score, score.std) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("penalty", [1.05, 10.0])
+def test_the_official_settings_answer_as_generate_does_with_them(trained, photo, thinking, penalty):
+    scorer = Scorer(trained, thinking, **OFFICIAL | {"max_new_tokens": 24, "repetition_penalty": penalty})
+    model, processor = trained
+    text = processor.apply_chat_template(messages(thinking, numbered=True), add_generation_prompt=True)
+    inputs = processor(images=[photo], text=[text], return_tensors="pt")
+    length, how = inputs["input_ids"].shape[1], {"do_sample": False, "repetition_penalty": penalty}
+    said = model.generate(**inputs, max_new_tokens=24, **how)[0, length:]
+    [score] = scorer.score([photo])
+    assert score.answers == [processor.tokenizer.decode(said, skip_special_tokens=True)]
+    if penalty > 2:  # it does something
+        assert score.answers != scorer.with_(repetition_penalty=1.0).score([photo])[0].answers
+
+
+def test_an_expected_score_has_no_repetition_penalty(trained, photo):
+    scorer = Scorer(trained, thinking=True)
+    assert scorer.with_(repetition_penalty=10.0).score([photo]) == scorer.score([photo])
+
+
+def test_a_policy_is_loaded_in_4_bits_and_for_few_pixels(photo):
+    options = {"quantize": True, "pixels": [1024, 16_384]}
+    [asked] = Scorer("tiny-policy", **options).score([photo])
+    assert [asked] == Scorer(load_policy("tiny-policy", **options)).score([photo])
+    for key in options:
+        rest = {name: value for name, value in options.items() if name != key}
+        assert asked.score != Scorer("tiny-policy", **rest).score([photo])[0].score, key
+
+
+@pytest.mark.parametrize("options", [{"quantize": True}, {"pixels": [1024, 16_384]}])
+def test_what_only_loading_sets_is_refused_for_a_loaded_policy(trained, options):
+    with pytest.raises(ValueError, match="give them to load_policy"):
+        Scorer(trained, **options)
+
+
+@pytest.mark.parametrize("pixels", [[16_384, 1024], [0, 16_384], [1, 1000]])
+def test_pixels_that_are_no_range_are_named(pixels):
+    with pytest.raises(ValueError, match=f"pixels {pixels[0]} to {pixels[1]} are no range"):
+        Scorer("tiny-policy", pixels=pixels)
 
 
 # Pictures that cannot be read

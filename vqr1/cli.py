@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vqr1.engines import ENGINES
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         saved = "What was saved up to the last checkpoint is kept: --resume goes on from there."
         print("\nInterrupted.", saved if args.command in ("demo", "train") else "", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:  # unusable input; the text says what and why
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # unusable; the text says what and why
         print(f"vqr1 {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -73,6 +75,40 @@ def _count(text: str) -> int:
 def _policy(add: Add) -> None:
     kinds = "ranker, tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)"
     add("--policy", default="tiny-policy", help=kinds)
+    what = "vllm is for a GPU, in an environment of its own (transformers)"
+    add("--engine", choices=ENGINES, help=what)
+    what = "load the language model in 4 bits (as an adapter was trained; a whole model is not)"
+    add("--quantize", action=argparse.BooleanOptionalAction, help=what)
+    what = "scale pictures to so many pixels; fewer need less memory (the policy's own limits)"
+    add("--pixels", type=_count, nargs=2, metavar=("MIN", "MAX"), help=what)
+    what = 'put "Picture 1: " before the picture'
+    add("--numbered", action=argparse.BooleanOptionalAction, help=what)
+    what = "longest answer or reasoning, in tokens (256)"
+    add("--max-new-tokens", type=_count, metavar="N", help=what)
+    what = (
+        "score as VisualQuality-R1's own inference does: numbered, greedy, at most 2048 tokens, "
+        "repetition penalty 1.05; flags that are given win"
+    )
+    add("--preset", choices=("official",), help=what)
+
+
+def _settings(args) -> dict:
+    """Return what a score depends on: the flags that are given, else the preset's, else the Scorer's.
+
+    The prompt's own are as the policy was trained, where its folder says so.
+    """
+    from vqr1.policy import trained_prompt
+    from vqr1.scoring import DEFAULTS, OFFICIAL
+
+    trained = trained_prompt(args.policy)
+    prompt = {
+        "thinking": trained.get("thinking", False),
+        "numbered": trained.get("picture_number", False),
+    }
+    preset = OFFICIAL if args.preset == "official" else {}
+    given = {key: value for key, value in vars(args).items() if key in DEFAULTS and value is not None}
+    settings = DEFAULTS | prompt | preset | given
+    return {key: value for key, value in settings.items() if key not in ("batch_size", "seed")}
 
 
 def _root(add: Add) -> None:
@@ -191,7 +227,7 @@ def _score_options(add: Add) -> None:
     add("paths", nargs="+", metavar="PATH", help=what)
     _policy(add)
     kinds = ("expected", "greedy", "sample")
-    add("--estimate", choices=kinds, default="expected", help="how the score is read off (%(default)s)")
+    add("--estimate", choices=kinds, help="how the score is read off (expected)")
     add("--k", type=int, default=6, help="answers per picture for --estimate sample (%(default)s)")
     _thinking(add)
     what = "pictures at a time; fewer need less memory (%(default)s)"
@@ -207,15 +243,11 @@ def _score_options(add: Add) -> None:
 def _score(args) -> int:
     import warnings
 
-    from vqr1.policy import trained_prompt
-
-    trained = trained_prompt(args.policy).get("thinking", False)
-    settings = {
-        "policy": args.policy,
-        "estimate": args.estimate,
-        "k": args.k if args.estimate == "sample" else 1,
-        "thinking": trained if args.thinking is None else args.thinking,
-    }
+    settings = _settings(args)
+    if settings["estimate"] != "sample":
+        settings["k"] = 1
+    if settings["estimate"] == "expected":
+        settings["repetition_penalty"] = 1.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # on damaged or large files; their rows say it
         return (_score_on_cluster if args.actors else _score_here)(args, settings)
@@ -229,7 +261,7 @@ def _score_here(args, settings: dict) -> int:
     pictures = shard(find_pictures(args.paths), args.shard, WINDOW * args.batch_size)
 
     def scorer() -> Scorer:
-        return Scorer(args.policy, settings["thinking"], args.estimate, args.k, args.batch_size)
+        return Scorer(**settings, batch_size=args.batch_size)
 
     if not args.out:
         return _print_scores(score_rows(scorer(), pictures, settings))
@@ -315,7 +347,8 @@ def _compare_options(add: Add) -> None:
 def _compare(args) -> int:
     from vqr1.scoring import Scorer
 
-    probability = Scorer(args.policy, args.thinking).compare(*args.images)
+    scorer = Scorer(**_settings(args) | {"estimate": "expected"})  # a greedy score has no deviation
+    probability = scorer.compare(*args.images)
     print(f"P({args.images[0]} looks better than {args.images[1]}) = {probability:.3f}")
     return EXIT_OK
 
@@ -328,7 +361,7 @@ def _describe_options(add: Add) -> None:
 def _describe(args) -> int:
     from vqr1.scoring import Scorer
 
-    print(Scorer(args.policy).describe(args.image))
+    print(Scorer(**_settings(args)).describe(args.image))
     return EXIT_OK
 
 
@@ -348,7 +381,7 @@ def _evaluate_options(add: Add) -> None:
     add("--split", default="test", help="of --sets: train, val, test or all (%(default)s)")
     what = "the prompt of --sets (as the policy was trained, where its folder says so; else both)"
     add("--thinking", action=argparse.BooleanOptionalAction, help=what)
-    what = "how scores are read off (all three; of a suite: expected)"
+    what = "how scores are read off (all three; of a suite: expected; of a preset: its own)"
     add("--estimates", nargs="+", choices=("expected", "greedy", "sample"), help=what)
     add("--limit", type=_count, help="at most so many rows of each set, a fixed sample")
     add("--out", help="write the tables into this folder")
@@ -365,15 +398,24 @@ def _evaluate(args) -> int:
         raise ValueError("--suite has its own sets; give --suite or --sets")
     if args.suite and args.thinking is not None:
         raise ValueError("--suite measures both prompts, as the paper does; leave --[no-]thinking out")
+    settings = _settings(args)
+    estimates = args.estimates or ([settings["estimate"]] if args.preset else None)
+    reading = {
+        key: value for key, value in settings.items() if key not in ("policy", "estimate", "k", "thinking")
+    }
     if args.suite:
         from vqr1.experiments.table2 import table2
 
-        print(table2(args.policy, args.root, args.estimates or ["expected"], args.limit, args.out))
+        if reading.pop("engine") != "transformers":
+            raise ValueError("--suite measures the engine of transformers; leave out --engine")
+        estimates = estimates or ["expected"]
+        print(table2(args.policy, args.root, estimates, args.limit, args.out, **reading))
         return EXIT_OK
     sets = evaluation_rows(args.sets or SETS, args.split, args.limit, args.root)
     asked = trained_prompt(args.policy).get("thinking") if args.thinking is None else args.thinking
     modes = (True, False) if asked is None else (asked,)
-    result, tables = evaluate(args.policy, sets, args.estimates or ["expected", "greedy", "sample"], modes)
+    estimates = estimates or ["expected", "greedy", "sample"]
+    result, tables = evaluate(args.policy, sets, estimates, modes, **reading)
     known = {name: rows.frame for name, rows in sets.items() if rows.frame["distortion"].isin(FAMILY).all()}
     rated = {name: frame for name, frame in known.items() if frame["mos"].notna().all()}
     oracle_rows = []

@@ -23,6 +23,7 @@ import yaml
 
 from vqr1 import quiet
 from vqr1.data.public_sets import public_name
+from vqr1.policy import PATCH
 from vqr1.rewards import RankingReward
 from vqr1.thurstone import ranking_reward
 
@@ -226,8 +227,6 @@ RESERVED = {
 """Keys of GRPOConfig that the project sets itself, and why they are not needed."""
 PACKAGES = {"use_vllm": "vllm", "use_liger_kernel": "liger_kernel", "deepspeed": "deepspeed"}
 """Keys of GRPOConfig that need a package which ours does not install."""
-PATCH = 32 * 32
-"""Most pixels that become one token: 32x32 in the embedded policy and Qwen3-VL, 28x28 in Qwen2.5-VL."""
 
 
 # YAML 1.2: 1e-3 is a number, 010 is ten, 1:30 is no number of seconds, and yes, no, on and off are words

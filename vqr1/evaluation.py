@@ -281,7 +281,7 @@ def gain(after: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
 
 
 def evaluate(
-    policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), seed: int = 0
+    policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), seed: int = 0, **settings
 ) -> tuple[pd.DataFrame, dict]:
     """Score every set by every estimate, thinking and not.
 
@@ -291,13 +291,14 @@ def evaluate(
         estimates: of the Scorer.
         modes: thinking (True), not thinking (False).
         seed: of sampled answers.
+        settings: others of the Scorer.
 
     Returns:
         (result rows, scored tables). An average over the rated sets follows for each estimate and mode;
         tables are keyed by (set, estimate, thinking).
     """
     rows, tables = [], {}
-    asked = Scorer(policy, modes[0], estimates[0], seed=seed)
+    asked = Scorer(policy, modes[0], estimates[0], seed=seed, **settings)
     for thinking in modes:
         for estimate in estimates:
             scorer = asked.with_(thinking=thinking, estimate=estimate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import namedtuple
+from collections.abc import Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ SHIPPED = ("ranker", "tiny-policy")
 """Policies that come with the project: trained by RL to rank on simulated ratings, and not."""
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for pictures and their borders: a prompt has them, an answer never."""
+PATCH = 32 * 32
+"""Most pixels that become one token: 32x32 in the embedded policy and Qwen3-VL, 28x28 in Qwen2.5-VL."""
 BASE = "base.json"
 """File beside an adapter: was its base in 4 bits when it was trained?"""
 PROMPT = "vqr1.json"
@@ -102,16 +105,32 @@ def trained_prompt(policy: str | Path | tuple) -> dict[str, bool]:
     return json.loads(record.read_text(encoding="utf-8")) if record and record.is_file() else {}
 
 
-def as_policy(policy: str | Path | tuple) -> Policy:
+def as_policy(
+    policy: str | Path | tuple, quantize: bool | None = None, pixels: Sequence[int] | None = None
+) -> Policy:
     """Return a `Policy`, loading it where only its name is given.
 
     Args:
         policy: a `Policy`, which is returned as it is; your own pair (model, processor); or what
             `load_policy` takes.
+        quantize: for `load_policy`.
+        pixels: for `load_policy`.
+
+    Raises:
+        ValueError: `quantize` or `pixels` is given for a policy that is loaded already.
     """
-    if isinstance(policy, Policy):
-        return policy
-    return Policy(*policy) if isinstance(policy, tuple) else load_policy(policy)
+    if not isinstance(policy, tuple):
+        return load_policy(policy, quantize, pixels=pixels)
+    refuse_loaded(quantize, pixels)
+    return policy if isinstance(policy, Policy) else Policy(*policy)
+
+
+def refuse_loaded(quantize: bool | None, pixels: Sequence[int] | None) -> None:
+    """Raise ValueError if what only loading can set is asked of a loaded policy."""
+    if quantize is not None or pixels is not None:
+        raise ValueError(
+            "quantize and pixels are set when a policy is loaded, and this one is: give them to load_policy"
+        )
 
 
 @quiet()
@@ -119,7 +138,7 @@ def load_policy(
     name_or_path: str | Path = "tiny-policy",
     quantize: bool | None = None,
     dtype: torch.dtype | None = None,
-    pixels: list[int] | None = None,
+    pixels: Sequence[int] | None = None,
 ) -> Policy:
     """Return a policy, as a pair (model, processor) that knows its name.
 
@@ -139,7 +158,10 @@ def load_policy(
 
     Raises:
         FileNotFoundError: the folder holds no model; or the name is neither a folder nor on the hub.
+        ValueError: `pixels` are no range that a picture fits in.
     """
+    if pixels is not None:
+        check_pixels(pixels)
     name, dtype = str(name_or_path), dtype or default_dtype()
     path = policy_path(name)
     if path.is_dir() and (path / "adapter_config.json").is_file():
@@ -182,7 +204,7 @@ def load_policy(
 
 
 def _load_adapter(
-    path: Path, quantize: bool | None, dtype: torch.dtype, pixels: list[int] | None
+    path: Path, quantize: bool | None, dtype: torch.dtype, pixels: Sequence[int] | None
 ) -> tuple[PeftModel, ProcessorMixin]:
     """Return an adapter on its base, both ready to be trained on, and the base's processor."""
     from peft import PeftConfig, PeftModel
@@ -196,7 +218,20 @@ def _load_adapter(
     return PeftModel.from_pretrained(model, path, is_trainable=True), processor
 
 
-def load_processor(source: str, model_type: str, pixels: list[int] | None = None) -> ProcessorMixin:
+def check_pixels(pixels: Sequence[int]) -> None:
+    """Raise ValueError unless (smallest, largest) number of pixels is a range that holds one token.
+
+    >>> check_pixels([3136, 401_408])
+    """
+    least, most = pixels
+    if not 1 <= least <= most or most < PATCH:
+        raise ValueError(
+            f"pixels {least} to {most} are no range; give the smallest number of pixels first, and the "
+            f"largest at least {PATCH}, one token of the policy"
+        )
+
+
+def load_processor(source: str, model_type: str, pixels: Sequence[int] | None = None) -> ProcessorMixin:
     """Return the processor, left-padded; `PictureProcessor` if saved, or for a Qwen-VL without torchvision.
 
     Args:
@@ -385,11 +420,11 @@ def note_base(model: torch.nn.Module) -> None:
 
     A model without an adapter is left alone.
     """
-    if base_of(model) is not model:
-        note(model, BASE, {"quantize": bool(getattr(base_of(model), "is_loaded_in_4bit", False))})
+    if (base := base_of(model)) is not model:
+        note(model, BASE, {"quantize": bool(getattr(base, "is_loaded_in_4bit", False))})
 
 
-def note(model: torch.nn.Module, name: str, record: dict[str, bool]) -> None:
+def note(model: torch.nn.Module, name: str, record: dict) -> None:
     """Make a model write a record beside its weights, as JSON, wherever it is saved."""
     save = model.save_pretrained
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import html
+import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,23 @@ if TYPE_CHECKING:
 
     from vqr1.calibration import Calibration
 
-SETTINGS = ("thinking", "estimate", "k", "batch_size", "max_new_tokens", "seed", "numbered")
+SETTINGS = (
+    "thinking",
+    "estimate",
+    "k",
+    "batch_size",
+    "max_new_tokens",
+    "seed",
+    "numbered",
+    "repetition_penalty",
+)
 """What may change once a policy is loaded."""
+OFFICIAL = {"estimate": "greedy", "numbered": True, "max_new_tokens": 2048, "repetition_penalty": 1.05}
+"""Settings of VisualQuality-R1's own inference, thinking or not: ``Scorer(policy, **OFFICIAL)``.
+
+It samples at the checkpoint's temperature of 1e-6, which is greedy. Source: the official README, and
+generation_config.json of Qwen2.5-VL, from which the checkpoint is derived.
+"""
 ESTIMATES = ("expected", "greedy", "sample")
 WINDOW = 4
 """Most batches that are decoded and scored together."""
@@ -130,6 +146,10 @@ class Scorer:
         seed: makes samples repeatable in the same batch.
         engine: "transformers" or "vllm".
         numbered: "Picture 1: " before the picture (`prompts.messages`). None: as for `thinking`.
+        quantize: 4-bit weights, as for `load_policy`.
+        pixels: (smallest, largest) number of pixels that a picture is scaled to, as for `load_policy`.
+        repetition_penalty: of "greedy" and "sample": logits of tokens that are in the prompt or were said are
+            divided by it (if negative, multiplied). An expected score is of the model's own distribution.
 
     Where the policy's folder has a calibration (`vqr1 calibrate`) for scores read off in this way, they have
     an error bar, and `compare` and `rank` go by it. A loaded policy gets none by itself, as it may have been
@@ -150,15 +170,19 @@ class Scorer:
         seed: int = 0,
         engine: str = "transformers",
         numbered: bool | None = None,
+        quantize: bool | None = None,
+        pixels: Sequence[int] | None = None,
+        repetition_penalty: float = 1.0,
     ):
         trained = trained_prompt(policy)
         self.thinking = trained.get("thinking", False) if thinking is None else thinking
         self.numbered = trained.get("picture_number", False) if numbered is None else numbered
         self.estimate, self.k, self.seed = estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.quantize, self.pixels, self.repetition_penalty = quantize, pixels, repetition_penalty
         self._check()
         self.calibration = None if isinstance(policy, tuple) else _calibration(policy)
-        self.engine = load_engine(engine, policy)
+        self.engine = load_engine(engine, policy, quantize, pixels)
         self.engine.check(estimate)
 
     def _check(self) -> None:
@@ -172,6 +196,12 @@ class Scorer:
     def settings(self) -> dict:
         """Return how scores are read off, which a calibration must have in common with them."""
         how = {"estimate": self.estimate, "thinking": self.thinking, "numbered": self.numbered}
+        loaded = {"quantize": self.quantize, "pixels": self.pixels and list(self.pixels)}
+        how |= {
+            key: value for key, value in loaded.items() if value is not None
+        }  # not as the policy is saved
+        if self.estimate != "expected" and self.repetition_penalty != 1:
+            how["repetition_penalty"] = self.repetition_penalty
         return how | {"k": self.k} if self.estimate == "sample" else how
 
     @property
@@ -327,7 +357,9 @@ class Scorer:
                 chat, prepared, self.thinking, self.max_new_tokens, self.batch_size
             )
         k = self.k if self.estimate == "sample" else 1
-        return self.engine.texts(chat, prepared, k, self.max_new_tokens, self.seed, self.batch_size)
+        return self.engine.texts(
+            chat, prepared, k, self.max_new_tokens, self.seed, self.batch_size, self.repetition_penalty
+        )
 
     def _read(self, score: Score, answer: Answer) -> None:
         """Fill in a score from what the engine said."""
@@ -379,6 +411,10 @@ class Scorer:
             mean = float((p * VALUES).sum()) / score.mass
             variance = float((p * (VALUES - mean) ** 2).sum()) / score.mass
             score.score, score.std = mean, math.sqrt(max(0.0, variance))
+
+
+DEFAULTS = {name: one.default for name, one in inspect.signature(Scorer).parameters.items()}
+"""The Scorer's settings where none is given."""
 
 
 def _calibration(policy: str | Path) -> Calibration | None:

@@ -37,6 +37,7 @@ from vqr1.scoring import Scorer
 from vqr1.sharing import SHARED, process_once, share
 
 with quiet():
+    from accelerate.utils import AutocastKwargs
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
@@ -145,6 +146,8 @@ def build_trainer(
         if settings.share_prompts:
             _share(trainer, one_tower="visual" in settings.frozen)
         _widen(trainer.model)
+    if args.fp16:
+        _no_autocast(trainer)
     return trainer
 
 
@@ -201,6 +204,14 @@ def _widen(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _no_autocast(trainer: GRPOTrainer) -> None:
+    """Compute in the weights' own types: autocast would put all of a fp32 model, its tower too, into fp16.
+
+    4-bit layers compute in fp16 by themselves (`four_bit`); the gradient scaler of fp16 stays, for them.
+    """
+    trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
 
 @quiet()

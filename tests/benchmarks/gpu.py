@@ -8,7 +8,8 @@ The architectures are exact, the weights random: nothing is downloaded, and time
 them. A random model does not stop early, so all 256 tokens are sampled: with thinking, an upper bound. A
 step has 8 images of 512x384 x 6 completions x 256 tokens, by the kadid-7b-qlora configuration with one
 generation per step; the second of two steps is timed. Each row is a process of its own, with the GPU's
-memory capped; "fits" says whether it ran. A capped large GPU shows a smaller one's memory, not its speed,
+memory capped; "fits" says whether it ran. "peak_gib" is what was reserved; of a computed row, what is
+allocated. A capped large GPU shows a smaller one's memory, not its speed,
 nor fp16 on a T4.
 """
 
@@ -33,7 +34,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noq
 
 from vqr1.config import Settings, load_config  # noqa: E402
 from vqr1.data.manifests import load_ratings, render_rows  # noqa: E402
-from vqr1.experiments.memory import PROMPT_TOKENS, memory_by_part, qwen_config  # noqa: E402
+from vqr1.experiments.memory import PROMPT_TOKENS, RESERVED, memory_by_part, qwen_config  # noqa: E402
 from vqr1.experiments.tiny import CHAT_TEMPLATE, SPECIAL  # noqa: E402
 from vqr1.policy import (  # noqa: E402
     PictureProcessor,
@@ -326,7 +327,7 @@ def computed() -> tuple[list[dict], pd.DataFrame]:
             "how": "computed",
             "size": size,
             "cap_gib": cap,
-            "fits": parts[size]["peak"] < (cap or float("inf")),
+            "fits": parts[size]["peak"] + RESERVED < (cap or float("inf")),
             "peak_gib": parts[size]["peak"],
         }
         for size in parts
@@ -353,7 +354,8 @@ def main() -> int:
         rows, parts = computed()
         print(
             "No GPU here: nothing below was measured. "
-            "Memory in GiB, COMPUTED from the architectures (vqr1.experiments.memory.memory_by_part):\n"
+            "GiB allocated, COMPUTED from the architectures (vqr1.experiments.memory.memory_by_part); "
+            f"up to {RESERVED} GiB more are expected to be reserved:\n"
         )
         print(parts.round(2).to_string(), "\n")
     table, about = pd.DataFrame(rows, columns=COLUMNS), f"bitsandbytes {bnb.__version__}"

@@ -46,6 +46,7 @@ class SamplingParams:
     logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     detokenize: bool = True
+    repetition_penalty: float = 1.0
 
 
 class LLM:
@@ -119,6 +120,7 @@ class LLM:
             stop_strings=params.stop or None,
             do_sample=params.temperature > 0,
             num_return_sequences=params.n,
+            repetition_penalty=params.repetition_penalty,
             bad_words_ids=[tokenizer(word).input_ids for word in params.bad_words] or None,
         )[:, inputs["input_ids"].shape[1] :]
         self.ids += out.tolist()
@@ -153,9 +155,9 @@ def distributions(engine, images, thinking=False, max_tokens=64):
     return engine.distributions(messages(thinking), prepared, thinking, max_tokens, batch_size=1)
 
 
-def texts(engine, images, k, max_tokens, seed):
+def texts(engine, images, k, max_tokens, seed, penalty=1.0):
     prepared = [engine.prepare(image) for image in images]
-    answers = engine.texts(messages(False), prepared, k, max_tokens, seed, batch_size=1)
+    answers = engine.texts(messages(False), prepared, k, max_tokens, seed, 1, penalty)
     return [text for answer in answers for text in answer.texts]
 
 
@@ -254,6 +256,8 @@ def test_completions_are_greedy_or_sampled(policy, vllm, pictures):
     sampled = texts(vllm, pictures, 3, 12, 7)
     assert len(sampled) == 6 and len(set(sampled)) > 2 and all("<answer>" in text for text in sampled)
     (_, one), (_, two) = vllm.llm.calls
+    official = Scorer(policy, estimate="greedy", max_new_tokens=12, repetition_penalty=30.0).score(pictures)
+    assert texts(vllm, pictures, 1, 12, 0, 30.0) == [score.answers[0] for score in official] != greedy
     assert (one.temperature, one.n) == (0, 1) and (two.temperature, two.n, two.seed) == (1, 3, 7)
 
 
@@ -284,6 +288,15 @@ def test_an_adapter_is_served_on_its_base(tmp_path, rank, largest):
         True,
         str(tmp_path),
     )
+
+
+def test_pixels_are_handed_to_the_processor_and_4_bits_refused():
+    assert llm_options("Qwen/Q", pixels=[3136, 65_536])[0]["mm_processor_kwargs"] == {
+        "min_pixels": 3136,
+        "max_pixels": 65_536,
+    }
+    with pytest.raises(ValueError, match="serves in bf16.*engine='transformers'"):
+        llm_options("Qwen/Q", quantize=True)
 
 
 def test_an_adapter_of_too_high_a_rank_is_refused(tmp_path):

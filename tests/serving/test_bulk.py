@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,10 +22,15 @@ from PIL import Image
 
 from vqr1.cli import main
 from vqr1.data.folders import find_pictures
+from vqr1.scoring import DEFAULTS
 from vqr1.serving.bulk import ROW_COLUMNS, RowFile, shard
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
+SETTINGS = {key: value for key, value in DEFAULTS.items() if key in ROW_COLUMNS} | {
+    "k": 1,
+    "thinking": False,
+    "numbered": False,
+}
 SMALL = ["--batch-size", "1"]
 """Windows of 4 pictures, scored one by one, so that rows equal any other run's to the byte."""
 
@@ -56,7 +63,7 @@ def row(image: str, **change) -> dict:
 def read(path: Path) -> list[dict]:
     """Return a file's rows, with numbers as numbers."""
     if path.suffix == ".parquet":
-        return pd.read_parquet(path).to_dict("records")
+        return pq.read_table(path).to_pylist()  # pandas would make None a NaN, which equals nothing
     if path.suffix == ".jsonl":
         with open(path, encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
@@ -240,7 +247,19 @@ def test_no_rows_make_an_empty_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"policy": "other"}, {"estimate": "greedy"}, {"k": 6}, {"thinking": True}]
+    "change",
+    [
+        {"policy": "other"},
+        {"estimate": "greedy"},
+        {"k": 6},
+        {"thinking": True},
+        {"engine": "vllm"},
+        {"quantize": True},
+        {"pixels": [3136, 65536]},
+        {"numbered": True},
+        {"max_new_tokens": 512},
+        {"repetition_penalty": 1.05},
+    ],
 )
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
 def test_rows_of_other_settings_are_not_mixed(kind, change, tmp_path):
@@ -249,11 +268,20 @@ def test_rows_of_other_settings_are_not_mixed(kind, change, tmp_path):
         file.write([row("a.png")])
         file.finish()
     [(key, value)] = change.items()
-    with pytest.raises(
-        ValueError,
-        match=f"row 1, has {key} {SETTINGS[key]} where this command has {value}; give another --out",
-    ):
+    was = "unset" if SETTINGS[key] is None else SETTINGS[key]
+    said = f"row 1, has {key} {was} where this command has {value}; give another --out"
+    with pytest.raises(ValueError, match=re.escape(said)):
         RowFile(path, SETTINGS | change).__enter__()
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_rows_of_the_same_settings_are_added_to(kind, tmp_path):
+    path, settings = tmp_path / f"scores{kind}", SETTINGS | {"quantize": True, "pixels": [3136, 65536]}
+    for name in ("a.png", "b.png"):
+        with RowFile(path, settings) as file:
+            file.write([row(name, quantize=True, pixels=[3136, 65536])])
+            file.finish()
+    assert [one["image"] for one in read(path)] == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize(

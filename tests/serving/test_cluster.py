@@ -8,12 +8,16 @@ import pytest
 
 from vqr1.cli import main
 from vqr1.data.folders import find_pictures
-from vqr1.scoring import Scorer
+from vqr1.scoring import DEFAULTS, Scorer
 from vqr1.serving.bulk import ROW_COLUMNS, RowFile, score_rows
 from vqr1.serving.cluster import Rater, pictures_in
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"policy": "tiny-policy", "estimate": "expected", "k": 1, "thinking": False}
+SETTINGS = {key: value for key, value in DEFAULTS.items() if key in ROW_COLUMNS} | {
+    "k": 1,
+    "thinking": False,
+    "numbered": False,
+}
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """The engines that a policy answers through: transformers, and vLLM.
 
-An engine is one file here, named in `ENGINES`, with a function `load(policy)` that returns an `Engine`.
+An engine is one file here, named in `ENGINES`; its `load(policy, quantize, pixels)` returns an `Engine`.
 Nothing else knows about engines: the `Scorer` hands pictures over and makes scores of the answers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -36,11 +37,19 @@ class Engine(Protocol):
         """
 
     def texts(
-        self, chat: list[dict], prepared: list[Prepared], k: int, max_tokens: int, seed: int, batch_size: int
+        self,
+        chat: list[dict],
+        prepared: list[Prepared],
+        k: int,
+        max_tokens: int,
+        seed: int,
+        batch_size: int,
+        penalty: float = 1.0,
     ) -> list[Answer]:
         """Return k completions of each picture, in `Answer.texts`.
 
         Greedy if k is 1, else sampled at temperature 1, neither top-k nor top-p.
+        penalty: what the logits of tokens in prompt and completion are divided by, or multiplied if negative.
         """
 
     def distributions(
@@ -53,16 +62,23 @@ class Engine(Protocol):
         """
 
 
-def load_engine(name: str, policy: str | Path | tuple) -> Engine:
+def load_engine(
+    name: str,
+    policy: str | Path | tuple,
+    quantize: bool | None = None,
+    pixels: Sequence[int] | None = None,
+) -> Engine:
     """Return the engine of this name with a policy in it.
 
     Args:
         name: one of `ENGINES`.
         policy: what the engine's own `load` takes.
+        quantize: as for `load_policy`.
+        pixels: as for `load_policy`.
 
     Raises:
-        ValueError: there is no such engine.
+        ValueError: there is no such engine, or it cannot load the policy so.
     """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r} is unknown; use one of {', '.join(ENGINES)}")
-    return import_module(f"{__name__}.{name}").load(policy)
+    return import_module(f"{__name__}.{name}").load(policy, quantize, pixels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,11 @@ TOO_LARGE = (
 )
 
 
-def load(policy: str | Path | tuple) -> Transformers:
-    """Return the engine with a policy, which is what `as_policy` takes."""
-    return Transformers(as_policy(policy))
+def load(
+    policy: str | Path | tuple, quantize: bool | None = None, pixels: Sequence[int] | None = None
+) -> Transformers:
+    """Return the engine with a policy; the arguments are those of `as_policy`."""
+    return Transformers(as_policy(policy, quantize, pixels))
 
 
 class Prompt(NamedTuple):
@@ -95,9 +97,17 @@ class Transformers(Engine):
         return Prepared(picture, picture["pixel_values"].nbytes)
 
     def texts(
-        self, chat: list[dict], prepared: list[Prepared], k: int, max_tokens: int, seed: int, batch_size: int
+        self,
+        chat: list[dict],
+        prepared: list[Prepared],
+        k: int,
+        max_tokens: int,
+        seed: int,
+        batch_size: int,
+        penalty: float = 1.0,
     ) -> list[Answer]:
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if k > 1 else {}
+        options["repetition_penalty"] = penalty
 
         def ask(prefilled: Prefilled) -> list[Answer]:
             with torch.random.fork_rng():
@@ -194,11 +204,10 @@ class Transformers(Engine):
             )
         config = GenerationConfig(
             max_new_tokens=max_tokens,
-            repetition_penalty=1.0,
             return_dict_in_generate=True,
             eos_token_id=own.eos_token_id,
             pad_token_id=own.pad_token_id,
-            **{"do_sample": False} | options,
+            **{"do_sample": False, "repetition_penalty": 1.0} | options,  # not those of the checkpoint
         )
         numbers = OnlyNumbers(tokenizer.eos_token_id)
         never = SuppressTokensLogitsProcessor(self.barred, device=ids.device)

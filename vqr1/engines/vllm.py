@@ -39,7 +39,14 @@ from vqr1.engines.answers import (
     tag_token,
     tokens_of,
 )
-from vqr1.policy import load_processor, never_sampled, policy_path, trained_in_4_bits
+from vqr1.policy import (
+    check_pixels,
+    load_processor,
+    never_sampled,
+    policy_path,
+    refuse_loaded,
+    trained_in_4_bits,
+)
 
 INSTALL = (
     "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.31.0 peft==0.21.2 bitsandbytes==0.50.2 "
@@ -129,25 +136,30 @@ def logprob_settings(tokens: Mapping[str, int]) -> dict:
     }
 
 
-def llm_options(policy: str | Path) -> tuple[dict, str | None]:
+def llm_options(
+    policy: str | Path, quantize: bool | None = None, pixels: Sequence[int] | None = None
+) -> tuple[dict, str | None]:
     """Return the keywords for ``vllm.LLM`` and the path of the adapter, if `policy` is the folder of one.
 
     The base serves in bf16, the adapter on top of it: nothing is merged. An adapter that was trained on a
-    base in 4 bits is refused: on another base it gives other scores.
+    base in 4 bits is refused: on another base it gives other scores. `quantize` is refused too.
     """
+    if quantize:
+        raise ValueError(f"{policy}: vLLM serves in bf16, not in 4 bits; use engine='transformers'")
     options = {
         "max_model_len": MAX_TOKENS,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "enable_prefix_caching": True,
     }
+    if pixels is not None:
+        check_pixels(pixels)
+        options["mm_processor_kwargs"] = {"min_pixels": pixels[0], "max_pixels": pixels[1]}
     path = policy_path(policy)
     if not (path / "adapter_config.json").is_file():
         return options | {"model": str(path)}, None
     adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base, rank = (
-        adapter["base_model_name_or_path"],
-        min((r for r in RANKS if r >= adapter["r"]), default=None),
-    )
+    base = adapter["base_model_name_or_path"]
+    rank = min((r for r in RANKS if r >= adapter["r"]), default=None)
     if rank is None:
         raise ValueError(
             f"{path}: vLLM serves adapters up to rank {RANKS[-1]}, and this one has {adapter['r']}; "
@@ -162,14 +174,19 @@ def llm_options(policy: str | Path) -> tuple[dict, str | None]:
     return options | {"model": base, "enable_lora": True, "max_lora_rank": rank}, str(path)
 
 
-def load(policy: str | Path | tuple) -> Vllm:
+def load(
+    policy: str | Path | tuple, quantize: bool | None = None, pixels: Sequence[int] | None = None
+) -> Vllm:
     """Return the engine with a policy.
 
     Args:
         policy: a model's or an adapter's folder, a hub name, or a pair (``vllm.LLM``, processor) of your own.
+        quantize: not True: vLLM serves in bf16.
+        pixels: (smallest, largest) number of pixels that a picture is scaled to, default the processor's.
 
     Raises:
         ModuleNotFoundError: vLLM is missing; the message says how to install it.
+        ValueError: for what vLLM does not serve.
     """
     try:
         from vllm import LLM, SamplingParams
@@ -180,8 +197,9 @@ def load(policy: str | Path | tuple) -> Vllm:
             "or use engine='transformers'"
         ) from error
     if isinstance(policy, tuple):
+        refuse_loaded(quantize, pixels)
         return Vllm(*policy, SamplingParams)
-    options, adapter = llm_options(policy)
+    options, adapter = llm_options(policy, quantize, pixels)
     lora = LoRARequest("vqr1", 1, adapter) if adapter else None
     processor = load_processor(options["model"], AutoConfig.from_pretrained(options["model"]).model_type)
     return Vllm(LLM(**options), processor, SamplingParams, lora)
@@ -207,10 +225,18 @@ class Vllm(Engine):
         return Prepared(image, 3 * image.width * image.height)  # vLLM has an image processor of its own
 
     def texts(
-        self, chat: list[dict], prepared: list[Prepared], k: int, max_tokens: int, seed: int, batch_size: int
+        self,
+        chat: list[dict],
+        prepared: list[Prepared],
+        k: int,
+        max_tokens: int,
+        seed: int,
+        batch_size: int,
+        penalty: float = 1.0,
     ) -> list[Answer]:
         prompt = self._prompt(chat)
         how = {"n": k, "temperature": 1.0, "seed": seed} if k > 1 else {"temperature": 0.0}
+        how["repetition_penalty"] = penalty
 
         def ask(images: list[Image.Image]) -> list[Answer]:
             rows = [image_prompt(prompt, image, uuid.uuid4().hex) for image in images]

@@ -35,6 +35,11 @@ FP32 = 4
 """Bytes."""
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Bytes: a code of 4 bits, 8 bits for each block of 64, fp32 for each 256 blocks."""
+RESERVED = 3
+"""GiB, at most, that a GPU needs beyond what is allocated: expected, neither computed nor measured.
+
+CUDA's context, fragmentation as the KV cache grows, 4-bit weights written out while they are used.
+"""
 
 
 def qwen_config(size: str) -> Qwen2_5_VLConfig:
@@ -83,13 +88,10 @@ def memory_by_part(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = True,
 ) -> dict[str, float]:
-    """Return a GRPO step's GPU memory in GiB, by part and in all ("peak"): computed, not measured.
+    """Return a GRPO step's GPU memory in GiB, by part: what is *allocated*, computed and not measured.
 
-    What is trained, its gradient and AdamW's two moments are fp32. Activations are the tensors known to be
-    large: in sampling, one layer's MLP; in learning, each layer's input and all of one layer (without
-    checkpointing, of every layer). Peak is what stays, plus the larger of sampling and learning.
-    Not counted: CUDA's own context, fragmentation, a second model as reference (full fine-tuning with a KL
-    term).
+    The GPU also needs what is reserved beyond it, `RESERVED`. Not counted either: a second model as reference
+    (full fine-tuning with a KL term).
 
     Args:
         config: `qwen_config`, or a model's own.
@@ -102,6 +104,24 @@ def memory_by_part(
         size: (width, height) of the pictures in px.
         dtype: of activations and of weights that are neither quantised nor trained.
         checkpointing: whether gradients are checkpointed.
+
+    Returns:
+        Of what stays:
+        language model: its weights, in NF4 if quantised.
+        embeddings and output layer: the two tables, one where they are tied.
+        vision tower: its weights.
+        adapter: its weights, fp32.
+        optimizer: AdamW's two moments of what is trained, fp32.
+        pixels: patches of all pictures, repeated for each answer, fp32.
+        Of sampling:
+        KV cache: keys and values of all answers with their prompts.
+        activations, sampling: one layer's, of the prefill or of the tower.
+        Of learning:
+        gradients: of what is trained, fp32.
+        activations, learning: each layer's input and all of one layer; without checkpointing all of every
+            layer.
+        In all:
+        peak: what stays, plus the larger of sampling and learning.
 
     >>> parts = memory_by_part(qwen_config("7B"))
     >>> [round(parts[part], 1) for part in ("language model", "vision tower", "KV cache", "peak")]

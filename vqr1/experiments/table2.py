@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +45,12 @@ def found_sets(root: str | Path | None, limit: int | None = None) -> tuple[dict[
 
 
 def measure(
-    policy, sets: dict[str, Rows], estimates=("expected",), modes=(True, False), out: Path | None = None
+    policy,
+    sets: dict[str, Rows],
+    estimates=("expected",),
+    modes=(True, False),
+    out: Path | None = None,
+    **settings,
 ) -> pd.DataFrame:
     """Return one row per set, estimate and mode: agreement with intervals, and what it cost.
 
@@ -54,6 +60,7 @@ def measure(
         estimates: of the Scorer.
         modes: thinking (True), not thinking (False).
         out: folder that gets the scores as soon as a set is done.
+        settings: others of the Scorer.
 
     Returns:
         Columns of `evaluation.agreement`, and:
@@ -61,7 +68,7 @@ def measure(
         memory: GiB, torch's peak on the GPU during the set, or without a GPU the process's peak until then.
         unread: how many pictures cannot be read.
     """
-    asked, rows = Scorer(policy, modes[0], estimates[0]), []
+    asked, rows = Scorer(policy, modes[0], estimates[0], **settings), []
     for thinking in modes:
         for estimate in estimates:
             scorer = asked.with_(thinking=thinking, estimate=estimate)
@@ -162,12 +169,17 @@ def table2(
     estimates=("expected",),
     limit: int | None = None,
     out: str | Path | None = None,
+    quantize: bool | None = None,
+    pixels: Sequence[int] | None = None,
+    **settings,
 ) -> str:
     """Measure a policy on the sets of Table 2 that are below ``root``, and return the report in Markdown.
 
     policy: name, path or (model, processor).
     limit: at most so many rows of each set.
     out: a folder for the scores, the report and measured.csv.
+    quantize, pixels: as for `load_policy`.
+    settings: others of the Scorer; the engine is that of transformers.
 
     Raises FileNotFoundError when none of the sets is there.
     """
@@ -177,8 +189,8 @@ def table2(
             f"none of the sets of Table 2 can be read: {missing[NAMES[0]]} "
             "(`vqr1 data --list` says where each is)"
         )
-    policy = as_policy(policy)
-    measured = measure(policy, sets, estimates, out=Path(out) if out else None)
+    policy = as_policy(policy, quantize, pixels)
+    measured = measure(policy, sets, estimates, out=Path(out) if out else None, **settings)
     report = _report(measured, missing, Path(policy.name).name, policy.model.num_parameters(), limit)
     if out:
         (Path(out) / "table2.md").write_text(report, encoding="utf-8")

@@ -32,6 +32,12 @@ ROW_COLUMNS = (
     "estimate",
     "k",
     "thinking",
+    "engine",
+    "quantize",
+    "pixels",
+    "numbered",
+    "max_new_tokens",
+    "repetition_penalty",
     "reasoning",
     "note",
     "error",
@@ -122,7 +128,7 @@ def to_csv(rows: Iterable[dict]) -> str:
     """Return rows as lines of CSV without a header.
 
     >>> to_csv([dict.fromkeys(ROW_COLUMNS) | {"image": "a.png", "score": 3.5}])
-    'a.png,3.5,,,,,,,,,,,\\n'
+    'a.png,3.5,,,,,,,,,,,,,,,,,\\n'
     """
     lines = []
     for row in rows:
@@ -132,6 +138,11 @@ def to_csv(rows: Iterable[dict]) -> str:
         )  # with the line's end "\r\n", so that both characters are quoted in fields
         lines.append(text.getvalue()[:-2] + "\n")
     return "".join(lines)
+
+
+def _as_text(setting) -> str:
+    """Return a setting as a person reads it, in every kind of file: what is not set is empty in CSV."""
+    return "unset" if setting in (None, "") else str(setting)
 
 
 def _to_json(rows: Iterable[dict]) -> str:
@@ -144,7 +155,7 @@ class RowFile:
     """A file of rows, CSV, JSONL or Parquet by its ending, to which rows are added safely.
 
     Parquet cannot grow: its rows are kept in ``NAME.parquet.partial.jsonl`` beside it, and `finish` makes
-    the Parquet file of them. settings: what all rows have in common (policy, estimate, k, thinking).
+    the Parquet file of them. settings: what all rows have in common, the Scorer's own keywords.
     ``done`` maps the pictures that have a row to whether it is an error. Raises ValueError where the file
     cannot be written, is none of ours, or has rows of other settings.
     """
@@ -207,7 +218,15 @@ class RowFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = dict.fromkeys(NUMBERS, pa.float64()) | {"k": pa.int64(), "thinking": pa.bool_()}
+        kinds = dict.fromkeys(NUMBERS, pa.float64()) | {
+            "k": pa.int64(),
+            "thinking": pa.bool_(),
+            "quantize": pa.bool_(),
+            "pixels": pa.list_(pa.int64()),
+            "numbered": pa.bool_(),
+            "max_new_tokens": pa.int64(),
+            "repetition_penalty": pa.float64(),
+        }
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in ROW_COLUMNS])
         rows, half = self._rows(self._whole()), self.path.with_name(self.path.name + ".tmp")
         with pq.ParquetWriter(half, schema) as writer:
@@ -245,9 +264,10 @@ class RowFile:
             if not isinstance(row, dict) or tuple(row) != ROW_COLUMNS or None in (row["image"], row["error"]):
                 raise ValueError(f"{foreign} (row {number})")
             for key, value in self.settings.items():
-                if str(row[key]) != str(value):
+                there, here = _as_text(row[key]), _as_text(value)
+                if there != here:
                     raise ValueError(
-                        f"{self.log}, row {number}, has {key} {row[key]} where this command has {value}; "
+                        f"{self.log}, row {number}, has {key} {there} where this command has {here}; "
                         "give another --out, or delete the file to begin anew"
                     )
             self.done[row["image"]] = bool(row["error"])

@@ -70,8 +70,7 @@ class Rater:
     def __init__(self, source: str, settings: dict, batch_size: int):
         self.source, self.settings = source, settings
         self.files, self.folder = filesystem_of(source)
-        asked = (settings[key] for key in ("policy", "thinking", "estimate", "k"))
-        self.scorer = Scorer(*asked, batch_size)
+        self.scorer = Scorer(**settings, batch_size=batch_size)
 
     def __call__(self, table):
         """Return the rows of a pyarrow table's pictures (column ``image``) as a pyarrow table."""
@@ -115,7 +114,7 @@ def scored(
 
     source: a folder or an address.
     names: of the pictures below it (`pictures_in`).
-    settings: of the rows: policy, estimate, k, thinking.
+    settings: of the rows: the Scorer's keywords.
     batch_size: pictures of one forward pass.
     actors: processes with a Scorer each.
     gpus: of each actor.
