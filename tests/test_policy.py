@@ -1,6 +1,7 @@
 """The embedded policy is tested: architecture, tokens, prompt, 4-bit and LoRA."""
 
 import copy
+import json
 import math
 import re
 import subprocess
@@ -307,3 +308,25 @@ def test_scoring_imports_neither_what_quantises_nor_what_trains(policy, needed):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=EMBEDDED.parent, check=True
     )
     assert ran.stdout == f"True {needed}\n"
+
+
+def test_an_adapter_is_refused_on_other_weights_than_it_was_trained_on(untrained, tmp_path):
+    """The shapes fit, so only a digest can tell: a changed weight is enough."""
+    model, processor = untrained
+    for kept in (model, processor):
+        kept.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(load_policy(tmp_path / "base")[0], lora_config(4, 8))
+    policy.note_base(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    load_policy(tmp_path / "adapter")
+    weights = tmp_path / "base" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="adapter was trained on other weights than .*base has now"):
+        load_policy(tmp_path / "adapter")
+    weights.write_bytes(content)
+    load_policy(tmp_path / "adapter")
+    record = tmp_path / "adapter" / policy.BASE
+    record.write_text(json.dumps({"quantize": False}))  # older adapters do not say
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    load_policy(tmp_path / "adapter")

@@ -6,6 +6,7 @@ a few pictures.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import namedtuple
@@ -41,7 +42,7 @@ VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>
 PATCH = 32 * 32
 """Most pixels that become one token: 32x32 in the embedded policy and Qwen3-VL, 28x28 in Qwen2.5-VL."""
 BASE = "base.json"
-"""File beside an adapter: was its base in 4 bits when it was trained?"""
+"""File beside an adapter: was its base in 4 bits when it was trained, and which weights had it?"""
 PROMPT = "vqr1.json"
 """File beside trained weights: the prompt's `thinking` and `picture_number` in training."""
 CALIBRATION = "calibration.json"
@@ -207,15 +208,48 @@ def _load_adapter(
     path: Path, quantize: bool | None, dtype: torch.dtype, pixels: Sequence[int] | None
 ) -> tuple[PeftModel, ProcessorMixin]:
     """Return an adapter on its base, both ready to be trained on, and the base's processor."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
     if not (path / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(
             f"{path} holds no adapter_model.safetensors; other formats can run code when read, and are not"
         )
-    model, processor = load_policy(base, _base_in_4_bits(path, quantize), dtype, pixels)
+    model, processor = load_policy(base_name(path), _base_in_4_bits(path, quantize), dtype, pixels)
     return PeftModel.from_pretrained(model, path, is_trainable=True), processor
+
+
+def base_name(folder: str | Path) -> str:
+    """Return the name of an adapter's base.
+
+    folder: of the adapter. Raises ValueError where the base has other weights than the adapter was trained
+        on: their shapes may fit, and the scores would be wrong.
+    """
+    config, record = Path(folder) / "adapter_config.json", Path(folder) / BASE
+    name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    known = json.loads(record.read_text(encoding="utf-8")).get("weights") if record.is_file() else None
+    if known and (found := weights_digest(name)) and found != known:
+        raise ValueError(
+            f"{folder} was trained on other weights than {name} has now: bring those back, or train it again"
+        )
+    return name
+
+
+def weights_digest(name: str | Path) -> str | None:
+    """Return a digest of a policy's weights, from samples all over its files; None for what is no folder.
+
+    >>> len(weights_digest("tiny-policy")), weights_digest("Qwen/Qwen2.5-VL-7B-Instruct")
+    (64, None)
+    """
+    files = sorted(policy_path(name).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(64):
+                file.seek(max(0, (place + 1) * size // 64 - 4096))  # the last one ends with the file
+                digest.update(file.read(4096))
+    return digest.hexdigest() if files else None
 
 
 def check_pixels(pixels: Sequence[int]) -> None:
@@ -390,10 +424,10 @@ def merge_adapter(folder: str | Path, output: str | Path, quantize: bool | None 
     Returns:
         `output`.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     quantize = _base_in_4_bits(folder, quantize)
-    model, processor = load_policy(PeftConfig.from_pretrained(folder).base_model_name_or_path, quantize)
+    model, processor = load_policy(base_name(folder), quantize)
     model = PeftModel.from_pretrained(model.dequantize() if quantize else model, folder).merge_and_unload()
     if prompt := trained_prompt(folder):
         note(model, PROMPT, prompt)
@@ -416,12 +450,13 @@ def save_native_names(model: torch.nn.Module) -> None:
 
 
 def note_base(model: torch.nn.Module) -> None:
-    """Make saved adapters say whether their base is in 4 bits, for `load_policy` to read.
+    """Make saved adapters say whether their base is in 4 bits, and which weights it has, for `load_policy`.
 
     A model without an adapter is left alone.
     """
     if (base := base_of(model)) is not model:
-        note(model, BASE, {"quantize": bool(getattr(base, "is_loaded_in_4bit", False))})
+        weights = weights_digest(base.name_or_path)
+        note(model, BASE, {"quantize": bool(getattr(base, "is_loaded_in_4bit", False)), "weights": weights})
 
 
 def note(model: torch.nn.Module, name: str, record: dict) -> None:

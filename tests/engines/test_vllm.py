@@ -27,7 +27,7 @@ from vqr1.engines.vllm import (
     llm_options,
     open_prefixes,
 )
-from vqr1.policy import BASE, VISION, load_policy, lora_config
+from vqr1.policy import BASE, VISION, load_policy, lora_config, policy_path
 from vqr1.prompts import messages
 from vqr1.scoring import Scorer
 
@@ -288,6 +288,12 @@ def test_an_adapter_is_served_on_its_base(tmp_path, rank, largest):
         True,
         str(tmp_path),
     )
+
+
+def test_the_shipped_ranker_is_served_on_the_embedded_policys_folder():
+    options, adapter = llm_options("ranker")
+    assert options["model"] == str(policy_path("tiny-policy"))
+    assert adapter == str(policy_path("ranker"))
 
 
 def test_pixels_are_handed_to_the_processor_and_4_bits_refused():

@@ -40,6 +40,7 @@ from vqr1.engines.answers import (
     tokens_of,
 )
 from vqr1.policy import (
+    base_name,
     check_pixels,
     load_processor,
     never_sampled,
@@ -158,7 +159,7 @@ def llm_options(
     if not (path / "adapter_config.json").is_file():
         return options | {"model": str(path)}, None
     adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base = adapter["base_model_name_or_path"]
+    base = str(policy_path(base_name(path)))
     rank = min((r for r in RANKS if r >= adapter["r"]), default=None)
     if rank is None:
         raise ValueError(
