@@ -279,7 +279,7 @@ def tracked() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-@pytest.mark.parametrize("room, limit", [("", 20), ("data/photos", 8), ("data/tiny-policy", 8.2)])
+@pytest.mark.parametrize("room, limit", [("", 21), ("data/photos", 8), ("data/tiny-policy", 8.2)])
 def test_tracked_files_stay_small(room, limit):
     """Limits are in MB of 10^6 bytes; the policy's allow 7.5 for its weights and some for the tokenizer."""
     size = sum(path.stat().st_size for path in tracked() if path.is_relative_to(ROOT / room))
