@@ -97,17 +97,11 @@ def _settings(args) -> dict:
 
     The prompt's own are as the policy was trained, where its folder says so.
     """
-    from vqr1.policy import trained_prompt
-    from vqr1.scoring import DEFAULTS, OFFICIAL
+    from vqr1.scoring import DEFAULTS, OFFICIAL, trained_settings
 
-    trained = trained_prompt(args.policy)
-    prompt = {
-        "thinking": trained.get("thinking", False),
-        "numbered": trained.get("picture_number", False),
-    }
     preset = OFFICIAL if args.preset == "official" else {}
     given = {key: value for key, value in vars(args).items() if key in DEFAULTS and value is not None}
-    settings = DEFAULTS | prompt | preset | given
+    settings = DEFAULTS | trained_settings(args.policy) | preset | given
     return {key: value for key, value in settings.items() if key not in ("batch_size", "seed")}
 
 

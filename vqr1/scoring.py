@@ -174,9 +174,9 @@ class Scorer:
         pixels: Sequence[int] | None = None,
         repetition_penalty: float = 1.0,
     ):
-        trained = trained_prompt(policy)
-        self.thinking = trained.get("thinking", False) if thinking is None else thinking
-        self.numbered = trained.get("picture_number", False) if numbered is None else numbered
+        trained = trained_settings(policy)
+        self.thinking = trained["thinking"] if thinking is None else thinking
+        self.numbered = trained["numbered"] if numbered is None else numbered
         self.estimate, self.k, self.seed = estimate, k, seed
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.quantize, self.pixels, self.repetition_penalty = quantize, pixels, repetition_penalty
@@ -415,6 +415,16 @@ class Scorer:
 
 DEFAULTS = {name: one.default for name, one in inspect.signature(Scorer).parameters.items()}
 """The Scorer's settings where none is given."""
+
+
+def trained_settings(policy: str | Path | tuple) -> dict[str, bool]:
+    """Return `thinking` and `numbered` as a policy was trained; False where its folder does not say.
+
+    >>> trained_settings("tiny-policy")
+    {'thinking': False, 'numbered': False}
+    """
+    trained = trained_prompt(policy)
+    return {"thinking": trained.get("thinking", False), "numbered": trained.get("picture_number", False)}
 
 
 def _calibration(policy: str | Path) -> Calibration | None:
