@@ -71,12 +71,13 @@ def evaluation_rows(
             )
         rows = _sample(rows, limit) if limit and limit < len(rows) else rows
         rows = rows.reset_index(drop=True)
-        found[str(name)] = Rows(rows, _images_of(rows), _pairs_of(name, root, rows))
-        if rows["mos"].isna().all() and found[str(name)].pairs is None and protocol(rows) != "dominance":
+        pairs = _pairs_of(name, root, rows)
+        if rows["mos"].isna().all() and pairs is None and protocol(rows) != "dominance":
             raise ValueError(
                 f"set {str(name)!r}: no row with split {split!r} has a mos, and nobody compared two of them; "
                 "give them ratings, or comparisons with each other"
             )
+        found[str(name)] = Rows(rows, _images_of(rows), pairs)
     return found
 
 

@@ -137,10 +137,12 @@ def _finder(pictures: list[str]) -> Callable[[str], list[str]]:
         *folders, name = [part.casefold() for part in parts] or [""]
         near = [picture for picture in places.get(name, []) if _agree(folders, picture)]
         exact = "/".join(parts)
-        for like in (str, str.casefold, lambda path: os.path.splitext(path)[0].casefold()):
-            same = [
-                picture for picture in near if like(picture) == (exact if like is str else exact.casefold())
-            ]
+        low = exact.casefold()
+        for same in (  # the whole path as written, in any case, without its ending
+            [picture for picture in near if picture == exact],
+            [picture for picture in near if picture.casefold() == low],
+            [picture for picture in near if os.path.splitext(picture)[0].casefold() == low],
+        ):
             if len(same) == 1:
                 return same
         return near
