@@ -6,6 +6,7 @@ from itertools import permutations
 import pytest
 
 from vqr1.distortions import DISTORTIONS
+from vqr1.experiments.damage import CAMERA
 from vqr1.prompts import (
     CLEAN,
     NON_THINKING,
@@ -204,8 +205,8 @@ def test_parse_reasoning(text, reasoning):
     assert parse_reasoning(text) == reasoning
 
 
-def test_every_distortion_has_words_of_its_own():
-    assert list(PHRASES) == list(DISTORTIONS)
+def test_every_distortion_and_flaw_has_words_of_its_own():
+    assert list(PHRASES) == [*DISTORTIONS, *CAMERA]
     assert not [(a, b) for a, b in permutations(PHRASES.values(), 2) if a in b]  # equal ones too
 
 
@@ -237,7 +238,7 @@ def test_distortions_are_named_in_order_of_appearance():
 def test_capitals_do_not_matter():
     text = "Severe Gaussian blur and JPEG blocking"
     assert named_distortions(text) == ["gaussian_blur", "jpeg"] and named_severity(text) == 5
-    assert named_severity("No visible distortion") == 0
+    assert named_severity("No visible flaw") == 0
 
 
 @pytest.mark.parametrize(

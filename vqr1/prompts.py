@@ -42,7 +42,7 @@ _FORMATS = {
 SEVERITY = ("faint", "slight", "moderate", "strong", "severe")
 """Words for strength 1..5."""
 
-CLEAN = "no visible distortion"
+CLEAN = "no visible flaw"
 
 PHRASES = {
     "gaussian_blur": "gaussian blur",
@@ -60,8 +60,8 @@ PHRASES = {
     "impulse_noise": "impulse noise",
     "multiplicative_noise": "multiplicative noise",
     "denoise": "denoising smear",
-    "brighten": "overexposure",
-    "darken": "underexposure",
+    "brighten": "brightening",
+    "darken": "darkening",
     "mean_shift": "brightness shift",
     "jitter": "pixel jitter",
     "non_eccentricity_patch": "misplaced patches",
@@ -70,8 +70,16 @@ PHRASES = {
     "color_block": "colored blocks",
     "high_sharpen": "oversharpening",
     "contrast_change": "contrast change",
+    "defocus": "defocus",
+    "camera_shake": "camera shake",
+    "too_dark": "underexposure",
+    "too_bright": "overexposure",
+    "haze": "haze",
+    "color_cast": "color cast",
+    "sensor_noise": "sensor noise",
+    "upscaling": "upscaling",
 }
-"""One name in words per KADID-10k distortion; no phrase contains another."""
+"""One name in words per KADID-10k distortion, then per flaw of a camera; no phrase contains another."""
 
 
 def messages(thinking: bool = True, numbered: bool = False) -> list[dict]:
@@ -137,7 +145,7 @@ def format_ok(text: str, thinking: bool = True) -> bool:
 
 
 def named_distortions(text: str) -> list[str]:
-    """Return the KADID-10k names whose phrase is in the text, in any case, in order of appearance.
+    """Return the distortions and flaws whose phrase is in the text, in any case, in order of appearance.
 
     >>> named_distortions("strong jpeg blocking in the flat areas, with slight color fringes")
     ['jpeg', 'color_shift']
@@ -150,7 +158,7 @@ def named_distortions(text: str) -> list[str]:
 def named_severity(text: str) -> int | None:
     """Return the strength 1..5 of the first severity word, in any case; 0 for a clean one; None if unsaid.
 
-    >>> named_severity("strong lens blur"), named_severity("no visible distortion"), named_severity("?")
+    >>> named_severity("strong lens blur"), named_severity("no visible flaw"), named_severity("?")
     (4, 0, None)
     """
     text = text.lower()

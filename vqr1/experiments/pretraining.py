@@ -1,27 +1,29 @@
 """Teach the embedded policy to see and to answer in format, but nothing about quality.
 
-First the vision tower alone learns to name the distortion and its strength, on an endless stream of
-distorted pictures. Then the whole policy learns to write what it sees and a score. The score follows from
-the severity word alone, by one rule for all distortions; no MOS, observer or KADID-10k table is read here.
+It takes three stages on endless streams of pictures. In two of them the vision tower alone learns to name
+flaws, and to measure what can be measured: first one flaw at a time, on procedural pictures and the licensed
+photographs, then several on photographs of all kinds. Then the language model learns to write what the tower
+sees and a score. The score follows from the severity words alone, by one rule for all flaws; no rating is
+read here.
 """
 
+import math
 import os
-from functools import lru_cache
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import nn
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from transformers.modeling_utils import load_state_dict
 
 from vqr1 import quiet
-from vqr1.data.manifests import CROP, TRAINED
-from vqr1.data.photographs import photographs
-from vqr1.distortions import distort, true_strength
-from vqr1.experiments.dead_leaves import dead_leaves, pink_textures
+from vqr1.experiments.damage import FLAWS
+from vqr1.experiments.looks import DETAIL, EDGES, LIGHT, look, measure
+from vqr1.experiments.school import Flaw, Picture, PictureStream, one_flaw
 from vqr1.experiments.tiny import build_policy, start_from_energies
 from vqr1.policy import save_native_names
 from vqr1.prompts import CLEAN, PHRASES, SEVERITY, messages
@@ -30,25 +32,35 @@ from vqr1.runlog import last_checkpoint, same_settings, save_settings, step_of
 with quiet():
     from transformers import Trainer, TrainingArguments
 
-INVISIBLE_DB = 45.0
-"""Above this PSNR a distorted picture is called clean."""
+SEE_SIZES = {160: 0.15, 192: 0.55, 224: 0.2, 256: 0.08, 448: 0.02}
+SPEAK_SIZES = {192: 0.4, 256: 0.25, 384: 0.2, 512: 0.15}
+"""Side of the pictures in px -> share, for the tower and for the language model."""
+
+AUTHENTIC = 0.1
+"""Share of the second stage's lists whose photographs stay as they are: nobody knows their flaws."""
+LOOKS = 3
+"""Weight of measuring looks beside naming flaws."""
+NAMING = len(FLAWS) + 1 + 6
+"""How many logits `naming_loss` takes: of each flaw and of none, and of the strongest one's strength 0..5."""
 
 SCORES = (4.75, 4.25, 3.5, 2.75, 2.0, 1.4)
-"""Centre of the warm start's score for strength 0 (clean) .. 5: the one rule for all distortions."""
+"""Centre of the warm start's score for one flaw of strength 0 (clean) .. 5: the one rule for all flaws."""
 SCORE_NOISE = 0.35
 
-REGIONS = ("flat areas", "textures", "edges")
 PLACES = ("in the flat areas", "in the textures", "along the edges")
 
 
+# The words
+
+
 def where(clean: np.ndarray, distorted: np.ndarray) -> str:
-    """Say in words where the difference lies: flat areas, textures, edges, or all over.
+    """Say in words where the difference lies: flat areas, textures, edges; "" if all over.
 
     Regions are the terciles of local deviation of the clean picture, over 8x8 blocks.
 
     >>> flat = np.zeros((64, 64, 3), np.float32)
     >>> where(flat, flat + 0.1)
-    'all over the picture'
+    ''
     """
 
     def blocks(x: np.ndarray) -> np.ndarray:
@@ -59,162 +71,211 @@ def where(clean: np.ndarray, distorted: np.ndarray) -> str:
     error = blocks(np.abs(distorted - clean).mean(2)).mean(1)
     region = np.argsort(np.argsort(activity, kind="stable"), kind="stable") * 3 // len(activity)
     means = np.array([error[region == r].mean() for r in range(3)])
-    most, least = int(means.argmax()), int(means.argmin())
-    if means[most] < 1.6 * means[least]:
-        return "all over the picture"
-    suffix = f", {REGIONS[least]} intact" if means[least] < 0.25 * means[most] else ""
-    return f"{PLACES[most]}{suffix}"
+    return "" if means.max() < 1.6 * means.min() else PLACES[means.argmax()]
 
 
-def reasoning(name: str, strength: int, place: str) -> str:
-    """Return what a perfect observer would think.
+def reasoning(flaws: Sequence[tuple[str, int, str]], looks: str) -> str:
+    """Return what a perfect observer would think: the flaws, the strongest first, and how the picture looks.
 
-    >>> reasoning("jpeg", 4, "in the flat areas, edges intact")
-    'strong jpeg blocking in the flat areas, edges intact'
+    flaws: (name, strength 1..5, place or "") of each.
+    looks: of `look`.
+
+    >>> reasoning([("jpeg", 2, "in the flat areas"), ("defocus", 4, "")], "edges soft, light dim")
+    'strong defocus, slight jpeg blocking in the flat areas; edges soft, light dim'
     """
-    return f"{SEVERITY[strength - 1]} {PHRASES[name]} {place}" if strength else CLEAN
+    ordered = sorted(flaws, key=lambda flaw: -flaw[1])
+    words = [f"{SEVERITY[strength - 1]} {PHRASES[name]} {place}".strip() for name, strength, place in ordered]
+    return f"{', '.join(words) or CLEAN}; {looks}"
 
 
-def answer(strength: int, rng: np.random.Generator) -> str:
-    """Return the warm start's answer: a score from the strength alone, with a little noise."""
-    return f"<answer>{np.clip(rng.normal(SCORES[strength], SCORE_NOISE), 1, 5):.2f}</answer>"
+def first_score(strengths: Sequence[int]) -> float:
+    """Return the centre of the warm start's score: each flaw takes its share of what is left above 1.
+
+    >>> first_score([]), first_score([4]), round(first_score([4, 2]), 2)
+    (4.75, 2.0, 1.67)
+    """
+    best = SCORES[0] - 1
+    return 1 + best * math.prod((SCORES[strength] - 1) / best for strength in strengths)
+
+
+def answer(strengths: Sequence[int], rng: np.random.Generator) -> str:
+    """Return the warm start's answer: a score from the strengths alone, with a little noise."""
+    return f"<answer>{np.clip(rng.normal(first_score(strengths), SCORE_NOISE), 1, 5):.2f}</answer>"
 
 
 def corpus() -> list[str]:
     """Return texts that hold every word of the reasoning, for the tokenizer."""
-    places = [f"{a}, {b} intact" for a in PLACES for b in REGIONS] + ["all over the picture"]
-    texts = [reasoning(n, s, p) for n in PHRASES for s in range(6) for p in places]
+    looks = [f"edges {e}, detail {d}, light {n}" for e, d, n in zip(EDGES, DETAIL, LIGHT)]
+    texts = [
+        reasoning([(name, strength, place), (name, strength, "")], looks[(strength + n) % 5])
+        for n, name in enumerate(PHRASES)
+        for strength in range(1, 6)
+        for place in PLACES
+    ]
     chat = " system\nYou are a helpful assistant. \n user\n assistant\n"  # without the special tokens
-    return texts + [chat] * 100
+    return texts + [reasoning([], text) for text in looks] * 20 + [chat] * 100
 
 
-@lru_cache(maxsize=1)
-def _photographs(splits: tuple[str, ...]) -> list[np.ndarray]:
-    return [np.asarray(image) for image in photographs(*splits).values()]
+# The eyes
 
 
-class DistortionStream(IterableDataset):
-    """An endless stream of distorted pictures, each with what a perfect observer would see.
+def strengths(flaws: Sequence[Flaw] | None) -> torch.Tensor:
+    """Return the strength of every flaw of `FLAWS`, 0 where it is absent; all -1 where nobody knows."""
+    found = torch.full((len(FLAWS),), -1.0 if flaws is None else 0.0)
+    for flaw in flaws or ():
+        found[FLAWS.index(flaw.name)] = flaw.strength
+    return found
 
-    Clean pictures are crops of the photographs of `splits` (flipped, turned, channels swapped) or dead
-    leaves. Rows: pixel_values (patches, 3 * PATCH * PATCH), image_grid_thw (1, 3), name, level, strength,
-    place.
+
+def naming_loss(logits: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of naming flaws plus that of the strongest one's strength, a mean over rows.
+
+    logits: (B, 1 + F + 6): no flaw or which of F; the strength 0..5 of the strongest.
+    strength: (B, F) as from `strengths`. Several flaws have equal shares; a row of -1 takes no part.
+
+    Who knows that both of two flaws are there, and that the stronger one is 5, is left with log 2:
+
+    >>> logits = torch.tensor([[-99.0, 0, 0, -99, -99, -99, -99, -99, 0]])
+    >>> round(float(naming_loss(logits, torch.tensor([[2.0, 5.0]]))), 2)
+    0.69
     """
-
-    def __init__(self, processor, seed: int, splits: tuple[str, ...] = ("train",), procedural: float = 0.4):
-        self.processor, self.seed, self.splits, self.procedural = processor, seed, splits, procedural
-
-    def clean(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        if rng.random() < self.procedural:
-            return np.round(dead_leaves(rng, self.textures, size) * 255).astype(np.uint8)
-        photo = self.photographs[rng.integers(len(self.photographs))]
-        y, x = (int(rng.integers(0, n - size + 1)) for n in photo.shape[:2])
-        crop = np.rot90(photo[y : y + size, x : x + size], int(rng.integers(4)))
-        crop = crop[:, ::-1] if rng.random() < 0.5 else crop
-        return np.ascontiguousarray(crop[..., rng.permutation(3)] if rng.random() < 0.3 else crop)
-
-    def example(self, rng: np.random.Generator) -> dict:
-        size = CROP if rng.random() < 0.8 else 32 * int(rng.integers(4, 9))
-        width = min(size + 64, 384)
-        clean = self.clean(rng, width)
-        name, level = str(rng.choice(TRAINED)), int(rng.integers(1, 6))
-        distorted = np.asarray(distort(Image.fromarray(clean), name, level, int(rng.integers(2**31))))
-        step = 16 if rng.random() < 0.8 else 1
-        y, x = (int(v) * step for v in rng.integers(0, (width - size) // step + 1, 2))
-        a, b = (p[y : y + size, x : x + size].astype(np.float32) / 255 for p in (clean, distorted))
-        visible = np.square(a - b).mean() > 10 ** (-INVISIBLE_DB / 10)
-        strength = true_strength(name, level) if visible else 0
-        pictures = self.processor.image_processor(
-            images=[distorted[y : y + size, x : x + size]], return_tensors="pt"
-        )
-        return dict(
-            pictures, name=name, level=level, strength=strength, place=where(a, b) if strength else ""
-        )
-
-    def __iter__(self):
-        worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        self.photographs = _photographs(self.splits) if self.procedural < 1 else []
-        self.textures = pink_textures(np.random.default_rng(0))
-        while True:
-            yield self.example(rng)
+    known = strength[:, 0] >= 0
+    logits, strength = logits[known], strength[known]
+    present = (strength > 0).float()
+    named = torch.cat([1 - present.amax(1, keepdim=True), present], 1)
+    shares = named / named.sum(1, keepdim=True)
+    kind, strongest = logits[:, :-6], logits[:, -6:]
+    kinds = nn.functional.cross_entropy(kind, shares, reduction="sum")
+    told = nn.functional.cross_entropy(strongest, strength.amax(1).long(), reduction="sum")
+    return (kinds + told) / max(1, len(strength))  # 0 where nothing is known
 
 
-def _stack(rows: list[dict]) -> dict:
-    return {key: torch.cat([row[key] for row in rows]) for key in ("pixel_values", "image_grid_thw")}
-
-
-def perception_batch(rows: list[dict]) -> dict:
-    """Return the vision tower's batch: pixels, distortion (0 = none visible) and strength 0..5."""
-    kind = [TRAINED.index(row["name"]) + 1 if row["strength"] else 0 for row in rows]
-    return _stack(rows) | {
-        "kind": torch.tensor(kind),
-        "strength": torch.tensor([row["strength"] for row in rows]),
-    }
-
-
-def pool_tokens(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-    """Return the mean and the maximum of each picture's tokens from a vision tower, (B, 2 * width)."""
+def see_tokens(visual: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list:
+    """Return each picture's tokens from a vision tower, B tensors (tokens, width)."""
     tokens = visual(pixel_values, image_grid_thw).pooler_output.float()  # (tokens of all pictures, width)
-    pictures = tokens.split((image_grid_thw.prod(1) // visual.spatial_merge_unit).tolist())
-    return torch.stack([torch.cat([p.mean(0), p.amax(0)]) for p in pictures])
+    return tokens.split((image_grid_thw.prod(1) // visual.spatial_merge_unit).tolist())
 
 
-def naming_loss(logits: torch.Tensor, kind: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of distortion plus that of strength 0..5; logits are (B, kinds + 6)."""
-    return nn.functional.cross_entropy(logits[:, :-6], kind) + nn.functional.cross_entropy(
-        logits[:, -6:], strength
-    )
+def pool_tokens(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean and the maximum of each picture's tokens, (B, 2 * width)."""
+    return torch.stack([torch.cat([tokens.mean(0), tokens.amax(0)]) for tokens in pictures])
 
 
 class Perception(nn.Module):
-    """The vision tower with a linear head, discarded later, on the mean and maximum of its picture tokens."""
+    """The vision tower with heads, discarded later, on the mean and the maximum of its picture tokens.
 
-    def __init__(self, visual: nn.Module, width: int = 192):
+    Args:
+        visual: the tower.
+        looks: (N, L) measured statistics of some pictures; they give the scale of each.
+    """
+
+    def __init__(self, visual: nn.Module, looks: torch.Tensor):
         super().__init__()
-        self.visual, self.head = visual, nn.Linear(2 * width, len(TRAINED) + 7)
+        patches = visual.patch_embed  # a convolution whose stride is its size: a product is faster
+        patches.forward = lambda pixels: nn.functional.linear(pixels, patches.proj.weight.flatten(1))
+        pooled = 2 * visual.config.out_hidden_size
+        self.visual, self.flaws = visual, nn.Linear(pooled, NAMING)
+        self.looks = nn.Linear(pooled, looks.shape[1])
+        self.register_buffer("center", looks.mean(0))
+        self.register_buffer("scale", looks.std(0) + 1e-3)
 
-    def forward(self, pixel_values, image_grid_thw, kind, strength) -> dict:
-        logits = self.head(pool_tokens(self.visual, pixel_values, image_grid_thw))
-        return {"loss": naming_loss(logits, kind, strength), "logits": logits}
+    def forward(self, pixel_values, image_grid_thw, strength, looks) -> dict:
+        pooled = pool_tokens(see_tokens(self.visual, pixel_values, image_grid_thw))
+        truth = ((looks - self.center) / self.scale).clamp(-4, 4)
+        measured = nn.functional.smooth_l1_loss(self.looks(pooled[::2]), truth, beta=0.5)
+        return {"loss": naming_loss(self.flaws(pooled), strength) + LOOKS * measured}
+
+
+class Sights:
+    """Collate lists of pictures for `Perception`; every second one, one of each source, is measured."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, lists: list[list[Picture]]) -> dict:
+        pictures = [picture for several in lists for picture in several]
+        return pixels(self.processor, pictures) | {
+            "strength": torch.stack([strengths(picture.flaws) for picture in pictures]),
+            "looks": torch.from_numpy(np.stack([measure(picture.pixels) for picture in pictures[::2]])),
+        }
+
+
+def pixels(processor, pictures: list[Picture]) -> dict:
+    """Return pixel_values (patches, 3 * PATCH * PATCH) and image_grid_thw (B, 3)."""
+    return dict(processor.image_processor(images=[p.pixels for p in pictures], return_tensors="pt"))
+
+
+# The mouth
+
+
+def prompt_text(processor, grid: torch.Tensor, thinking: bool) -> str:
+    """Return the chat prompt with as many placeholders as a picture has tokens; grid: (3,)."""
+    prompt = processor.apply_chat_template(messages(thinking), add_generation_prompt=True, tokenize=False)
+    tokens = int(grid.prod() // processor.image_processor.merge_size**2)
+    return prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+
+
+def taught(processor, texts: Sequence[tuple[str, str]]) -> dict:
+    """Return what the language model takes for (prompt, answer) texts; only the answers carry loss."""
+    tokenizer = processor.tokenizer
+    batch = tokenizer([prompt + answer for prompt, answer in texts], padding=True, return_tensors="pt")
+    ids = batch.input_ids
+    lengths = torch.tensor([len(tokenizer(answer).input_ids) for _, answer in texts])
+    position = torch.arange(ids.shape[1])  # padding is on the left: answers end at the right border
+    labels = ids.masked_fill(position < ids.shape[1] - lengths[:, None], -100)
+    kinds = (ids == processor.image_token_id).long()
+    return dict(input_ids=ids, attention_mask=batch.attention_mask, mm_token_type_ids=kinds, labels=labels)
 
 
 class Answers:
-    """Collate pictures with the chat prompt and the answer a perfect but naive observer gives.
+    """Collate lists of pictures with the chat prompt and the answer a perfect but naive observer gives.
 
-    Three in four rows think first; the prompt carries no loss.
+    Three in four rows think first.
     """
 
     def __init__(self, processor, seed: int, thinking: float = 0.75):
         self.processor, self.thinking, self.rng = processor, thinking, np.random.default_rng(seed)
 
-    def prompt(self, row: dict, thinking: bool) -> str:
-        prompt = self.processor.apply_chat_template(
-            messages(thinking), add_generation_prompt=True, tokenize=False
-        )
-        tokens = int(row["image_grid_thw"].prod() // self.processor.image_processor.merge_size**2)
-        return prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+    def text(self, picture: Picture, grid: torch.Tensor) -> tuple[str, str]:
+        flaws, thinking = picture.flaws, self.rng.random() < self.thinking
+        words = [(flaw.name, flaw.strength, where(flaw.before, flaw.after)) for flaw in flaws]
+        think = f"<think>{reasoning(words, look(picture.pixels))}</think>" if thinking else ""
+        score = answer([flaw.strength for flaw in flaws], self.rng)
+        return prompt_text(self.processor, grid, thinking), f"{think}{score}<|im_end|>"
 
-    def text(self, row: dict) -> tuple[str, str]:
-        thinking = self.rng.random() < self.thinking
-        think = f"<think>{reasoning(row['name'], row['strength'], row['place'])}</think>" if thinking else ""
-        return self.prompt(row, thinking), f"{think}{answer(row['strength'], self.rng)}<|im_end|>"
+    def __call__(self, lists: list[list[Picture]]) -> dict:
+        pictures = [picture for several in lists for picture in several]
+        seen = pixels(self.processor, pictures)
+        texts = [self.text(picture, grid) for picture, grid in zip(pictures, seen["image_grid_thw"])]
+        return seen | taught(self.processor, texts)
 
-    def __call__(self, rows: list[dict]) -> dict:
-        prompts, answers = zip(*map(self.text, rows))
-        tokenizer = self.processor.tokenizer
-        batch = tokenizer([p + a for p, a in zip(prompts, answers)], padding=True, return_tensors="pt")
-        ids, mask = batch.input_ids, batch.attention_mask
-        lengths = torch.tensor([len(tokenizer(a).input_ids) for a in answers])
-        position = torch.arange(ids.shape[1])  # padding is on the left: answers end at the right border
-        labels = ids.masked_fill(position < ids.shape[1] - lengths[:, None], -100)
-        kinds = (ids == self.processor.image_token_id).long()
-        return _stack(rows) | dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, labels=labels)
+
+# Training
+
+
+CARD = """\
+# The embedded policy, before any reinforcement learning
+
+A Qwen2.5-VL of {weights:.1f} million weights. It was taught to see and to answer in format, not to judge: its
+scores follow from the severity words alone, by one rule for all flaws. No rating was used.
+
+It learned on procedural pictures and on the licensed photographs that come with the project (those that
+train). {school}`vqr1 pretrain` makes it again: seed {seed}, {steps[0]} steps of the tower on one flaw at a
+time, {steps[1]} on up to three, {steps[2]} of the language model.
+
+It sees pictures up to 512x512 px without shrinking them, and names up to three flaws. It may name what is not
+there.
+"""
+"""What is said of the policy in its folder."""
+SCHOOL = """\
+It also saw {count} photographs of BIQ2021's training part, without their ratings: no validation or test
+picture, and none of their near twins. BIQ2021 grants no redistribution, so its pictures are not here.
+"""
 
 
 def _train(
     model: nn.Module,
-    stream: DistortionStream,
+    stream: IterableDataset,
     collate,
     output: Path,
     steps: int,
@@ -237,9 +298,10 @@ def _train(
         per_device_train_batch_size=batch,
         learning_rate=lr,
         seed=seed,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": steps * 3 // 10, "decay_type": "1-sqrt"},
         warmup_steps=min(100, steps // 10),
-        weight_decay=0.01,
+        weight_decay=0.02,
         max_grad_norm=1.0,
         adam_beta2=0.98,
         bf16=bf16,
@@ -260,38 +322,46 @@ def _train(
 
 
 def pretrain(
-    output: str | Path, steps: tuple[int, int] = (2400, 700), batch: int = 32, seed: int = 0
+    output: str | Path,
+    steps: tuple[int, int, int] = (2400, 2400, 800),
+    school: Sequence[Path] = (),
+    batch: int = 16,
+    seed: int = 0,
 ) -> Path:
     """Make the embedded policy again and return the folder of its fp16 checkpoint.
 
-    Two stages of `steps` optimizer steps: the vision tower alone, then the language model on what the tower
-    sees. Resumes where it stopped; `output` receives config.yaml, see/, speak/ (checkpoints, log.csv) and
-    policy/. Raises ValueError for a folder that was begun with another batch or seed.
+    output: folder that receives config.yaml, see/, see-more/, speak/ (checkpoints, log.csv) and policy/.
+    steps: optimizer steps of the three stages: the vision tower alone on one flaw at a time, the same on up
+        to three, then the language model on what the tower sees.
+    school: authentic photographs, as from `find_school`, for the last two stages; without any, the licensed
+        ones take their place.
+    batch: sources per step; `RECIPES` pictures come from each.
+    seed: of weights and pictures.
+
+    It resumes where it stopped. Raises ValueError for a folder that was begun with other settings.
     """
-    output, settings = Path(output), {"batch": batch, "seed": seed}
+    output, settings = Path(output), {"batch": batch, "seed": seed, "school": len(school)}
     if last_checkpoint(output / "see"):
         same_settings(output, settings)
     save_settings(output, settings)
     model, processor = build_policy(corpus(), seed)
-    rows = [row for row, _ in zip(DistortionStream(processor, seed, procedural=1.0), range(64))]
-    start_from_energies(model, _stack(rows)["pixel_values"])
+    sights = Sights(processor)
+    start = sights(list(islice(PictureStream(seed, SEE_SIZES, one_flaw, procedural=1.0), 32)))
+    start_from_energies(model, start["pixel_values"])
     torch.manual_seed(seed)
-    tower, collate = Perception(model.model.visual), Answers(processor, seed)
-    _train(
-        tower,
-        DistortionStream(processor, seed + 1),
-        perception_batch,
-        output / "see",
-        steps[0],
-        batch,
-        1e-3,
-        seed,
-    )
+    tower = Perception(model.model.visual, start["looks"])
+    stream = PictureStream(seed + 1, SEE_SIZES, one_flaw, procedural=0.4)
+    _train(tower, stream, sights, output / "see", steps[0], batch, 1e-3, seed)
+    stream = PictureStream(seed + 2, SEE_SIZES, school=school, authentic=AUTHENTIC)
+    _train(tower, stream, sights, output / "see-more", steps[1], batch, 6e-4, seed)
     model.model.visual.requires_grad_(False)
     save_native_names(model)
-    _train(
-        model, DistortionStream(processor, seed + 2), collate, output / "speak", steps[1], batch, 1e-3, seed
-    )
+    stream = PictureStream(seed + 3, SPEAK_SIZES, school=school, sources=batch, oblong=0.3)
+    _train(model, stream, Answers(processor, seed), output / "speak", steps[2], 1, 1e-3, seed)
     model.half().save_pretrained(output / "policy")
     processor.save_pretrained(output / "policy")
+    weights = sum(weight.numel() for weight in model.parameters()) / 1e6
+    authentic = SCHOOL.format(count=len(school)) if school else ""
+    card = CARD.format(weights=weights, school=authentic, seed=seed, steps=steps)
+    (output / "policy" / "README.md").write_text(card, encoding="utf-8")
     return output / "policy"

@@ -17,6 +17,8 @@ PATCH = 16
 
 WIDTH = 192
 """Of the policy's layers, and so the number of filters in its patch embedding."""
+LARGEST = 512
+"""Side of the largest square that it sees without shrinking, px."""
 LUMA, BLUE, RED = (0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)
 """Weights of R, G and B: JPEG's luma and chroma."""
 
@@ -78,7 +80,7 @@ def build_tokenizer(texts: list[str], vocab_size: int = 640) -> PreTrainedTokeni
 def build_policy(texts: list[str], seed: int = 0) -> Policy:
     """Build the untrained embedded policy: Qwen2.5-VL's class with 3.5 million weights.
 
-    Pictures above 256x256 pixels are shrunk: it was taught on crops of that size. The sizes of all linear
+    Pictures above 512x512 pixels are shrunk: it was taught on none larger. The sizes of all linear
     layers are multiples of 64, which bitsandbytes' 4-bit layers need on CPUs.
 
     Args:
@@ -130,7 +132,7 @@ def build_policy(texts: list[str], seed: int = 0) -> Policy:
         patch_size=PATCH,
         temporal_patch_size=1,
         merge_size=2,
-        size={"shortest_edge": 64 * 64, "longest_edge": 256 * 256},
+        size={"shortest_edge": 64 * 64, "longest_edge": LARGEST * LARGEST},
     )
     processor = PictureProcessor(pictures, tokenizer, chat_template=CHAT_TEMPLATE)
     return Policy(model, processor, "tiny-policy, untrained")
