@@ -216,12 +216,16 @@ def test_an_adapter_loads_as_it_was_trained_and_names_its_base_portably(adapter,
 def test_an_adapter_can_be_trained_further(adapter, rows, tmp_path):
     folder, model, *_ = adapter
     config = tiny(max_steps=1, save_strategy="no").changed(model_name_or_path=str(folder / "policy"))
+    with pytest.raises(ValueError, match="policy is an adapter already: set use_peft: false"):
+        build_trainer(config.changed(use_peft=True), tmp_path, frame=rows)
     trainer = build_trainer(config, tmp_path, frame=rows)
     before = weights(trainer.model)
     trainer.train()
     after = weights(trainer.model)
     assert {name for name in after if not torch.equal(before[name], after[name])} == {
-        n for n in after if ".lora_" in n
+        n
+        for n in after
+        if ".lora_" in n and ".ref." not in n  # the reference is where training started
     }
 
 
@@ -259,6 +263,32 @@ def test_what_must_not_be_sampled_is_told_to_what_samples(untrained, vllm, key, 
     assert set(never_sampled(untrained[1])) == {
         f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     }
+
+
+def test_a_colocated_vllm_gets_one_token_per_picture():
+    """vLLM repeats it itself; two pictures have borders between them, and other tokens stay."""
+    seen = []
+    vllm = SimpleNamespace(generate=lambda prompts, images, num_generations: seen.append(prompts))
+    training.one_token_per_picture(vllm, image=9)
+    vllm.generate(prompts=[[1, 1, 9, 9, 9, 2], [9, 2, 9, 9]], images=[None] * 2, num_generations=2)
+    assert seen == [[[1, 1, 9, 2], [9, 2, 9]]]
+
+
+def test_trl_has_every_argument_that_a_run_with_vllm_hands_over():
+    """What of it vLLM takes, `make test-vllm` says."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    generate, built = (
+        inspect.signature(method).parameters for method in (VLLMGeneration.generate, VLLMGeneration.__init__)
+    )
+    assert list(generate)[:4] == ["self", "prompts", "images", "num_generations"]
+    assert built["mode"].default == "colocate" and "generation_kwargs" in built
+    ours = [key for key in load_config("a100-7b").grpo if "vllm" in key]
+    assert len(ours) == 5 and set(ours) <= {one.name for one in dataclasses.fields(trl.GRPOConfig)}
+    handed = inspect.getsource(trl.GRPOTrainer)
+    for key in set(ours) - {"use_vllm"}:
+        assert f"=args.{key}" in handed, key
+    assert "generation_kwargs=args.generation_kwargs" in handed and "prompts=prompt_ids" in handed
 
 
 # --- the log ------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 TRL repeats prompt and picture K times through the vision tower, through the prefill of the rollout, and
 through the forward and backward pass of the log-probabilities. Here each distinct picture and prompt is
-computed once. The numbers are the same up to rounding: the samples are the same in fp32, others after a few
-steps in bf16.
+computed once, with gradient checkpointing and without. The numbers are the same up to rounding: the samples
+are the same in fp32, others after a few steps in bf16.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 
 import torch
@@ -19,17 +21,14 @@ SHARED = ("qwen2_5_vl", "qwen3_vl")
 """Model types that this holds for; all others use the stock code."""
 
 
-def share(model: PreTrainedModel, prompts: bool = True) -> None:
+def share(model: PreTrainedModel) -> None:
     """Share what K answers have in common, in rollouts and log-probabilities.
 
     model: as TRL prepared it (`fused_lm_head`).
-    prompts: also in log-probabilities. Not with gradient checkpointing: TRL switches it off for the reference
-    alone, so only that would share. In bf16 the two round differently: the first KL term would not be 0.
     """
     look_once(model)
     prefill_once(model)
-    if prompts:
-        prompt_once(model)
+    prompt_once(model)
 
 
 def process_once(processor: ProcessorMixin) -> None:
@@ -155,7 +154,12 @@ def prefill_once(model: PreTrainedModel) -> None:
         ):
             return generate(*args, **inputs)
         with torch.no_grad():
-            cache, _ = _prefill_distinct(model, ids, inputs["attention_mask"], pixels, grid)
+            first, places, pixels = _distinct_prompts(ids, pixels, grid)
+            order = torch.tensor(places, device=ids.device)
+            cache = prefill(model, ids[first], inputs["attention_mask"][first], pixels, grid[first])
+            cache.reorder_cache(order)
+        inner = base_of(model).model
+        inner.rope_deltas = inner.rope_deltas[order]
         return generate(**_without_pictures(inputs), past_key_values=cache)
 
     model.generate = shared
@@ -164,35 +168,120 @@ def prefill_once(model: PreTrainedModel) -> None:
 def prompt_once(model: PreTrainedModel) -> None:
     """Let TRL's forward for log-probabilities run each distinct prompt once, with gradients.
 
-    Each answer runs on its prompt's cache. Of N = B K rows of P prompt and C answer tokens, B P + N C are
-    computed instead of N (P + C). It replaces the forward that TRL calls with ``fused_lm_head=True`` and
-    labels that are -100 for the prompt. Calls without these arguments, with several pictures per prompt, or
-    under gradient checkpointing, which allows no cache, use the stock forward.
+    A prompt and its K answers are one sequence, in which each answer sees the prompt and itself (`_packed`).
+    So no cache is needed, and gradients can be checkpointed. It replaces the forward that TRL calls with
+    ``fused_lm_head=True`` and labels that are -100 for the prompt. Calls without these arguments or with
+    several pictures per prompt use the stock forward, as do attentions that take no mask of our own (flash)
+    or have a sliding window.
     """
     base = base_of(model)
     forward = base.forward
 
     @wraps(forward)  # `generate` reads its signature
     def shared(*args, **inputs):
-        ids, labels, pixels, grid = (
-            inputs.get(name) for name in ("input_ids", "labels", "pixel_values", "image_grid_thw")
-        )
+        labels, grid = inputs.get("labels"), inputs.get("image_grid_thw")
         answered = labels is not None and bool((labels != -100).any())
-        alike = inputs.get("fused_lm_head") and answered and grid is not None and len(grid) == len(ids)
-        if not alike or (base.is_gradient_checkpointing and base.training):
+        alike = inputs.get("fused_lm_head") and answered and grid is not None and len(grid) == len(labels)
+        if not alike or not _takes_mask(base):
             return forward(*args, **inputs)
-        mask = inputs["attention_mask"]
-        start = int((labels != -100).any(0).int().argmax()) - 1  # of the prompt's last token
-        cache, delta = _prefill_distinct(base, ids[:, : start + 1], mask[:, : start + 1], pixels, grid)
-        position = mask.cumsum(1)[:, start:] - 1 + delta  # (N, 1 + C)
-        rest = _without_pictures(inputs) | {
-            "input_ids": ids[:, start:],
-            "labels": labels[:, start:],
-            "position_ids": position.expand(3, -1, -1),
-        }
-        return forward(**rest, past_key_values=cache)
+        packed, unpacked = _packed(base, **inputs)
+        out = forward(**packed)
+        return replace(out, **{name: unpacked(value) for name, value in out.items() if name != "loss"})
 
     base.forward = shared
+
+
+def _takes_mask(model: PreTrainedModel) -> bool:
+    """Tell whether all attention is by a mask (N, 1, S, S) that the caller may give."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    return config._attn_implementation == "sdpa" and "sliding_attention" not in kinds
+
+
+def _packed(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    pixel_values: torch.Tensor,
+    image_grid_thw: torch.Tensor,
+    mm_token_type_ids: torch.Tensor | None = None,
+    **rest,
+) -> tuple[dict, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return (inputs of a forward with one row per distinct prompt, a function that undoes it).
+
+    A row holds the prompt without its last token; then, for each of its answers, that last token, which
+    predicts the answer's first, and the answer. So of N rows with B prompts of P tokens and answers of C,
+    B (P - 1) + N (1 + C) tokens are computed instead of N (P + C). Prompts with fewer answers than others are
+    filled up with masked ones.
+
+    Args:
+        model: without an adapter around it.
+        input_ids: (N, P + C), prompts padded on the left and answers on the right.
+        attention_mask: (N, P + C), 1 for real tokens.
+        labels: (N, P + C), -100 for prompts and padding.
+        pixel_values: of all pictures, one per row.
+        image_grid_thw: (N, 3), likewise.
+        mm_token_type_ids: not needed: only prompts have pictures.
+        rest: goes on as it is.
+
+    Returns:
+        The inputs, and a function from values of these rows' tokens but the last, as the fused head gives
+        them, to those of the answers, (N, C).
+    """
+    start = int((labels != -100).any(0).int().argmax()) - 1  # of the prompt's last token
+    first, places, pixels = _distinct_prompts(input_ids[:, : start + 1], pixel_values, image_grid_thw)
+    slots = [places[:row].count(place) for row, place in enumerate(places)]
+    prompts, branches, length = len(first), max(slots) + 1, labels.shape[1] - start
+
+    def pack(rows: torch.Tensor, filling: int) -> torch.Tensor:
+        answers = rows.new_full((prompts, branches, length), filling)
+        answers[places, slots] = rows[:, start:]
+        return torch.cat([rows[first, :start], answers.flatten(1)], 1)
+
+    def unpacked(values: torch.Tensor) -> torch.Tensor:
+        answers = torch.nn.functional.pad(values[:, start:], (0, 1)).view(prompts, branches, length)
+        return answers[places, slots, :-1]
+
+    ids, grid = input_ids[first, : start + 1], image_grid_thw[first]
+    kinds = (ids == model.config.image_token_id).int()
+    positions, _ = model.model.get_rope_index(
+        ids, kinds, image_grid_thw=grid, attention_mask=attention_mask[first, : start + 1]
+    )
+    steps = torch.arange(length, device=ids.device).repeat(branches)
+    inputs = {
+        "input_ids": pack(input_ids, 0),
+        "labels": pack(labels, -100),
+        "attention_mask": _seen(pack(attention_mask, 0).bool(), start, length),
+        "position_ids": torch.cat([positions[..., :start], positions[..., start:] + steps], -1),
+        "pixel_values": pixels,
+        "image_grid_thw": grid,
+    }
+    return rest | inputs, unpacked
+
+
+def _seen(real: torch.Tensor, prompt: int, answer: int) -> torch.Tensor:
+    """Return (B, 1, S, S): whether a token, by row, sees another, by column.
+
+    It sees what stands before it in the prompt and in its own answer, padding excepted; padding sees itself
+    alone, as attention to nothing is not a number.
+
+    Args:
+        real: (B, S), False for padding; S is the prompt's tokens and some answers'.
+        prompt: tokens of the prompt.
+        answer: tokens of each answer.
+
+    >>> _seen(torch.tensor([[True, True, True, True, False]]), 1, 2)[0, 0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 0, 0, 1, 0],
+            [1, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    place = torch.arange(real.shape[1], device=real.device)
+    whose = (place - prompt).div(answer, rounding_mode="floor").clamp(min=-1)  # -1: the prompt's
+    seen = (place[:, None] >= place) & ((whose == -1) | (whose[:, None] == whose))
+    return (seen & real[:, None] | (place[:, None] == place))[:, None]
 
 
 def _without_pictures(inputs: dict) -> dict:
@@ -201,18 +290,13 @@ def _without_pictures(inputs: dict) -> dict:
     return {key: value for key, value in inputs.items() if key not in gone}
 
 
-def _prefill_distinct(
-    model, ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor
-) -> tuple[Cache, torch.Tensor]:
-    """Return the cache of N prompts, each distinct one run once, and their `rope_deltas`, (N, 1)."""
+def _distinct_prompts(
+    ids: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor
+) -> tuple[list[int], list[int], torch.Tensor]:
+    """Return (rows of the distinct prompts, which of these each row has, their pixels)."""
     pictures = pixels.split(grid.prod(1).tolist())
     first, places = distinct([*zip(zip(map(tuple, grid.tolist()), map(tuple, ids.tolist())), pictures)])
-    order = torch.tensor(places, device=ids.device)
-    cache = prefill(model, ids[first], mask[first], torch.cat([pictures[i] for i in first]), grid[first])
-    cache.reorder_cache(order)
-    inner = base_of(model).model
-    inner.rope_deltas = inner.rope_deltas[order]
-    return cache, inner.rope_deltas
+    return first, places, torch.cat([pictures[i] for i in first])
 
 
 def distinct(items: list[tuple[tuple, torch.Tensor]]) -> tuple[list[int], list[int]]:

@@ -7,6 +7,7 @@ train("cpu", "runs/mine")    # a name in vqr1/configs, the path of a YAML file, 
 
 import math
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +44,8 @@ with quiet():
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
     from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
     from trl import GRPOConfig, GRPOTrainer
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.trainer import grpo_trainer
 
 
 @quiet()
@@ -135,6 +138,10 @@ def build_trainer(
         frame = set_rows(settings.sets, settings.root, "train")
     rows = training_rows(frame, args, settings.thinking, settings.picture_number, comparisons)
     model, processor = policy or _load(settings)
+    if settings.use_peft and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{settings.model_name_or_path} is an adapter already: set use_peft: false to train it further"
+        )
     freeze(model, settings.frozen)
     if not settings.use_peft and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"frozen {settings.frozen} leaves nothing to train; freeze less, or use_peft: true")
@@ -183,6 +190,8 @@ def _trainer(
         processing_class=processor,
         peft_config=adapter,
     )
+    if args.use_vllm and args.vllm_mode == "colocate":
+        one_token_per_picture(trainer.vllm_generation, processor.image_token_id)
     save_native_names(trainer.model)
     note_base(trainer.model)
     return trainer
@@ -193,10 +202,34 @@ def _share(trainer: GRPOTrainer, one_tower: bool) -> None:
     if base_of(trainer.model).config.model_type not in SHARED:
         return
     process_once(trainer.processing_class)
+    keep_together(trainer)
     for model in filter(None, (trainer.model, trainer.ref_model)):
-        share(model, prompts=not trainer.args.gradient_checkpointing)
+        share(model)
     if trainer.ref_model is not None and one_tower:
         trainer.ref_model.model.visual = trainer.model.model.visual
+
+
+def keep_together(trainer: GRPOTrainer) -> None:
+    """Let the K answers to a prompt stay in one micro-batch: only there can `prompt_once` share it.
+
+    TRL shuffles all answers of a generation before it cuts them into micro-batches; here they stay in order.
+    A step that learns from a whole generation adds up the same gradients in another order. The reference was
+    computed for the same micro-batches, so in bf16 it rounds as the policy does, and the first KL term is 0.
+    """
+    prepare, shuffle = trainer._prepare_inputs, grpo_trainer.shuffle_sequence_dict
+
+    def in_order(rows: dict) -> dict:
+        shuffle(rows)  # draws random numbers: the next samples are the stock ones
+        return rows
+
+    def together(rows):
+        grpo_trainer.shuffle_sequence_dict = in_order
+        try:
+            return prepare(rows)
+        finally:
+            grpo_trainer.shuffle_sequence_dict = shuffle
+
+    trainer._prepare_inputs = together
 
 
 def _widen(model: torch.nn.Module) -> None:
@@ -385,6 +418,27 @@ def bar(args: GRPOConfig, processor: ProcessorMixin) -> None:
     tokens, own = never_sampled(processor), args.generation_kwargs or {}
     key, never = ("bad_words", list(tokens)) if args.use_vllm else ("suppress_tokens", list(tokens.values()))
     args.generation_kwargs = own | {key: [*(own.get(key) or []), *never]}
+
+
+def one_token_per_picture(vllm: VLLMGeneration, image: int) -> None:
+    """Hand prompts to a colocated vLLM with one token per picture, which it repeats as the picture needs.
+
+    TRL 1.16 hands over prompts in which they are repeated already. vLLM repeats the first of them again, and
+    the policy would be asked about other tokens than it is trained on, without an error
+    (https://github.com/huggingface/trl/issues/6294). A server wants them repeated.
+
+    Args:
+        vllm: of the trainer.
+        image: the token that stands for pictures; two pictures never touch, as each has borders.
+    """
+    generate = vllm.generate
+
+    @wraps(generate)
+    def once(prompts: list[list[int]], *args, **kwargs):
+        single = [[t for t, before in zip(row, [None, *row]) if not t == before == image] for row in prompts]
+        return generate(single, *args, **kwargs)
+
+    vllm.generate = once
 
 
 def sharded(trainer: GRPOTrainer) -> bool:

@@ -1,19 +1,20 @@
 """Measure where a GRPO step's time goes, stock and sharing, and how its time and memory grow.
 
-    python tests/benchmarks/step.py                     # some 6 minutes on two idle cores
+    python tests/benchmarks/step.py                     # some 7 minutes on two idle cores
     python tests/benchmarks/step.py --csv data/runs     # writes step.csv, growth.csv and growth.png there
     python tests/benchmarks/step.py --small             # the same code in a minute: its numbers mean nothing
 
 *Step*: the embedded policy by configs/cpu.yaml with a KL term (beta = 0.04), 16 images at 112 px and 4 at
-448 px, K = 6; on a GPU also a randomly initialised 3B as in gpu.py. One trainer alternates the stock way
-(``share_prompts: false``, each repeat of a picture through the image processor, as TRL does with Qwen's
-own) and the sharing way, which computes once what K answers share. The two steps of a pair have the same
-pictures and seed, and, at a learning rate of practically 0, the same answers. Each pair has new pictures:
-nothing is remembered. Medians exclude a warm-up pair. A part's seconds exclude the parts inside it.
+448 px, K = 6, the latter with gradient checkpointing too; on a GPU also a randomly initialised 3B as in
+gpu.py. One trainer alternates the stock way (``share_prompts: false``, each repeat of a picture through the
+image processor, as TRL does with Qwen's own) and the sharing way, which computes once what K answers share.
+The two steps of a pair have the same pictures and seed, and, at a learning rate of practically 0, the same
+answers. Each pair has new pictures: nothing is remembered. Medians exclude a warm-up pair. A part's seconds
+exclude the parts inside it.
 *Floor*, right after each step: its own model calls again, in the same way, and nothing else: `generate`
 with the prepared inputs, then per micro-batch one forward for the log-probabilities of its answers, and the
 backward of their sum. It has no image processing, reference, reward, optimizer, metrics or logs. The
-overhead leaves out the reference model: it is the price of beta > 0, which cpu.yaml does not pay.
+overhead leaves out the reference model: it is the price of beta > 0.
 
 *Growth*, in the sharing way: from 8 images of 112 px, K = 6, 32 new tokens (no answer ends earlier), one
 quantity is changed; the second of two steps is timed. Ranks are processes with gloo and one thread each, 8
@@ -42,7 +43,7 @@ from vqr1.config import Settings, load_config
 from vqr1.policy import base_of, default_dtype
 from vqr1.sharing import process_once, share
 from vqr1.thurstone import ranking_reward
-from vqr1.training import build_trainer, images_per_step
+from vqr1.training import build_trainer, images_per_step, keep_together
 
 PARTS = (
     "image processing",
@@ -95,6 +96,7 @@ class Turns(TrainerCallback):
             (self.base, "forward"),
             (self.base.model, "forward"),
             (self.base.model.visual, "forward"),
+            (trainer, "_prepare_inputs"),
         )
         self.stock = [(owner, name, getattr(owner, name)) for owner, name in owners] + [
             (self.processor, "_process_images", plain)
@@ -114,6 +116,7 @@ class Turns(TrainerCallback):
             setattr(owner, name, function)
         if shared:
             process_once(self.processor)
+            keep_together(self.trainer)
             share(self.model)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -218,11 +221,12 @@ def step_rows(name: str, config: Settings, frame: pd.DataFrame, repeats: int, po
 
 def where_the_time_goes(repeats: int, small: bool) -> list[dict]:
     rows, steps = [], 2 * (repeats + 1)
-    for side, images in ((64, 2), (96, 2)) if small else ((112, 16), (448, 4)):
-        config = embedded(images, 6, side, steps, beta=0.04, learning_rate=STILL)
-        rows += step_rows(
-            f"embedded, {images} images of {side} px", config, squares(images * (repeats + 1), side), repeats
-        )
+    sizes = ((64, 2), (96, 2)) if small else ((112, 16), (448, 4))
+    for side, images, checkpointing in (*((*size, False) for size in sizes), (*sizes[-1], True)):
+        name = f"embedded, {images} images of {side} px" + ", checkpointing" * checkpointing
+        options = {"beta": 0.04, "learning_rate": STILL, "gradient_checkpointing": checkpointing}
+        config = embedded(images, 6, side, steps, **options)
+        rows += step_rows(name, config, squares(images * (repeats + 1), side), repeats)
     if not torch.cuda.is_available():
         print("No GPU here: no row of a randomly initialised 3B.\n")
         return rows
