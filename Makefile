@@ -1,14 +1,16 @@
-# Two commands do everything, set-up included: `make demo` and `make test`.
+# Two commands do everything, set-up included: `make demo` and `make test`. `make test-vllm` is beside them.
 
 SHELL := bash
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+VLLM_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm
 PIP_FLAGS := --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # Each process runs whole test files or notebooks, the longest first (tests/conftest.py).
@@ -18,14 +20,15 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint check test bench notebooks clean
+.PHONY: help install demo lint check test test-vllm bench notebooks app clean
 
 help: ## show this list
-	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=python3.12     the Python (3.11 or newer) that makes .venv; now: $(PYTHON)"
 	@echo "  TORCH_INDEX=URL       take torch from this index, for example the small CPU-only build:"
 	@echo "                        TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "  VLLM_INDEX=URL        where test-vllm finds torch for CPUs; now: $(VLLM_INDEX)"
 	@echo "  WORKERS=2             processes that run tests side by side; each takes about 2 GB of memory"
 	@echo "  ARGS='…'              more arguments for vqr1 demo, pytest or the benchmarks"
 
@@ -46,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 	start=$$(date +%s); \
 	[ -x $(BIN)/python ] || "$$python" -m venv --clear .venv || { \
 	  echo "'$$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[notebooks,dev,scale,excel]' \
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[notebooks,app,dev,scale,excel]' \
 	  | awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ {sub(/https?:[^ ]*\//, ""); print; fflush()} \
 	         /^Installing collected/ {print "  Installing " NF - 3 " packages"; fflush()}' || exit 1; \
 	touch $@; \
@@ -65,6 +68,15 @@ check: lint ## lint, and run the fast tests while you edit: no notebook, no brow
 test: $(STAMP) ## run all tests, notebooks too, offline
 	$(PYTEST) $(ARGS)
 
+# vLLM's own environment (requirements-vllm.txt). Engine and tests share one process: on a CPU each further
+# one imports all of it again.
+$(VLLM)/.installed: requirements-vllm.txt tools/vllm_environment.sh tools/torchvision_operators.py
+	@tools/vllm_environment.sh "$(PYTHON)" "$(VLLM_INDEX)"
+
+test-vllm: $(VLLM)/.installed ## run the tests of engine="vllm" with vLLM itself, on a CPU, in .venv-vllm
+	HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 \
+	  $(VLLM)/bin/python -m pytest -o addopts=-ra tests/engines/test_vllm_itself.py $(ARGS)
+
 bench: $(STAMP) ## run the benchmarks, one by one
 	@set -e; for script in tests/benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
@@ -72,6 +84,9 @@ bench: $(STAMP) ## run the benchmarks, one by one
 notebooks: $(STAMP) ## run the notebooks and solutions, and store their outputs in place
 	$(BIN)/python tools/run_notebooks.py $(or $(ARGS),$(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb))
 
-clean: ## remove .venv and caches (runs/ stays)
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
+app: $(STAMP) ## a page to rate the pictures in a folder of yours: make app ARGS=FOLDER
+	VQR1_FOLDER="$(ARGS)" HF_HUB_OFFLINE=1 $(BIN)/voila tools/app.ipynb
+
+clean: ## remove .venv, .venv-vllm and caches (runs/ stays)
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .hypothesis
 	find vqr1 tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vqr1 import policy
-from vqr1.experiments.tiny import PATCH, build_policy, start_from_energies
+from vqr1.experiments.tiny import PATCH, WIDTH, build_policy, start_from_energies
 from vqr1.places import EMBEDDED
 from vqr1.policy import PictureProcessor, Policy, as_policy, load_policy, load_processor, lora_config
 from vqr1.prompts import NON_THINKING, QUESTION, THINKING, messages
@@ -124,7 +124,8 @@ def test_pictures_can_be_numbered(untrained):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "tokens"), [(64, 64, 4), (192, 192, 36), (256, 256, 64), (512, 384, 54), (20, 20, 4)]
+    ("width", "height", "tokens"),
+    [(64, 64, 4), (192, 192, 36), (512, 384, 192), (512, 512, 256), (1024, 768, 234), (20, 20, 4)],
 )
 def test_a_picture_takes_a_token_per_32_pixels_square(untrained, width, height, tokens):
     ids = asked(untrained[1], noise(width, height)).input_ids
@@ -256,13 +257,13 @@ def test_the_first_block_starts_with_squares(untrained):
     torch.manual_seed(0)
     patches = torch.randn(500, 3 * PATCH**2)
     start_from_energies(model, patches)
-    x, mlp = torch.randn(9, 192) * 2, model.model.visual.blocks[0].mlp
-    mix = mlp.down_proj.weight[:, :192]
+    x, mlp = torch.randn(9, WIDTH) * 2, model.model.visual.blocks[0].mlp
+    mix = mlp.down_proj.weight[:, :WIDTH]
     with torch.no_grad():
         assert_close(mlp(x), x.square() @ mix.T, rtol=1e-4, atol=1e-4)
         assert_close(mlp(-x), mlp(x), rtol=1e-4, atol=1e-4)  # energies have no sign
-        embedded = model.model.visual.patch_embed(patches)  # (500, 192)
-    assert torch.linalg.matrix_rank(mix) == 192
+        embedded = model.model.visual.patch_embed(patches)  # (500, WIDTH)
+    assert torch.linalg.matrix_rank(mix) == WIDTH
     deviation = embedded.std(0)
     assert deviation[:-1].min() > 0.8 and deviation[:-1].max() < 1.001 and not embedded[:, -1].any()
 
@@ -296,9 +297,12 @@ def test_a_policy_is_a_pair_that_knows_its_name(untrained_folder):
     assert copied == ("a", "b") and copied.name == "c"
 
 
-@pytest.mark.parametrize("policy, needed", [("tiny-policy", []), ("ranker", ["bitsandbytes", "peft"])])
+@pytest.mark.parametrize(
+    "policy, needed", [("tiny-policy", []), ("people-ranker", ["bitsandbytes", "pandas", "peft"])]
+)
 def test_scoring_imports_neither_what_quantises_nor_what_trains(policy, needed):
-    """Importing either takes as long as scoring a few pictures. An adapter needs peft, which imports both."""
+    """Importing either takes as long as scoring a few pictures. An adapter needs peft, which imports both;
+    its calibration needs pandas."""
     code = (
         "import sys; from vqr1.scoring import Scorer; "
         f"print(Scorer({policy!r}).score('data/photos/kitten.jpg')[0].score > 1, "

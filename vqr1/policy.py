@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 LOG = logging.getLogger(__name__)
-SHIPPED = ("ranker", "tiny-policy")
-"""Policies that come with the project: trained by RL to rank on simulated ratings, and not."""
+SHIPPED = ("people-ranker", "ranker", "tiny-policy")
+"""Policies that come with the project: trained on people's ratings, on simulated ones, and untrained."""
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for pictures and their borders: a prompt has them, an answer never."""
 PATCH = 32 * 32
@@ -47,6 +47,8 @@ PROMPT = "vqr1.json"
 """File beside trained weights: the prompt's `thinking` and `picture_number` in training."""
 CALIBRATION = "calibration.json"
 """File in a policy's folder: how far its scores may be off (`vqr1.calibration`)."""
+FOR_VIDEOS = ("patch_size", "temporal_patch_size", "merge_size", "size", "image_mean", "image_std")
+"""Settings that Qwen's processors of pictures and of videos have in common."""
 LANGUAGE_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 """LoRA's targets: the language model alone, which every serving engine can load."""
 VISION_LAYERS = r".*visual\.blocks.*\.(qkv|proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
@@ -80,6 +82,18 @@ class PictureProcessor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> list[str]:
+        """Save it, and beside it the video processor's settings, without which vLLM does not load a policy.
+
+        They are those for pictures. vLLM reads the whole of Qwen2.5-VL's processor, though no video comes.
+        """
+        saved = super().save_pretrained(save_directory, **kwargs)
+        ours = json.loads(self.image_processor.to_json_string())
+        video = {"video_processor_type": "Qwen2VLVideoProcessor"} | {key: ours[key] for key in FOR_VIDEOS}
+        text = json.dumps(video, indent=2) + "\n"
+        (Path(save_directory) / "video_preprocessor_config.json").write_text(text, encoding="utf-8")
+        return saved
 
 
 def policy_path(name: str | Path) -> Path:

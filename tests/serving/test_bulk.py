@@ -28,7 +28,7 @@ from vqr1.serving.bulk import ROW_COLUMNS, RowFile, shard
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {key: value for key, value in DEFAULTS.items() if key in ROW_COLUMNS} | {
     "k": 1,
-    "thinking": False,
+    "thinking": True,
     "numbered": False,
 }
 SMALL = ["--batch-size", "1"]
@@ -232,7 +232,7 @@ def test_parquet_has_types_and_survives_a_kill_between_its_two_files(tmp_path):
         file.finish()
     frame = pd.read_parquet(path)
     assert frame["score"].tolist()[0] == 3.25 and frame["score"].isna().tolist() == [False, True]
-    assert frame["thinking"].tolist() == [False, False] and frame["k"].tolist() == [1, 1]
+    assert frame["thinking"].tolist() == [True, True] and frame["k"].tolist() == [1, 1]
 
 
 def test_no_rows_make_an_empty_table(tmp_path):
@@ -252,7 +252,7 @@ def test_no_rows_make_an_empty_table(tmp_path):
         {"policy": "other"},
         {"estimate": "greedy"},
         {"k": 6},
-        {"thinking": True},
+        {"thinking": False},
         {"engine": "vllm"},
         {"quantize": True},
         {"pixels": [3136, 65536]},
@@ -454,14 +454,15 @@ def test_ctrl_c_says_what_is_kept(start, wait_until, tmp_path):
 
 def test_a_full_disk_keeps_the_rows_that_fit(photos, start, tmp_path, capsys):
     """A file-size limit ends a write in the middle, as a full disk does."""
-    process = start(photos, "--out", tmp_path / "scores.csv", *SMALL, limit=1000)
+    short = [*SMALL, "--no-thinking"]  # rows of some 130 bytes
+    process = start(photos, "--out", tmp_path / "scores.csv", *short, limit=1000)
     said = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in said
     assert "scores.csv: File too large." in said and "the same command goes on from there" in said
     content = (tmp_path / "scores.csv").read_bytes()
     assert 800 < len(content) <= 1000 and content.endswith(b"\n")
     rows = read(tmp_path / "scores.csv")
-    assert main(["score", str(photos), "--out", str(tmp_path / "scores.csv"), *SMALL]) == 0
+    assert main(["score", str(photos), "--out", str(tmp_path / "scores.csv"), *short]) == 0
     assert read(tmp_path / "scores.csv")[: len(rows)] == rows and len(read(tmp_path / "scores.csv")) == 24
 
 

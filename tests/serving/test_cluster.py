@@ -15,7 +15,7 @@ from vqr1.serving.cluster import Rater, pictures_in
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {key: value for key, value in DEFAULTS.items() if key in ROW_COLUMNS} | {
     "k": 1,
-    "thinking": False,
+    "thinking": True,
     "numbered": False,
 }
 
