@@ -1,30 +1,20 @@
-"""The applications of notebook 03 in a real browser: JupyterLab in Chromium, driven by Selenium.
+"""The applications in a real browser, Chromium: notebook 03 in JupyterLab, and the page of `make app`.
 
 The notebook is cut to its cells tagged "browser": the rest takes minutes, and nbval runs it.
 """
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.common.by import By
+from browsing import CHROMIUM, DRIVER, Page, app_page, chromium, served
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select
+from shared import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+from vqr1.widgets import degrade
+
 NAME = "03_interactive_evaluation.ipynb"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-PATIENCE = 1500
-"""Seconds after which a hanging test ends: a loaded machine needs minutes, a quiet one two seconds."""
 
 pytestmark = [
     pytest.mark.browser,
@@ -44,119 +34,99 @@ def cut_notebook(folder: Path) -> None:
     (folder / NAME).write_text(json.dumps(content), encoding="utf-8")
 
 
-def answers(url: str) -> bool:
-    try:
-        return urlopen(url, timeout=5).status == 200
-    except (URLError, OSError):
-        return False
-
-
 @pytest.fixture
 def lab(tmp_path):
-    """Serve the cut notebook in JupyterLab, with settings outside the user's home; return the address."""
+    """Serve the cut notebook in JupyterLab; return the address."""
     cut_notebook(tmp_path / "notebooks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {
-        name: str(tmp_path / name)
-        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    }
-    environment = os.environ | own | {"PYTHONPATH": str(ROOT)}
-    environment.pop("MPLBACKEND", None)
     options = {
-        "ServerApp.port": port,
         "ServerApp.port_retries": 0,
         "ServerApp.root_dir": tmp_path,
         "IdentityProvider.token": "",
         "ServerApp.disable_check_xsrf": True,
         "LabApp.expose_app_in_browser": True,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        *(f"--{key}={value}" for key, value in options.items()),
-    ]
-    with (tmp_path / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
-        try:
-            WebDriverWait(server, PATIENCE).until(
-                lambda s: s.poll() is not None or answers(f"http://127.0.0.1:{port}/api/status")
-            )
-            assert server.poll() is None, (tmp_path / "lab.log").read_text()
-            yield f"http://127.0.0.1:{port}/lab/tree/notebooks/{NAME}"
-        finally:
-            server.terminate()  # which also ends its kernels
-            server.wait()
+    command = ["-m", "jupyterlab", "--allow-root", *(f"--{key}={value}" for key, value in options.items())]
+    with served(command, "ServerApp.port", tmp_path) as url:
+        yield f"{url}/lab/tree/notebooks/{NAME}"
 
 
 @pytest.fixture
-def browser(tmp_path):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1400,4000",
-        f"--user-data-dir={tmp_path / 'chromium'}",
-    ):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def page(tmp_path):
+    with chromium(tmp_path) as browser:
+        yield Page(browser)
 
 
-def test_a_slider_a_button_and_votes(lab, browser, tmp_path):
-    browser.get(lab)
-
-    def wait(condition, message):
-        return WebDriverWait(browser, PATIENCE).until(lambda _: condition(), message)
-
-    def find(name):
-        """Look up a widget's elements anew, since JupyterLab may replace them at any time."""
-        return browser.find_elements(By.CSS_SELECTOR, f".vqr1-{name}")
-
-    def text(name):
-        return browser.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join(' ')",
-            f".vqr1-{name}",
-        )
-
-    def changed(name, before):
-        return wait(lambda: text(name) not in ("", before) and text(name), f"{name} stays {before!r}")
-
-    wait(
-        lambda: browser.execute_script(
+def test_a_slider_a_button_an_upload_and_votes(lab, page, tmp_path, photo):
+    page.browser.get(lab)
+    page.wait(
+        lambda: page.browser.execute_script(
             "return window.jupyterapp?.shell?.currentWidget"
             "?.sessionContext?.session?.kernel?.status === 'idle'"
         ),
         "no kernel",
     )
-    browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    wait(lambda: find("level") and find("key"), "the applications do not appear")
-    score, samples = changed("score", ""), changed("answers", "")
+    page.browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait(lambda: page.find("level") and page.find("key"), "the applications do not appear")
+    score, samples = page.changed("score", ""), page.changed("answers", "")
     assert score.startswith("score ") and "6 sampled answers" in samples
 
-    find("level .noUi-handle")[0].send_keys(Keys.END)
-    better, score = score, changed("score", score)
+    page.find("level .noUi-handle")[0].send_keys(Keys.END)
+    better, score = score, page.changed("score", score)
     assert float(score.split()[1]) < float(better.split()[1])
-    assert text("level").strip().endswith("5")
+    assert page.text("level").strip().endswith("5")
 
-    samples = text("answers")
-    find("sample")[0].click()
-    changed("answers", samples)
-    assert text("score") == score
+    samples = page.text("answers")
+    page.click("sample")
+    page.changed("answers", samples)
+    assert page.text("score") == score
 
-    find("first")[0].click()
-    wait(lambda: "1 of 28" in text("progress"), "a click is no vote")
-    for key, count in (("x", 1), ("2", 2), ("0", 3)):
-        find("key input")[0].send_keys(key)
-        wait(lambda: f"{count} of 28" in text("progress"), f"key {key}")  # noqa: B023
-        wait(lambda: find("key input")[0].get_property("value") == "", "the key stays in the field")
-    find("finish")[0].click()
-    wait(lambda: "at least 7" in text("message"), "too few votes go unsaid")
-    assert "Traceback" not in browser.page_source
+    photo.save(tmp_path / "mine.png")
+    page.upload(tmp_path / "mine.png")
+    page.changed("score", score)
+    chosen = Select(page.find("photograph select")[0]).first_selected_option
+    assert chosen.text == "your upload" and page.text("level").strip().endswith("0")
+    top, score = page.find("photograph")[0].rect, page.find("score")[0].rect
+    assert score["y"] + score["height"] - top["y"] < 450, "the score is below the fold"
+
+    page.click("first")
+    page.says("progress", "1 of 28")
+    for key, count in (("x", 1), ("2", 2), ("0", 3), ("u", 2)):
+        page.find("key input")[0].send_keys(key)
+        page.says("progress", f"{count} of 28")
+        page.wait(lambda: page.find("key input")[0].get_property("value") == "", "the key stays in the field")
+    page.click("finish")
+    page.says("message", "at least 7")
+    assert "Traceback" not in page.browser.page_source
+
+
+@pytest.fixture
+def pictures(photo, tmp_path):
+    """Return a folder of three pictures."""
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    for level in (0, 3, 5):
+        degrade(photo, "jpeg", level).save(folder / f"jpeg-{level}.png")
+    return folder
+
+
+def test_the_page_for_people_who_rate(page, pictures, tmp_path):
+    with app_page(pictures, tmp_path) as url:
+        page.browser.get(url)
+        page.says("progress", "0 of 3")
+        page.click("first")
+        page.says("progress", "1 of 3")
+        page.click("undo")
+        page.says("progress", "0 of 3")
+        for count in (1, 2, 3):
+            page.click("second")
+            page.says("progress", f"{count} of 3")
+        page.says("scale", "You voted on 3 pairs")
+        page.says("scale", "SRCC with the model")
+        assert str(pictures / "my-votes.csv") in page.text("scale") and (pictures / "my-votes.csv").is_file()
+        assert not page.find("second")[0].is_enabled() and page.find("undo")[0].is_enabled()
+
+        page.tab("Leaderboard")
+        field = page.wait(lambda: page.find("folder input"), "no field for a folder")[0]
+        field.send_keys(str(pictures), Keys.ENTER)
+        page.says("board", "jpeg-5.png")
+        assert "Traceback" not in page.browser.page_source

@@ -2,21 +2,29 @@
 
 import io
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from vqr1.plots import (
+    COLORS,
+    LOOP,
     bells,
     curve,
     gallery,
     intervals,
     jpeg,
+    loop,
     reliability,
     rounding,
     scatter,
     spread,
+    style,
     training_figure,
 )
 
@@ -142,3 +150,54 @@ def test_reliability_is_drawn_beside_the_line_where_probabilities_come_true():
     assert line.get_xydata().tolist() == [[0.55, 0.5], [0.97, 0.85]] and line.get_label() == "before"
     small, large = ax.collections[0].get_sizes()
     assert small < large
+
+
+def filled(figure):
+    """Return the names in the boxes that are highlighted, and in all boxes from left to right."""
+    boxes = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    names = [name for name, _ in LOOP.values()]
+    assert len(boxes) == len(names)
+    written = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert [written[(place, 0)] for place in range(len(names))] == names
+    return [name for box, name in zip(boxes, names) if to_hex(box.get_facecolor()) == COLORS[0].lower()]
+
+
+def test_the_loop_shows_every_step_with_what_it_computes():
+    figure = loop()
+    assert filled(figure) == []
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert all(below in shown for _, below in LOOP.values())
+    assert any("people" in text for text in shown)
+
+
+def test_a_highlighted_loop_is_a_low_strip_that_marks_only_these_steps():
+    figure = loop("answers", "moments")
+    assert filled(figure) == ["K answers", "mean and\nvariance"]
+    assert figure.get_figheight() < loop().get_figheight() / 3
+    assert not any("people" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_a_step_that_the_loop_does_not_have_is_named_with_those_it_has():
+    with pytest.raises(ValueError, match="no step 'loss'; its steps are pictures, answers, .* update"):
+        loop("fidelity", "loss")
+
+
+def test_everything_in_the_loop_stays_inside_the_picture():
+    figure = loop()
+    figure.canvas.draw()
+    frame = figure.bbox
+    for text in figure.axes[0].texts:
+        if text.get_text():
+            box = text.get_window_extent()
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, (
+                text
+            )
+
+
+def test_style_sets_the_colours_of_the_lines():
+    with plt.rc_context():
+        style(dpi=120)
+        figure, ax = plt.subplots()
+        assert [ax.plot([0, 1])[0].get_color() for _ in COLORS] == list(COLORS)
+        assert figure.dpi == 120
+        plt.close(figure)

@@ -10,7 +10,15 @@ from vqr1.data.manifests import folder_rows, load_comparisons, load_ratings, ren
 from vqr1.data.observers import pairwise_votes
 from vqr1.places import EMBEDDED
 from vqr1.training import train
-from vqr1.votes import Ballot, blind_pairs, save_votes, scale_votes, vote_agreement
+from vqr1.votes import (
+    Ballot,
+    add_votes,
+    blind_pairs,
+    load_votes,
+    save_votes,
+    scale_votes,
+    vote_agreement,
+)
 
 
 @pytest.fixture
@@ -50,6 +58,25 @@ def test_a_ballot_counts_votes_until_all_pairs_had_one():
         ballot.vote("first")
     with pytest.raises(ValueError, match="'left' is unknown"):
         Ballot(3).vote("left")
+
+
+def test_a_ballot_takes_votes_back():
+    ballot = Ballot(3)
+    with pytest.raises(ValueError, match="no vote to take back"):
+        ballot.undo()
+    ballot.vote("first")
+    first, pair = ballot.wins, ballot.pair
+    ballot.vote("same")
+    ballot.undo()
+    assert (ballot.wins == first).all() and ballot.pair == pair and ballot.cast == 1
+
+
+def test_a_ballot_of_some_rounds_begins_where_votes_are_few():
+    full = Ballot(6)
+    for _ in range(8):
+        full.vote("first")
+    rest = Ballot(6, rounds=2, before=full.wins)
+    assert rest.pairs[:7] == full.pairs[8:] and rest.pairs[7:] == full.pairs[:5]
 
 
 def test_scale_votes_finds_the_order_and_narrows_with_votes():
@@ -116,6 +143,34 @@ def test_votes_are_saved_as_comparisons_of_the_pairs_that_were_shown(rated, tmp_
         save_votes(rated, wins, tmp_path / "votes.csv")
     with pytest.raises(ValueError, match="no pair has a vote"):
         save_votes(rated, np.zeros((6, 6)), tmp_path / "votes.csv", scaled=False)
+
+
+def test_votes_are_added_once_and_taken_back(rated, tmp_path):
+    path, earlier, ballot = tmp_path / "votes.csv", Ballot(6, 1), Ballot(6)
+    for one in (earlier, ballot):
+        for choice in ("first", "same", "second"):
+            one.vote(choice)
+        add_votes(rated, one, path)
+    both = earlier.wins + ballot.wins
+    assert (add_votes(rated, ballot, path) == both).all() and (load_votes(rated, path) == both).all()
+    ballot.undo()
+    assert (add_votes(rated, ballot, path) == earlier.wins + ballot.wins).all()
+    bigger = pd.concat([rated.iloc[::-1], load_ratings("sim-kadid").head(1)])
+    more = load_votes(bigger, path)  # the same pictures at other places, and one more
+    assert (more[5::-1, 5::-1] == earlier.wins + ballot.wins).all() and not more[6].any()
+
+
+def test_votes_on_other_pictures_are_refused(rated, tmp_path):
+    ballot, path = Ballot(6), tmp_path / "votes.csv"
+    assert not load_votes(rated, path).any()
+    ballot.vote("first")
+    add_votes(rated, ballot, path)
+    assert load_ratings(path, EMBEDDED)["mos"].isna().all()  # one vote makes no scale
+    with pytest.raises(ValueError, match=r"votes.csv has votes on 'photos/.*', which is not among these 3"):
+        load_votes(rated.iloc[:3], path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="votes.csv"):
+        add_votes(rated, Ballot(6), path)
 
 
 def test_votes_on_one_photograph_tell_its_distortions_apart(tmp_path):

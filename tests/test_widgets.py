@@ -16,7 +16,7 @@ from vqr1.data.manifests import load_ratings, render_rows
 from vqr1.places import EMBEDDED
 from vqr1.prompts import parse_score
 from vqr1.scoring import Score, Scorer
-from vqr1.votes import Ballot, vote_agreement
+from vqr1.votes import Ballot, load_votes, vote_agreement
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,15 @@ def parts(widget: w.Widget) -> list[w.Widget]:
 def named(app: w.Widget, name: str) -> w.Widget:
     """Return the part whose class the browser test looks for."""
     return next(part for part in parts(app) if f"vqr1-{name}" in getattr(part, "_dom_classes", ()))
+
+
+def shown(app: w.Widget) -> list[w.Image]:
+    """Return the pictures, plots left out."""
+    return [part for part in parts(app) if isinstance(part, w.Image) and part.format == "png"]
+
+
+def pixels(picture: w.Image) -> bytes:
+    return Image.open(io.BytesIO(picture.value)).tobytes()
 
 
 def described(app: w.Widget, text: str) -> w.Widget:
@@ -152,6 +161,11 @@ def test_sampled_answers_show_what_cannot_be_parsed():
     )
 
 
+def test_sampled_answers_off_the_scale_are_marked():
+    table = widgets.sampled_answers(Score(answers=["<answer>4.10</answer>", "<answer>685</answer>"]))
+    assert table["note"].tolist() == ["", "off the scale"]
+
+
 def test_curves_are_the_scores_normal_ones_with_the_samples_below():
     ax, sampled = Figure().subplots(), ["<answer>2.5</answer>", "<answer>3.5</answer>"]
     widgets.curves(ax, [Score(3.0, 0.5), Score(4.0, 0.2)], "AB", sampled)
@@ -201,17 +215,16 @@ def test_board_with_pictures_escapes_what_files_are_called(scorer, folder):
 # --- the applications ---------------------------------------------------------------------------
 
 
-def test_the_explorer_follows_slider_button_and_upload(scorer, photographs, photo):
+def test_the_explorer_follows_slider_and_button(scorer, photographs):
     app = widgets.explorer(scorer, photographs)
     score, answers = named(app, "score"), named(app, "answers")
     before = score.value
     assert before.startswith("<b>score ") and "6 sampled answers" in answers.value
 
     named(app, "level").value = 5
-    shown = widgets.degrade(widgets.open_picture(photographs[0]), "jpeg", 5)
-    assert f"<b>score {scorer.score([shown])[0].score:.2f} ±" in score.value and score.value != before
-    picture = next(part for part in parts(app) if isinstance(part, w.Image) and part.format == "png")
-    assert Image.open(io.BytesIO(picture.value)).tobytes() == shown.tobytes()
+    part = widgets.degrade(widgets.open_picture(photographs[0]), "jpeg", 5)
+    assert f"<b>score {scorer.score([part])[0].score:.2f} ±" in score.value and score.value != before
+    assert pixels(shown(app)[1]) == part.tobytes()
 
     before, sampled = score.value, answers.value
     named(app, "sample").click()
@@ -219,18 +232,52 @@ def test_the_explorer_follows_slider_button_and_upload(scorer, photographs, phot
     named(app, "k").value = 3
     assert "3 sampled answers" in answers.value
 
-    described(app, "Upload").value = upload("mine.png", png(photo))
-    named(app, "level").value = 0
-    assert described(app, "picture").value is None
-    assert Image.open(io.BytesIO(picture.value)).tobytes() == widgets.degrade(photo).tobytes()
 
-
-def test_the_explorer_says_what_is_wrong_with_an_upload(scorer, photographs):
+def test_an_upload_is_shown_whole_and_undamaged_and_can_be_left_again(scorer, photographs, photo):
     app = widgets.explorer(scorer, photographs)
-    described(app, "Upload").value = upload("<i>.txt", b"text")
+    whole, part = shown(app)
+    calls = []
+    named(app, "score").observe(calls.append, "value")
+    named(app, "upload").value = upload("mine.png", png(photo))
+    assert len(calls) == 1, "it is scored once"
+    assert named(app, "level").value == 0 and described(app, "picture").label == "your upload"
+    assert pixels(part) == widgets.degrade(photo).tobytes()
+    assert pixels(whole) == widgets.outlined(photo).tobytes() != photo.tobytes()
+    named(app, "level").value = 5
+    assert pixels(part) == widgets.degrade(photo, "jpeg", 5).tobytes()
+    described(app, "picture").value = photographs[1]
+    assert pixels(part) == widgets.degrade(widgets.open_picture(photographs[1]), "jpeg", 5).tobytes()
+    described(app, "picture").value = widgets.UPLOAD
+    assert pixels(part) == widgets.degrade(photo, "jpeg", 5).tobytes() and named(app, "message").value == ""
+
+
+def test_the_outline_is_around_what_is_scored(photo):
+    both = np.asarray(photo), np.asarray(widgets.outlined(photo))
+    rows, columns = np.nonzero((both[0] != both[1]).any(axis=2))
+    left, upper, right, lower = widgets.middle(photo.size)
+    assert (rows.min(), rows.max()) == (upper - 4, lower + 3)
+    assert (columns.min(), columns.max()) == (left - 4, right + 3)
+    inside = [pixels[upper:lower, left:right] for pixels in both]
+    assert (inside[0] == inside[1]).all()
+
+
+def test_a_refused_upload_leaves_the_picture_and_its_score(scorer, photographs):
+    app = widgets.explorer(scorer, photographs)
+    before = [named(app, "score").value, *map(pixels, shown(app))]
+    named(app, "upload").value = upload("<i>.txt", b"text")
     assert "&lt;i&gt;.txt cannot be read as a picture" in named(app, "message").value
+    assert [named(app, "score").value, *map(pixels, shown(app))] == before
+    assert described(app, "picture").value == photographs[0]
     described(app, "picture").value = photographs[1]
     assert named(app, "message").value == ""
+
+
+def test_no_score_stays_beside_another_picture(scorer, photographs, monkeypatch):
+    app = widgets.explorer(scorer, photographs)
+    monkeypatch.setattr(scorer, "score", lambda images: [Score(error="no <answer> in 256 tokens")])
+    named(app, "level").value = 4
+    assert named(app, "score").value == named(app, "answers").value == ""
+    assert "no &lt;answer&gt;" in named(app, "message").value
 
 
 def test_the_comparison_prints_the_scorers_probability(scorer, photographs):
@@ -244,41 +291,119 @@ def test_the_comparison_prints_the_scorers_probability(scorer, photographs):
 
 
 def test_the_leaderboard_ranks_a_folder_and_refuses_others(scorer, folder, tmp_path):
-    app = widgets.leaderboard(scorer, folder)
-    named(app, "rank").click()
+    app = widgets.leaderboard(scorer)
+    assert named(app, "board").value == named(app, "message").value == ""
+    named(app, "folder").value = str(folder)
     table = named(app, "board").value
     assert table.count("<img") == 2 and max(
         table.index(f"{name}.png") for name in ("good", "bad")
     ) < table.index("broken.jpg")
-    described(app, "folder").value = str(tmp_path / "none")
+    assert named(widgets.leaderboard(scorer, folder), "board").value == table
+    named(app, "folder").value = str(tmp_path / "none")
     named(app, "rank").click()
     assert "is not a folder" in named(app, "message").value and named(app, "board").value == ""
 
 
-def test_voting_by_click_and_key_then_scaling_and_saving(scorer, rated, tmp_path):
-    ballot = Ballot(len(rated))
-    app = widgets.rating(ballot, rated, scorer, tmp_path / "votes.csv")
-    images, pictures = render_rows(rated), [part for part in parts(app) if isinstance(part, w.Image)]
-    shown = [Image.open(io.BytesIO(picture.value)).tobytes() for picture in pictures]
-    assert shown == [images[i].tobytes() for i in ballot.pair]
+# --- rating -------------------------------------------------------------------------------------
+
+
+def test_voting_by_click_and_key_to_the_end(scorer, rated, tmp_path):
+    ballot, path = Ballot(len(rated)), tmp_path / "new" / "votes.csv"
+    app = widgets.rating(ballot, rated, scorer, path)
+    images = render_rows(rated)
+    assert list(map(pixels, shown(app))) == [images[i].tobytes() for i in ballot.pair]
 
     named(app, "finish").click()
-    assert "0 votes on 6 pictures" in named(app, "message").value
+    assert "0 votes on 6 pictures" in named(app, "message").value and named(app, "scale").value == ""
     named(app, "first").click()
     for key in "x20":
         named(app, "key").value = key
         assert named(app, "key").value == ""
-    assert (
-        ballot.cast == 3 and "3 of 15" in named(app, "progress").value and named(app, "message").value == ""
-    )
-    while ballot.pair:
-        named(app, "second").click()
-    named(app, "first").click()
-    assert "all 15 pairs have had their vote" in named(app, "message").value
-
+    assert ballot.choices == ["first", "second", "same"]
+    assert "3 of 15" in named(app, "progress").value and named(app, "message").value == ""
     named(app, "finish").click()
-    model = [score.score for score in scorer.score(images)]
-    assert f"{vote_agreement(ballot.wins, model)['srcc']:.2f}" in named(app, "scale").value
-    assert named(app, "scale").value.count("<img") == 6 and named(app, "message").value == ""
-    named(app, "save").click()
-    assert len(load_ratings(tmp_path / "votes.csv", EMBEDDED)) == 6
+    assert "3 votes on 6 pictures" in named(app, "message").value and str(path) in named(app, "scale").value
+
+    while ballot.pair:
+        assert not named(app, "second").disabled
+        named(app, "second").click()
+    assert named(app, "first").disabled and named(app, "same").disabled
+    text, model = named(app, "scale").value, [score.score for score in scorer.score(images)]
+    assert "You voted on 15 pairs" in text and str(path) in text and "section 5 of notebook 03" in text
+    assert f"{vote_agreement(ballot.wins, model)['srcc']:.2f}" in text
+    assert text.count("<img") == 6 and named(app, "message").value == ""
+    assert load_ratings(path, EMBEDDED)["mos"].notna().all()
+    assert (load_votes(rated, path) == ballot.wins).all()
+
+
+def test_undo_takes_back_the_vote_and_what_was_saved_of_it(scorer, rated, tmp_path):
+    ballot, path = Ballot(len(rated)), tmp_path / "votes.csv"
+    app = widgets.rating(ballot, rated, scorer, path)
+    assert named(app, "undo").disabled
+    named(app, "first").click()
+    first, pair = ballot.wins, list(map(pixels, shown(app)))
+    named(app, "second").click()
+    named(app, "undo").click()
+    assert (ballot.wins == first).all() and list(map(pixels, shown(app))) == pair
+    assert (load_votes(rated, path) == first).all() and "1 of 15" in named(app, "progress").value
+    named(app, "key").value = "u"
+    assert ballot.cast == 0 and named(app, "undo").disabled and not list(tmp_path.iterdir())
+    named(app, "key").value = "u"
+    assert "no vote to take back" in named(app, "message").value
+
+
+def test_undo_leads_back_from_the_end(scorer, rated, tmp_path):
+    ballot = Ballot(len(rated), rounds=1)
+    app = widgets.rating(ballot, rated, scorer, tmp_path / "votes.csv")
+    for _ in range(6):
+        named(app, "first").click()
+    assert "last pair" in named(app, "progress").value and named(app, "scale").value
+    named(app, "undo").click()
+    assert not named(app, "first").disabled and named(app, "scale").value == ""
+
+
+def test_votes_of_two_people_are_added_up(scorer, rated, tmp_path):
+    path = tmp_path / "votes.csv"
+    ballots = [Ballot(len(rated), seed) for seed in (0, 1)]
+    apps = [widgets.rating(ballot, rated, scorer, path) for ballot in ballots]
+    for app in (apps[0], apps[1], apps[1], apps[0]):
+        named(app, "first").click()
+    named(apps[1], "undo").click()
+    assert (load_votes(rated, path) == ballots[0].wins + ballots[1].wins).all()
+    again = widgets.rating(ballots[0], rated, scorer, path)
+    assert "Older votes in the file, which are kept: 1." in named(again, "progress").value
+    named(again, "first").click()
+    assert load_votes(rated, path).sum() == 4
+
+
+def test_votes_on_other_pictures_are_not_overwritten(scorer, rated, tmp_path):
+    path = tmp_path / "votes.csv"
+    named(widgets.rating(Ballot(6), rated, scorer, path), "first").click()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"votes.csv has votes on .* move the file away"):
+        widgets.rating(Ballot(4), rated.iloc[:4], scorer, path)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_of_your_own_is_rated_and_then_trains(scorer, photo, tmp_path):
+    for level in range(6):
+        widgets.degrade(photo.resize((400, 300)), "jpeg", level).save(tmp_path / f"{level}.png")
+    app = widgets.own_rating(scorer)
+    named(app, "folder").value = str(tmp_path)
+    assert "0 of 15" in named(app, "progress").value
+    for _ in range(15):
+        named(app, "first").click()
+    text, path = named(app, "scale").value, tmp_path / "my-votes.csv"
+    assert f"vqr1 train --set {path}" in text
+    assert set(load_ratings(path)["split"]) == {"train", "val", "test"}
+    named(app, "rate").click()
+    assert "which are kept: 15." in named(app, "progress").value
+
+
+def test_a_folder_that_cannot_be_rated_says_why(scorer, folder, tmp_path):
+    app = widgets.own_rating(scorer, folder)
+    assert "broken.jpg cannot be read as a picture" in named(app, "message").value
+    (folder / "broken.jpg").unlink()
+    (folder / "bad.png").unlink()
+    named(app, "rate").click()
+    assert "a comparison needs at least 2" in named(app, "message").value

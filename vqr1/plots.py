@@ -8,8 +8,85 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.stats import norm
+
+COLORS = ("#0072B2", "#E69F00", "#404040", "#CC79A7")
+"""Blue, orange, grey and pink, which colour-blind readers tell apart. Source: Okabe and Ito (2008)."""
+
+LOOP = {
+    "pictures": ("B pictures", "of one data set"),
+    "answers": ("K answers", "sampled for\neach picture"),
+    "moments": ("mean and\nvariance", r"$\mu_i,\ \sigma_i^2$ of the" + "\nK scores"),
+    "probability": ("P(i beats j)", r"$p_k = \Phi(\ldots)$" + "\nfor every pair"),
+    "fidelity": ("fidelity", r"$F(p,\ p_k)$"),
+    "reward": ("reward", "mean over the\nother pictures"),
+    "advantage": ("advantage", "compared with the\nother K − 1"),
+    "update": ("update", "of the policy"),
+}
+"""The steps of reinforcement learning to rank: what stands in the box of each, and under it."""
+
+
+def style(dpi: int = 110) -> None:
+    """Set what the plots of a notebook share: resolution, layout, and the colours `COLORS`.
+
+    Call it before the first plot: from then on Jupyter also shows a Figure that a cell returns.
+    """
+    plt.switch_backend(plt.get_backend())  # loaded at the first plot otherwise
+    shared = {
+        "figure.dpi": dpi,
+        "figure.constrained_layout.use": True,
+        "axes.prop_cycle": plt.cycler(color=COLORS),
+    }
+    plt.rcParams.update(shared)
+
+
+def loop(*highlight: str) -> Figure:
+    """Return the loop of reinforcement learning to rank as a row of boxes.
+
+    Args:
+        highlight: names of steps in `LOOP`. These are filled, and only the boxes are drawn, as a strip that
+            says where a section is. Without any, the whole picture is drawn.
+
+    Raises:
+        ValueError: for a step that `LOOP` does not have.
+    """
+    unknown = [step for step in highlight if step not in LOOP]
+    if unknown:
+        raise ValueError(f"the loop has no step {unknown[0]!r}; its steps are {', '.join(LOOP)}")
+    low, high = (-0.4, 0.4) if highlight else (-1.75, 1.55)
+    figure = Figure(figsize=(10, 0.55 * (high - low)), dpi=110)
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, len(LOOP) - 0.5), ylim=(low, high))
+    ax.axis("off")
+    for place, (step, (name, below)) in enumerate(LOOP.items()):
+        fill, ink = (COLORS[0], "white") if step in highlight else ("#E8F1F7", "black")
+        ax.add_patch(Rectangle((place - 0.43, -0.35), 0.86, 0.7, facecolor=fill, edgecolor=COLORS[0]))
+        ax.text(place, 0, name, color=ink, fontsize=10, ha="center", va="center")
+        if place:
+            _arrow(ax, (place - 0.57, 0), (place - 0.43, 0))
+        if not highlight:
+            ax.text(place, -0.48, below, fontsize=9, ha="center", va="top")
+    if not highlight:
+        _loop_surroundings(ax)
+    return figure
+
+
+def _loop_surroundings(ax: Axes) -> None:
+    """Draw what enters the loop from people, and the way back."""
+    steps = list(LOOP)
+    fidelity, answers, update = map(steps.index, ("fidelity", "answers", "update"))
+    ax.text(fidelity, 1.2, r"people: $p$ = who looks better?", fontsize=10, ha="center", color=COLORS[0])
+    _arrow(ax, (fidelity, 1.12), (fidelity, 0.35))
+    ax.plot([update, update, answers], [-0.85, -1.6, -1.6], color="0.3", linewidth=1.2)
+    _arrow(ax, (answers, -1.6), (answers, -1.12))
+    ax.text(
+        (answers + update) / 2, -1.47, "the next answers come from the new policy", ha="center", fontsize=9
+    )
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0})
 
 
 def curve(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None, window: int = 1) -> None:

@@ -3,7 +3,7 @@
 ballot = Ballot(len(frame))
 while ballot.pair:
     ballot.vote(ask(*ballot.pair))  # "first", "second" or "same"
-save_votes(frame, ballot.wins, "my-votes.csv")
+add_votes(frame, ballot, "my-votes.csv")  # to those that are there
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vqr1.data.comparisons import comparisons_path, names_of
-from vqr1.data.manifests import MANIFEST_COLUMNS, read_manifest
+from vqr1.data.manifests import MANIFEST_COLUMNS, load_comparisons, read_manifest
 from vqr1.metrics import srcc
 from vqr1.thurstone import thurstone_scale
 
@@ -40,11 +40,35 @@ def blind_pairs(n: int, seed: int = 0) -> list[tuple[int, int]]:
 
 
 class Ballot:
-    """Blind pairs of n pictures, and votes: wins[i, j], (n, n), counts how often i looked better than j."""
+    """Blind pairs of n pictures, and votes, of which the last can be taken back.
 
-    def __init__(self, n: int, seed: int = 0):
-        self.pairs = blind_pairs(n, seed)
-        self.wins, self.cast = np.zeros((n, n)), 0
+    n: how many pictures.
+    seed: of the pairs' order.
+    rounds: how many times n pairs are asked for; None = all pairs.
+    before: votes of earlier ballots, (n, n) like `wins`; pairs that have fewest of them come first.
+    """
+
+    def __init__(self, n: int, seed: int = 0, rounds: int | None = None, before=None):
+        pairs = blind_pairs(n, seed)
+        if before is not None:
+            pairs.sort(key=lambda pair: before[pair] + before[pair[::-1]])
+        self.pairs = pairs[: rounds * n] if rounds else pairs
+        self.choices: list[str] = []
+        self.saved = np.zeros((n, n))
+        """The part of `wins` that `add_votes` has put in a file."""
+
+    @property
+    def cast(self) -> int:
+        return len(self.choices)
+
+    @property
+    def wins(self) -> np.ndarray:
+        """How often picture i looked better than picture j, (n, n)."""
+        wins = np.zeros_like(self.saved)
+        for (i, j), choice in zip(self.pairs, self.choices):
+            wins[i, j] += CHOICES[choice][0]
+            wins[j, i] += CHOICES[choice][1]
+        return wins
 
     @property
     def pair(self) -> tuple[int, int] | None:
@@ -63,10 +87,13 @@ class Ballot:
             raise ValueError(f"vote {choice!r} is unknown; use one of {', '.join(CHOICES)}")
         if self.pair is None:
             raise ValueError(f"all {len(self.pairs)} pairs have had their vote")
-        i, j = self.pair
-        self.wins[i, j] += CHOICES[choice][0]
-        self.wins[j, i] += CHOICES[choice][1]
-        self.cast += 1
+        self.choices.append(choice)
+
+    def undo(self) -> None:
+        """Take the last vote back, so that its pair is asked again."""
+        if not self.choices:
+            raise ValueError("there is no vote to take back")
+        self.choices.pop()
 
 
 def scale_votes(wins) -> pd.DataFrame:
@@ -136,6 +163,67 @@ def save_votes(
     for table, file in ((rows, path), (named, comparisons_path(path))):
         table.to_csv(file, index=False, lineterminator="\n", encoding="utf-8")
     return read_manifest(path, frame.attrs.get("root"))
+
+
+def load_votes(frame: pd.DataFrame, path: str | Path) -> np.ndarray:
+    """Return the votes that `save_votes` has written on these pictures: wins (n, n), 0 where no file is.
+
+    frame: the pictures' rows; the file may lack some of them.
+    path: of the manifest.
+
+    Raises ValueError for a picture in the file that is none of these, and as `load_comparisons` does.
+    """
+    wins = np.zeros((len(frame), len(frame)))
+    if not (Path(path).exists() or comparisons_path(path).exists()):
+        return wins
+    root = frame.attrs.get("root")
+    rows, pairs = read_manifest(path, root), load_comparisons(path, root)
+    places = {picture: place for place, picture in enumerate(_pictures(frame))}
+    for picture in _pictures(rows):
+        if picture not in places:
+            raise ValueError(
+                f"{path} has votes on {picture[0]!r}, which is not among these {len(frame)} pictures; "
+                "move the file away, or give another one for these votes"
+            )
+    place = dict(zip(names_of(rows), map(places.get, _pictures(rows))))
+    first, second = (pairs[side].map(place) for side in ("first", "second"))
+    votes = pairs.get("votes", 1.0)  # one each, where the file does not say how many
+    np.add.at(wins, (first, second), votes * pairs["preference"])
+    np.add.at(wins, (second, first), votes * (1 - pairs["preference"]))
+    return wins.round(6)
+
+
+def _pictures(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Return what tells the rows' pictures apart."""
+    parts = frame[["image", "distortion", "level", "seed", "crop"]].astype(str)
+    return list(parts.itertuples(index=False, name=None))
+
+
+def add_votes(frame: pd.DataFrame, ballot: Ballot, path: str | Path) -> np.ndarray:
+    """Add a ballot's votes, each of them once, to those in a file; return all of them, (n, n).
+
+    Votes that were taken back since are taken from the file, too, which goes with its last one. The manifest
+    has a scale as soon as the votes have.
+
+    frame, path: as for `save_votes`. Raises ValueError as `load_votes` does; the file is then as it was.
+    """
+    wins = ballot.wins
+    total = np.maximum(load_votes(frame, path) + wins - ballot.saved, 0)
+    if total.any():
+        save_votes(frame, total, path, scaled=_have_scale(total))
+    else:
+        for file in (Path(path), comparisons_path(path)):
+            file.unlink(missing_ok=True)
+    ballot.saved = wins
+    return total
+
+
+def _have_scale(wins: np.ndarray) -> bool:
+    try:
+        scale_votes(wins)
+    except ValueError:
+        return False
+    return True
 
 
 def vote_pairs(wins) -> pd.DataFrame:
