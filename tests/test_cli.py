@@ -20,7 +20,6 @@ from vqr1.cli import _parser, main
 from vqr1.config import config_for_device, load_config, write_yaml
 from vqr1.data.manifests import MANIFEST_COLUMNS
 from vqr1.experiments import demo
-from vqr1.experiments.baselines import CNN
 from vqr1.runlog import last_checkpoint
 from vqr1.scoring import DEFAULTS, OFFICIAL
 from vqr1.training import fitted
@@ -29,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "data" / "photos" / "kitten.jpg"
 COMMANDS = _parser()._subparsers._group_actions[0].choices
 READING = {key: value for key, value in DEFAULTS.items() if key not in ("batch_size", "seed")} | {
-    "thinking": False,
+    "thinking": True,
     "numbered": False,
 }
-"""Settings that score with the embedded policy, which was trained for neither prompt."""
+"""Settings that score as the shipped ranker was trained."""
 
 
 # --- usage --------------------------------------------------------------------------------------
@@ -142,9 +141,9 @@ WORKERS = [
         ("mine", "my.csv", "val", 9, None),
     ),
     (
-        ["compare", "a.png", "b.png", "--policy", "p", "--thinking"],
+        ["compare", "a.png", "b.png", "--policy", "p", "--no-thinking"],
         "scoring.Scorer",
-        (READING | {"policy": "p", "thinking": True},),
+        (READING | {"policy": "p", "thinking": False},),
     ),
     (["score", str(PHOTO)], "scoring.Scorer", (READING | {"k": 1, "batch_size": 16},)),
     (
@@ -173,7 +172,7 @@ WORKERS = [
     (
         ["describe", "a.png", "--policy", "p"],
         "scoring.Scorer",
-        (READING | {"policy": "p"},),
+        (READING | {"policy": "p", "thinking": False},),
     ),
     (["evaluate", "--sets", "sim-unseen", "--limit", "1"], "evaluation.evaluate", (DEFAULTS["policy"],)),
     (
@@ -185,8 +184,8 @@ WORKERS = [
     (["data", "kadid10k", "--root", "r"], "data.describe.read_public", ("kadid-10k", "r")),
     (["data", "--rebuild"], "data.simulated.build_sim_sets", ()),
     (["sheet", str(PHOTO)], "distortions.contact_sheet", ()),
-    (["pretrain", "--out", "o", "--steps", "2", "1"], "experiments.pretraining.pretrain", ("o",)),
-    (["pretrain", "--cnn"], "experiments.baselines.pretrain_cnn", (CNN,)),
+    (["pretrain"], "experiments.school.find_school", (None,)),
+    (["pretrain", "--cnn", "--root", "r"], "experiments.school.find_school", ("r",)),
     (
         ["score", str(PHOTO.parent), "--actors", "2", "--gpus", "1", "--out", os.devnull + ".csv"],
         "serving.cluster.pictures_in",
@@ -199,6 +198,19 @@ WORKERS = [
     ),
     (["study", "progress"], "experiments.yardstick.study", (("tiny-policy", "ranker"),)),
     (["study", "progress", "--variants", "ranker"], "experiments.yardstick.study", (["ranker"],)),
+    (["study", "eyes", "--root", "r"], "experiments.probes.eyes", (("tiny-policy", "ranker"), "r")),
+    (["study", "words", "--variants", "ranker"], "experiments.probes.words", (["ranker"],)),
+    (
+        ["study", "error-bars", "--variants", "p", "--root", "r"],
+        "experiments.probes.error_bars",
+        (["p"], "r"),
+    ),
+    (["study", "srij", "--root", "r"], "experiments.srij.srij", (("tiny-policy", "ranker"), "r")),
+    (
+        ["study", "people-mixture", "--seeds", "1"],
+        "experiments.studies.study",
+        ("people-mixture", [1], "runs/study", None, None, None),
+    ),
 ]
 """A call, the function that does its work, and the first arguments that it gets."""
 
@@ -225,11 +237,43 @@ def test_no_command_is_left_out():
     assert {arguments[0] for arguments, *_ in WORKERS} == set(COMMANDS)
 
 
-def test_study_progress_refuses_what_it_would_not_heed(capsys):
+@pytest.mark.parametrize("name", ["progress", "eyes", "words", "srij"])
+def test_a_study_of_policies_refuses_what_it_would_not_heed(name, capsys):
     for option in (["--seeds", "1"], ["--steps", "3"], ["--csv", "a.csv"]):
-        assert "study progress has neither seeds, steps nor another table" in refused(
-            ["study", "progress", *option], capsys
-        )
+        said = refused(["study", name, *option], capsys)
+        assert f"study {name} has neither seeds, steps nor another table" in said
+
+
+@pytest.mark.parametrize("name", ["people", "progress", "words"])
+def test_studies_that_have_no_root_refuse_one(name, capsys):
+    said = refused(["study", name, "--root", "r"], capsys)
+    assert f"--root is for eyes, error-bars, srij; for study {name}, set VQR1_DATA" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "worker", "given"),
+    [
+        (
+            ["--out", "o", "--steps", "3", "2", "1"],
+            "pretraining.pretrain",
+            (("o",), {"seed": 0, "steps": (3, 2, 1)}),
+        ),
+        (["--seed", "3"], "pretraining.pretrain", (("runs/pretrain",), {"seed": 3})),
+        (["--cnn"], "baselines.pretrain_cnn", ((), {})),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_pretraining_gets_the_school_that_is_found(arguments, worker, given, monkeypatch, capsys):
+    school, called = [Path("a.jpg"), Path("b.jpg")], []
+    module, _, name = worker.rpartition(".")
+    monkeypatch.setattr("vqr1.experiments.school.find_school", lambda root: school)
+    monkeypatch.setattr(
+        importlib.import_module(f"vqr1.experiments.{module}"), name, lambda *a, **k: called.append((a, k))
+    )
+    assert main(["pretrain", *arguments]) == 0
+    positional, named = given
+    expected = (positional, named | {"school": school}) if name == "pretrain" else ((school,), {})
+    assert called == [expected] and " is in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -312,7 +356,7 @@ def test_score_writes_the_same_rows_into_a_file(pictures, tmp_path, capsys):
 
 def test_on_a_terminal_the_scores_are_a_table(pictures, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert main(["score", pictures[0], pictures[1], "--thinking"]) == 1
+    assert main(["score", pictures[0], pictures[1], "--policy", "tiny-policy", "--thinking"]) == 1
     head, good, reasoning, missing = capsys.readouterr().out.splitlines()
     assert head.split() == ["score", "picture"]
     assert re.fullmatch(rf"\d\.\d\d ± \d\.\d\d +{re.escape(pictures[0])}", good)
@@ -453,7 +497,7 @@ def test_evaluate_names_a_picture_that_cannot_be_read(tmp_path, capsys):
 
 def test_evaluate_takes_pictures_of_the_users_own(tmp_path, capsys):
     path, out = manifest(tmp_path, own_rows()), str(tmp_path / "out")
-    asked = ["evaluate", "--sets", path, "--estimates", "expected", "--out", out]
+    asked = ["evaluate", "--policy", "tiny-policy", "--sets", path, "--estimates", "expected", "--out", out]
     assert main(asked) == 0
     said = capsys.readouterr().out
     assert said.count("mine.csv | expected") == 2  # thinking and not
@@ -558,5 +602,5 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
 
 def test_an_engine_that_is_not_installed_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    said = refused(["score", str(PHOTO), "--engine", "vllm"], capsys)
+    said = refused(["score", str(PHOTO), "--policy", "tiny-policy", "--engine", "vllm"], capsys)
     assert "engine='vllm' needs vLLM" in said and "pip install vllm==" in said

@@ -244,6 +244,57 @@ def test_result_tables_are_those_of_the_csvs():
     assert {name for p in PAGES for name in tables.TABLE.findall(p.text)} == set(tables.TABLES)
 
 
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """Return a folder of results that tables are made from, instead of the project's."""
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
+    return tmp_path
+
+
+def test_a_mixtures_table_shows_pairs_where_people_compared(runs):
+    rows = pd.DataFrame(
+        [(name, seed, of, value + seed / 10) for of, value in (("rated", 0.5), ("pairs", 0.2))
+         for name in ("mixture", "alone") for seed in (0, 1)],
+        columns=["variant", "seed", "set", "srcc"],
+    )  # fmt: skip
+    rows["pairs_right"] = (rows["srcc"] + 0.5).where(rows["set"] == "pairs")
+    rows.to_csv(runs / "small.csv", index=False)
+    gaps = pd.DataFrame({"variant": "alone", "set": ["rated", "pairs", "pairs"], "lo": -0.1, "hi": 0.1})
+    gaps = gaps.assign(statistic=["srcc", "srcc", "pairs_right"], difference=[0.01, 0.02, 0.03])
+    gaps.to_csv(runs / "small-differences.csv", index=False)
+    head, _, *lines = tables.mixture("small").splitlines()
+    assert head.split(" | ")[2:5] == [
+        "`rated` (minus mixture)",
+        "`pairs` (minus mixture)",
+        "`pairs` pairs right (minus mixture)",
+    ]
+    assert lines == [
+        "| mixture | 2 | 0.550 | 0.250 | 0.750 | 0.400 |",
+        "| alone | 2 | 0.550 (+0.010 [-0.100, 0.100]) | 0.250 (+0.020 [-0.100, 0.100]) "
+        "| 0.750 (+0.030 [-0.100, 0.100]) | 0.400 |",
+    ]
+
+
+def test_the_table_of_srij_has_a_line_for_each_yardstick(runs):
+    gap = {f"minus_{name}{end}": value for name in ("psnr", "ssim") for end, value in GAP.items()}
+    rows = [
+        {"order": order, "variant": name, "srcc": 0.8, "srcc_lo": 0.7, "srcc_hi": 0.9} | more
+        for order in ("within contents", "ways")
+        for name, more in (("ranker", gap), ("psnr", {}))
+    ]
+    pd.DataFrame(rows).to_csv(runs / "srij.csv", index=False)
+    head, _, *lines = tables.srij().splitlines()
+    assert head.startswith("| yardstick | SRCC, within contents | minus PSNR | minus SSIM | SRCC, ways | ")
+    half, there = "0.800 [0.700, 0.900]", "+0.100 [-0.100, 0.300]"
+    assert lines == [
+        f"| ranker | {' | '.join([half, there, there] * 2)} |",
+        f"| psnr | {' | '.join([half, '', ''] * 2)} |",
+    ]
+
+
+GAP = {"": 0.1, "_lo": -0.1, "_hi": 0.3}
+
+
 def test_settings_are_those_of_the_configurations():
     """The table beside the paper gives each setting by TRL's name."""
     text = next(p.text for p in PAGES if p.path.parent.name == "configs")
@@ -260,6 +311,5 @@ def test_settings_are_those_of_the_configurations():
 
 
 def test_ratings_are_called_simulated():
-    assert "*simulated*" in README.text and "No picture here was rated by people" in " ".join(
-        README.text.split()
-    )
+    said = " ".join(README.text.split())
+    assert "Its ratings are *simulated*" in said and "training on people's ratings" in said

@@ -107,7 +107,7 @@ def test_ten_steps_learn_from_the_comparisons_of_pcuid_alone(pairs_alone, tmp_pa
     def rewards(folder: str) -> pd.Series:
         named = {"sets": [str(pairs_alone)], "comparisons": [str(pairs_alone)]}
         small = {"max_steps": 10, "per_device_train_batch_size": 8, "num_generations": 2, "logging_steps": 1}
-        small |= {"save_strategy": "no", "max_completion_length": 24}
+        small |= {"save_strategy": "no", "max_completion_length": 48}
         config = load_config("cpu").changed(**named, grpo=small, validation={"rows": 8, "every": 10})
         train(config, tmp_path / folder)
         log = pd.read_csv(tmp_path / folder / "log.csv", comment="#").set_index("step")

@@ -1029,7 +1029,7 @@ def test_twelve_megapixels_are_held_four_at_a_time():
     size = 61_204 * 3 * 2 * 14 * 14 * 4
     assert 3 * size < ahead.HELD < 4 * size and 2 * ahead.HELD + 5 * size < 4 * 2**30
     assert len(engine._batched([0, 1], [61_204] * 2, 16)) == 2
-    assert [len(batch) for batch in engine._batched([*range(40)], [256] * 40, 16)] == [
+    assert [len(batch) for batch in engine._batched([*range(40)], [1024] * 40, 16)] == [
         16,
         16,
         8,

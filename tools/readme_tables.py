@@ -6,6 +6,7 @@ one page or several.
 
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def read(name: str) -> pd.DataFrame:
     return read_table(RUNS / f"{name}.csv")
 
 
-def interval(row: pd.Series) -> str:
+def interval(row: Mapping[str, float]) -> str:
     """Return a difference and its 95% interval as text."""
     return f"{row['difference']:+.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
 
@@ -62,6 +63,19 @@ def gains(study: str) -> str:
     return printed(
         ["set", "SRCC before", "SRCC after (each seed)", "gain", "within-level SRCC", "gain"], lines
     )
+
+
+def people() -> str:
+    """Tabulate SRCC with people's ratings: of all pictures, within each subset, and each seed's."""
+    rows = read("people")
+    columns = ["srcc", "srcc_ss01", "srcc_ss02", "srcc_ss03"]
+    lines = []
+    for name, own in rows.groupby("variant", sort=False):
+        each = own.sort_values("seed")["srcc"].map("{:.3f}".format)
+        seeds = f" ({', '.join(each)})" if len(each) > 1 else ""
+        total, *within = (f"{value:.3f}" for value in own[columns].mean())
+        lines.append([name, f"**{total}**{seeds}", *within])
+    return printed(["scored by", "SRCC (each seed)", "within ss01", "ss02", "ss03"], lines)
 
 
 def pretraining() -> str:
@@ -99,19 +113,44 @@ def comparison() -> str:
     return printed([*header, "family named", "CPU s"], lines)
 
 
-def mixture() -> str:
-    """Tabulate what training on three sets gives on each."""
-    rows = read("mixture")
-    differences = read("mixture-differences").set_index(["variant", "set", "statistic"])
-    sets = list(dict.fromkeys(rows["set"]))
+def mixture(study: str) -> str:
+    """Tabulate what training on three sets gives on each: SRCC, and the share of people's pairs in order."""
+    rows = read(study)
+    differences = read(f"{study}-differences").set_index(["variant", "set", "statistic"])
+    columns = [(which, "srcc") for which in rows["set"].unique()]
+    if "pairs_right" in rows:
+        compared = rows["set"][rows["pairs_right"].notna()].unique()
+        columns += [(which, "pairs_right") for which in compared]
     lines = []
     for name in dict.fromkeys(rows["variant"]):
         own = rows[rows["variant"] == name]
-        mean = own.groupby("set")["srcc"].mean()
-        gaps = [f" ({interval(differences.loc[name, which, 'srcc'])})" for which in sets if name != "mixture"]
-        cells = [f"{mean[which]:.3f}{gap}" for which, gap in zip(sets, gaps or [""] * len(sets))]
-        lines.append([name, str(own["seed"].nunique()), *cells, f"{mean.mean():.3f}"])
-    return printed(["trained on", "seeds", *(f"`{name}` (minus mixture)" for name in sets), "mean"], lines)
+        cells = []
+        for which, kind in columns:
+            mean = own.loc[own["set"] == which, kind].mean()
+            gap = f" ({interval(differences.loc[name, which, kind])})" if name != "mixture" else ""
+            cells.append(f"{mean:.3f}{gap}")
+        mean = own.groupby("set")["srcc"].mean().mean()
+        lines.append([name, str(own["seed"].nunique()), *cells, f"{mean:.3f}"])
+    heads = [f"`{which}`{' pairs right' if kind == 'pairs_right' else ''}" for which, kind in columns]
+    return printed(["trained on", "seeds", *(f"{head} (minus mixture)" for head in heads), "mean"], lines)
+
+
+def srij() -> str:
+    """Tabulate how policies, PSNR and SSIM order SRIJ's pictures as people do."""
+    rows = read("srij")
+    lines = []
+    for name, own in rows.groupby("variant", sort=False):
+        cells = [name]
+        for _, row in own.iterrows():
+            cells.append(f"{row['srcc']:.3f} [{row['srcc_lo']:.3f}, {row['srcc_hi']:.3f}]")
+            for minus in ("minus_psnr", "minus_ssim"):
+                gap = {"difference": row[minus], "lo": row[f"{minus}_lo"], "hi": row[f"{minus}_hi"]}
+                cells.append(interval(gap) if pd.notna(row[minus]) else "")
+        lines.append(cells)
+    heads = ["yardstick"]
+    for order in rows["order"].unique():
+        heads += [f"SRCC, {order}", "minus PSNR", "minus SSIM"]
+    return printed(heads, lines)
 
 
 def step() -> str:
@@ -162,11 +201,13 @@ def growth() -> str:
 
 
 TABLES = {
+    "people": people,
     "demo": partial(gains, "demo"),
     "pretraining-long": pretraining,
     "pretraining": partial(gains, "pretraining"),
     "comparison": comparison,
-    "mixture": mixture,
+    "mixture": partial(mixture, "mixture"),
+    "srij": srij,
     "step": step,
     "growth": growth,
 }

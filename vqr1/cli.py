@@ -73,9 +73,11 @@ def _count(text: str) -> int:
 
 
 def _policy(add: Add) -> None:
-    kinds = "ranker, tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)"
-    add("--policy", default="tiny-policy", help=kinds)
-    what = "vllm is for a GPU, in an environment of its own (transformers)"
+    kinds = (
+        "people-ranker, ranker, tiny-policy, a folder of a model or an adapter, or a hub name (%(default)s)"
+    )
+    add("--policy", default="people-ranker", help=kinds)
+    what = "vllm has an environment of its own, which make test-vllm builds for CPUs (transformers)"
     add("--engine", choices=ENGINES, help=what)
     what = "load the language model in 4 bits (as an adapter was trained; a whole model is not)"
     add("--quantize", action=argparse.BooleanOptionalAction, help=what)
@@ -452,24 +454,41 @@ def _calibrate(args) -> int:
     return EXIT_OK
 
 
+PROBES = ("progress", "eyes", "words", "error-bars", "srij")
+"""Studies of given policies, which train nothing."""
+ROOTED = ("eyes", "error-bars", "srij")
+"""Those that take the folder of their set."""
 STUDY = "Make the rows of a study, one per variant, seed and set; rows that are there are kept."
 
 
 def _study_options(add: Add) -> None:
-    names = ("demo", "controls", "comparison", "mixture", "pretraining", "pretraining-long", "progress")
+    names = (
+        "demo",
+        "people",
+        "people-mixture",
+        "controls",
+        "comparison",
+        "mixture",
+        "pretraining",
+        "pretraining-long",
+        *PROBES,
+    )
     add("name", choices=names, help="which; data/runs/NAME.csv has its rows")
     add("--seeds", type=int, nargs="+", help="only these (default: all of the study's)")
-    what = "only these (default: all of the study's); of progress: policies"
+    what = f"only these (default: all of the study's); of {', '.join(PROBES)}: policies"
     add("--variants", nargs="+", metavar="VARIANT", help=what)
     what = "train fewer steps than the study says, for a look; needs a --csv of its own"
     add("--steps", type=_count, help=what)
     add("--out", default="runs/study", help="folder of the runs (%(default)s)")
     add("--csv", help="table to add to (data/runs/NAME.csv)")
+    _root(add)
 
 
 def _study(args) -> int:
-    if args.name == "progress":  # no grid of trainings
-        return _progress(args)
+    if args.root and args.name not in ROOTED:
+        raise ValueError(f"--root is for {', '.join(ROOTED)}; for study {args.name}, set VQR1_DATA")
+    if args.name in PROBES:  # no grid of trainings
+        return _probe(args)
 
     from vqr1.experiments.studies import study
     from vqr1.records import markdown
@@ -478,15 +497,23 @@ def _study(args) -> int:
     return EXIT_OK
 
 
-def _progress(args) -> int:
-    from vqr1.experiments.yardstick import POLICIES, study
+def _probe(args) -> int:
+    from vqr1.experiments import probes, srij, yardstick
     from vqr1.records import markdown
 
     if args.seeds or args.steps or args.csv:
         raise ValueError(
-            "study progress has neither seeds, steps nor another table; it takes --variants, policies"
+            f"study {args.name} has neither seeds, steps nor another table; it takes --variants, policies"
         )
-    print(markdown(study(args.variants or POLICIES)))
+    policies = args.variants or yardstick.POLICIES
+    probe = {
+        "progress": lambda: yardstick.study(policies),
+        "eyes": lambda: probes.eyes(policies, args.root),
+        "words": lambda: probes.words(policies),
+        "error-bars": lambda: probes.error_bars(policies, args.root),
+        "srij": lambda: srij.srij(policies, args.root),
+    }
+    print(markdown(probe[args.name]()))
     return EXIT_OK
 
 
@@ -544,31 +571,34 @@ def _sheet(args) -> int:
     return EXIT_OK
 
 
-PRETRAIN = "Make the embedded policy again: about an hour on two CPU cores. Resumes by itself."
+PRETRAIN = "Make the embedded policy again: about an hour and a half on two CPU cores. Resumes by itself."
 
 
 def _pretrain_options(add: Add) -> None:
     add("--out", default="runs/pretrain", help="folder of the run (%(default)s)")
-    what = "optimizer steps of the two stages"
-    add("--steps", type=_count, nargs=2, metavar=("SEE", "SPEAK"), help=what)
+    _root(add)
+    what = "optimizer steps of the three stages"
+    add("--steps", type=_count, nargs=3, metavar=("SEE", "SEE_MORE", "SPEAK"), help=what)
     add("--seed", type=int, default=0, help="of weights and pictures (%(default)s)")
     what = "instead: make the small CNN of the comparison again, data/cnn, with its log"
     add("--cnn", action="store_true", help=what)
 
 
 def _pretrain(args) -> int:
+    from vqr1.experiments.school import find_school
+
+    school = find_school(args.root)
     if args.cnn:
         from vqr1.experiments.baselines import CNN, pretrain_cnn
-        from vqr1.places import EMBEDDED
 
-        pretrain_cnn(CNN, EMBEDDED / "runs" / "pretrain-cnn.csv")
+        pretrain_cnn(school)
         print(f"The CNN is in {CNN}")
         return EXIT_OK
 
     from vqr1.experiments.pretraining import pretrain
 
     options = {"steps": tuple(args.steps)} if args.steps else {}
-    print(f"The policy is in {pretrain(args.out, seed=args.seed, **options)}")
+    print(f"The policy is in {pretrain(args.out, school=school, seed=args.seed, **options)}")
     return EXIT_OK
 
 

@@ -171,20 +171,11 @@ def agreement(table: pd.DataFrame, pairs: pd.DataFrame | None = None) -> dict[st
         with pairs: pairs_right, the share of decided pairs that the scores order as most people do.
         In both shares ties of the scores count half, and a pair with an unparseable answer is wrong.
     """
-    compared = {} if pairs is None else {"pairs_right": _pairs_right(table, pairs)}
-    return _AGREEMENT[protocol(table)](table) | compared
-
-
-def _pairs_right(table: pd.DataFrame, pairs: pd.DataFrame) -> float:
+    row = _AGREEMENT[protocol(table)](table)
+    if pairs is None:
+        return row
     compared = PairTable(pairs, table["dataset"].iloc[0])
-    score = table["score"].set_axis(names_of(table)).reindex(compared.names).to_numpy()
-    better, worse = np.divmod(compared.keys[compared.shares > 0.5], len(compared.names))
-    return _in_order(score[better], score[worse])
-
-
-def _in_order(better: np.ndarray, worse: np.ndarray) -> float:
-    """Return the share of pairs whose better picture has the higher score; ties count half."""
-    return _mean((better > worse) + 0.5 * (better == worse))
+    return row | {"pairs_right": compared.right(table["score"], names_of(table))}
 
 
 def _pooled(table: pd.DataFrame) -> dict[str, float]:
@@ -198,12 +189,12 @@ def _per_content(table: pd.DataFrame) -> dict[str, float]:
 
 def _dominance(table: pd.DataFrame) -> dict[str, float]:
     pairs = dominance_pairs(table)
-    score = table["score"].to_numpy()
+    better, worse = table["score"].to_numpy()[pairs.T]
     return {
         "rows": len(table),
         "unparseable": int(table["score"].isna().sum()),
         "photographs": table["reference"].nunique(),
-        "dominance": _in_order(score[pairs[:, 0]], score[pairs[:, 1]]),
+        "dominance": _mean((better > worse) + 0.5 * (better == worse)),
     }
 
 

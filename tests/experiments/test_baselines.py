@@ -1,6 +1,8 @@
 """Baselines order plain cases, learn what they should, and leave the rest alone."""
 
 import sys
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -17,8 +19,11 @@ from vqr1.experiments.baselines import (
     SmallCNN,
     brisque,
     dct_filters,
+    file_size,
     fit,
+    flawed,
     load_cnn,
+    naming_accuracy,
     piqe,
     pixels,
     pretrain_cnn,
@@ -31,6 +36,9 @@ from vqr1.experiments.baselines import (
     train_cnn,
     train_head,
 )
+from vqr1.experiments.damage import FLAWS
+from vqr1.experiments.pretraining import NAMING
+from vqr1.experiments.school import PictureStream
 from vqr1.metrics import srcc
 from vqr1.policy import load_policy, lora_config
 from vqr1.scoring import Scorer
@@ -67,6 +75,14 @@ def test_a_sharp_photograph_is_above_a_blurred_and_a_noisy_one(measure):
     scores = measure([Image.fromarray(picture) for picture in (clean, noisy, blurry)])
     assert scores.shape == (3,) and np.isfinite(scores).all()
     assert scores[0] > scores[1] + 5 and scores[0] > scores[2] + 5
+
+
+def test_a_sharp_picture_has_a_larger_file_than_a_blurred_one(tmp_path):
+    paths = [tmp_path / f"{sigma}.jpg" for sigma in (0, 1, 3)]
+    for sigma, path in zip((0, 1, 3), paths):
+        blurred(sigma).save(path)
+    sizes = file_size(paths)
+    assert sizes.tolist() == [len(path.read_bytes()) for path in paths] and sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize(("measure", "package"), [(brisque, "brisque"), (piqe, "pypiqe")])
@@ -158,30 +174,50 @@ def test_pixels_are_centred_and_channels_come_first():
 
 
 def test_pretraining_writes_half_precision_weights_and_a_log(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
+    """It learns on the stream that taught the tower, and is tested on validation photographs alone."""
+    streams = []
 
-    def stream(seed, **options):
-        while True:
-            strength = int(rng.integers(6))
-            yield {
-                "name": "jpeg",
-                "strength": strength,
-                "pixel_values": torch.randn(1, 3, 32, 32),
-                "image_grid_thw": torch.ones(1, 3),
-            }
+    class Small(PictureStream):
+        def __init__(self, seed, sizes, *, school=(), sources, splits=("train",)):
+            streams.append((seed, sizes, school, sources, splits))
+            super().__init__(seed, {64: 1.0}, sources=min(sources, 4), splits=splits)
 
-    monkeypatch.setattr(baselines, "perception_pictures", stream)
+    monkeypatch.setattr(baselines, "PictureStream", Small)
     monkeypatch.setattr(baselines, "CNN", tmp_path / "cnn" / "model.safetensors")
-    pretrain_cnn(baselines.CNN, tmp_path / "log.csv", steps=4, batch=4, every=2)
+    school = [tmp_path / "photograph.jpg"]
+    pretrain_cnn(school, baselines.CNN, tmp_path / "log.csv", steps=4, batch=2, every=2, seed=5)
+    assert streams == [(6, {192: 1.0}, school, 2, ("train",)), (7, {192: 1.0}, (), 128, ("val",))]
     log = pd.read_csv(tmp_path / "log.csv", comment="#")
     assert log["step"].tolist() == [2, 4] and log["pictures"].tolist() == [8, 16]
-    assert baselines.load_file(baselines.CNN)["maps.0.weight"].dtype == torch.float16
+    assert log[["type_accuracy", "strength_accuracy"]].stack().between(0, 1).all()
+    stored = baselines.load_file(baselines.CNN)
+    assert stored["maps.0.weight"].dtype == torch.float16 and len(stored["head.bias"]) == NAMING
     assert load_cnn().maps[0].weight.dtype == torch.float32
 
 
-def test_the_cnn_is_pretrained_on_the_stream_that_taught_the_tower():
-    row = next(baselines.perception_pictures(3, procedural=1.0))
-    assert row["pixel_values"].shape == (1, 3, 192, 192) and {"name", "strength"} <= set(row)
+def test_flawed_pictures_have_pixels_and_the_strength_of_every_flaw():
+    [four] = islice(PictureStream(3, {64: 1.0}, sources=2), 1)
+    seen, strength = flawed(four)
+    assert seen.shape == (4, 3, 64, 64) and strength.shape == (4, len(FLAWS))
+    assert torch.equal(seen, pixels([Image.fromarray(picture.pixels) for picture in four]))
+    for row, picture in zip(strength, four):
+        assert {FLAWS[n]: int(row[n]) for n in row.nonzero()} == {
+            flaw.name: flaw.strength for flaw in picture.flaws
+        }
+
+
+def test_naming_accuracy_counts_the_likeliest_name_and_the_likeliest_strength_of_the_strongest():
+    strength = torch.zeros(5, len(FLAWS))
+    strength[0, 2], strength[1, 5], strength[1, 7], strength[2, 9] = 3, 1, 5, 2  # the last two have none
+    said = [(1 + 2, 3), (1 + 5, 1), (1 + 8, 2), (0, 0), (1 + 0, 0)]  # what, how strong
+    logits = torch.zeros(5, NAMING)
+    for row, (name, told) in zip(logits, said):
+        row[name] = row[NAMING - 6 + told] = 1
+    model = torch.nn.Module()
+    model.forward = lambda seen: logits
+    found = naming_accuracy(model, torch.zeros(5, 3, 8, 8), strength)
+    assert found == pytest.approx({"type_accuracy": 3 / 5, "strength_accuracy": 4 / 5})
+    assert model.training
 
 
 # The policy's own vision tower, and the policy
@@ -196,19 +232,20 @@ def test_the_head_learns_on_frozen_eyes(policy):
     assert all(torch.equal(old, new) for old, new in zip(before, policy[0].parameters()))
 
 
-def test_loss_is_on_the_opinion_alone(policy):
+def test_pictures_may_be_given_by_their_paths(policy, tmp_path):
+    blurred(1).save(tmp_path / "one.png")
+    for measure in (piqe, partial(score_cnn, load_cnn()), partial(tower_features, policy)):
+        assert np.array_equal(measure([tmp_path / "one.png"]), measure([blurred(1)]))
+
+
+def test_the_reasoning_is_learned_with_the_opinion(policy):
     processor = policy[1]
-    row = dict(
-        processor.image_processor(images=[blurred(1)], return_tensors="pt"),
-        reasoning="<think>slight lens blur</think><answer>",
-        mos=3.5,
-    )
-    batch = Opinions(processor, seed=0)([row])
+    row = {"place": 0, "reasoning": "<think>slight lens blur</think><answer>", "mos": 3.5}
+    batch = Opinions(processor, [blurred(1)])([row])
     learned = batch["labels"][0][batch["labels"][0] != -100]
-    assert processor.tokenizer.decode(learned) == "3.50</answer><|im_end|>"
-    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith(
-        "<think>slight lens blur</think><answer>3.50</answer><|im_end|>"
-    )
+    taught = "<think>slight lens blur</think><answer>3.50</answer><|im_end|>"
+    assert processor.tokenizer.decode(learned) == taught
+    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith(f"assistant\n{taught}")
 
 
 @pytest.mark.parametrize("adapter", [None, lora_config()], ids=["weights", "adapter"])
@@ -218,13 +255,11 @@ def test_supervised_fine_tuning_moves_scores_and_not_the_eyes(adapter: LoraConfi
     policy = load_policy("tiny-policy")
     eyes = [weight.clone() for weight in policy[0].model.visual.parameters()]
     before = [score.score for score in Scorer(policy, thinking=True).score(images)]
-    tuned = supervised(policy, frame, images, steps=12, batch=8, lr=1e-3, adapter=adapter)
+    tuned = supervised(policy, frame, images, steps=30, batch=8, lr=1e-3, adapter=adapter)
     inner = tuned[0].get_base_model() if adapter else tuned[0]
     assert all(torch.equal(old, new) for old, new in zip(eyes, inner.model.visual.parameters()))
-    if adapter:  # so long a training of an adapter can break the words, which no loss holds (`supervised`)
-        learned = [weight for name, weight in tuned[0].named_parameters() if "lora_B" in name]
-        assert learned and all(weight.abs().max() > 0 for weight in learned)
-        return
+    learned = [weight for name, weight in tuned[0].named_parameters() if "lora_B" in name]
+    assert bool(learned) == bool(adapter) and all(weight.abs().max() > 0 for weight in learned)
     after = Scorer(tuned, thinking=True).score(images)
     assert not any(score.error for score in after)
     assert np.mean([abs(score.score - 1.25) for score in after]) < 0.5 * np.mean(

@@ -2,11 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from vqr1.config import load_config
 from vqr1.data.manifests import EMBEDDED
@@ -143,6 +146,13 @@ def test_permuted_mos_stay_within_their_photograph():
     pd.testing.assert_frame_equal(plain.drop(columns="mos"), dealt.drop(columns="mos"))
 
 
+def test_permuted_mos_of_people_stay_within_their_subset():
+    rows = pd.DataFrame({"subset": list("aaaabbbb"), "reference": list("abcdefgh"), "mos": np.arange(8.0)})
+    dealt = studies.ROWS["permuted"](rows, 0)
+    assert sorted(dealt["mos"][:4]) == [0, 1, 2, 3] and sorted(dealt["mos"][4:]) == [4, 5, 6, 7]
+    assert not dealt["mos"].equals(rows["mos"])
+
+
 def test_a_mistyped_control_is_named():
     with pytest.raises(
         ValueError, match="rows 'permutted' are unknown; use one of None, permuted, realigned, across"
@@ -154,7 +164,7 @@ def test_a_mistyped_control_is_named():
 def test_a_mistyped_method_is_named(method, tmp_path):
     with pytest.raises(
         ValueError,
-        match=f"method '{method}' is unknown; use one of before, brisque, piqe, rl, supervised, cnn",
+        match=f"method '{method}' is unknown; use one of before, file size, brisque, piqe, rl",
     ):
         studies.run(replace(SMALL, variants={"x": Variant(1, method=method)}), "x", 0, tmp_path)
 
@@ -243,6 +253,171 @@ def test_runs_that_are_there_are_not_made_again(made, capsys, monkeypatch):
     assert "0 of 4 runs to make" in capsys.readouterr().out and (made / "small.csv").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_a_study_of_both_prompts_keeps_the_other_one_as_a_variant_of_its_own(tmp_path, monkeypatch):
+    """On pictures of a folder, with the subsets and the sizes of their files."""
+    rows = [{"image": f"{n}.jpg", "dataset": "mine", "mos": n, "split": "test", "subset": f"ss0{n % 2 + 1}"}
+            for n in range(8)]  # fmt: skip
+    for n in range(8):
+        noise = np.random.default_rng(n).integers(0, 32 * (n + 1), (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{n}.jpg")
+    pd.DataFrame(rows).to_csv(tmp_path / "mine.csv", index=False)
+    variants = {"before": Variant(1, method="before"), "file size": Variant(1, method="file size")}
+    plan = Study("cpu", {str(tmp_path / "mine.csv"): None}, "before", variants, both_prompts=("before",))
+    monkeypatch.setitem(STUDIES, "both", plan)
+    made = study("both", output=tmp_path / "runs", csv=tmp_path / "both.csv", processes=1)
+    assert made["variant"].tolist() == ["before", "before, not thinking", "file size"]
+    assert made.set_index("variant").loc["file size", ["srcc", "srcc_ss01", "srcc_ss02"]].tolist() == [
+        1,
+        1,
+        1,
+    ]
+    scores = read_table(tmp_path / "both-scores.csv.gz")
+    assert list(scores) == [*ROW, "subset", "before/0", "before, not thinking/0", "file size/0"]
+    assert not np.allclose(scores["before/0"], scores["before, not thinking/0"])
+    assert len(study("both", output=tmp_path / "runs", csv=tmp_path / "both.csv")) == 3
+
+
+KINDS = {
+    "biq2021": ["srcc", "srcc_within_subset"],
+    "srij": ["srcc", "srcc_within_level"],
+    "pcuid": ["srcc", "pairs_right"],
+}
+
+
+def rated_pictures(folder, name, change):
+    """Write a set of small pictures, of 24 train, 4 val and 6 test rows, and return its manifest's path."""
+    rng, rows = np.random.default_rng(len(name)), []
+    for n in range(34):
+        noise = rng.integers(0, 7 * n + 8, (48, 48, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(folder / f"{name}-{n}.png")
+        split = "test" if n % 6 == 0 else "val" if n % 9 == 1 else "train"
+        rows.append({"image": f"{name}-{n}.png", "dataset": name, "split": split} | change(n))
+    pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+    return str(folder / f"{name}.csv")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Make study people-mixture in two steps of few answers, on sets with the same kinds of labels."""
+    folder, name = tmp_path_factory.mktemp("mixture"), "people-mixture"
+    labels = {
+        "biq2021": lambda n: {"mos": 1 - n / 40, "subset": f"ss0{1 + n // 6 % 2}"},
+        "srij": lambda n: {"mos": 100 - n, "level": 1 + n // 6 % 2, "distortion": "srgan"},
+        "pcuid": lambda n: {"mos": 100 - 2 * n},
+    }
+    paths = {name: rated_pictures(folder, name, change) for name, change in labels.items()}
+    pairs = [(f"pcuid-{a}.png", f"pcuid-{b}.png", float(a < b)) for a in range(34) for b in range(a)]
+    pairs = pd.DataFrame(pairs, columns=["first", "second", "preference"])
+    pairs.to_csv(folder / "pcuid-comparisons.csv", index=False)
+
+    def here(change):
+        own = {key: [paths[name] for name in change[key]] for key in ("sets", "comparisons") if key in change}
+        short = {"per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 48}
+        short |= {"save_strategy": "no", "logging_steps": 1}
+        return change | own | {"grpo": short, "validation": {"rows": 4, "every": 2}}
+
+    plan = STUDIES[name]
+    variants = {key: replace(line, change=here(line.change)) for key, line in plan.variants.items()}
+    plan = replace(plan, sets={paths[name]: limit for name, limit in plan.sets.items()}, variants=variants)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STUDIES, name, plan)
+        study(name, [0], folder / "runs", folder / "mixture.csv", steps=2, processes=1)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_variant_of_peoples_mixture_runs_and_is_scored(mixture):
+    rows = read_study(mixture / "mixture.csv")
+    rows["set"] = rows["set"].map(lambda path: Path(path).stem)
+    plan = STUDIES["people-mixture"]
+    assert sorted(zip(rows["variant"], rows["set"])) == sorted(
+        (variant, name) for variant in plan.variants for name in plan.sets
+    )
+    assert (rows["rows"] == 6).all() and rows["srcc"].notna().all()
+    assert (rows["pairs_right"].notna() == (rows["set"] == "pcuid")).all()
+    assert rows["pairs_right"].dropna().between(0, 1).all() and rows["srcc_ss01"].notna().sum() == 7
+    log = read_table(mixture / "mixture-log.csv")
+    assert log.groupby("variant")["step"].max().to_dict() == dict.fromkeys({*plan.variants} - {"before"}, 2)
+    for variant, line in plan.variants.items():
+        if line.method == "rl":
+            folder = studies._folder(mixture / "runs", "people-mixture", variant, 0)
+            used = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            compared = [Path(path).stem for path in used.get("comparisons", [])]
+            assert compared == line.change.get("comparisons", []), variant
+
+
+@pytest.mark.slow
+def test_sets_are_compared_in_what_their_labels_allow(mixture):
+    gaps = read_table(mixture / "mixture-differences.csv")
+    gaps["set"] = gaps["set"].map(lambda path: Path(path).stem)
+    for variant, own in gaps.groupby("variant"):
+        found = own.groupby("set")["statistic"].agg(list).to_dict()
+        assert found == KINDS | {"mean": ["srcc"]}, variant
+    scores, pairs = (read_table(mixture / f"mixture-{end}.csv.gz") for end in ("scores", "pairs"))
+    assert len(pairs) == 15, "6 test pictures"
+    own = scores.dropna(subset=["name"]).set_index("name")
+    share = {}
+    for variant in ("before", "mixture"):
+        score = own[f"{variant}/0"]
+        better = np.where(pairs["preference"] == 1, pairs["first"], pairs["second"])
+        worse = np.where(pairs["preference"] == 1, pairs["second"], pairs["first"])
+        gap = np.sign(score[better].to_numpy() - score[worse].to_numpy())
+        share[variant] = np.mean((gap + 1) / 2)
+    row = gaps.set_index(["variant", "set", "statistic"]).loc["before", "pcuid", "pairs_right"]
+    assert row["difference"] == pytest.approx(share["before"] - share["mixture"], abs=1e-4)
+    assert row["lo"] <= row["difference"] <= row["hi"]
+
+
+def test_what_variants_differ_in_follows_a_sets_labels():
+    level = pd.DataFrame({"mos": [1.0, 2], "level": [1, 2], "subset": np.nan})
+    subset = level.assign(level=np.nan, subset=["a", "b"])
+    rated, compared = pd.DataFrame({"mos": [1.0, 2], "level": np.nan}), pd.DataFrame({"level": [1.0, 2]})
+    pairs = pd.DataFrame({"first": ["a"], "second": ["b"], "preference": [1.0]})
+    for scores, said, expected in (
+        (level, pairs[:0], ["srcc", "srcc_within_level"]),
+        (subset, pairs[:0], ["srcc", "srcc_within_subset"]),
+        (rated, pairs, ["srcc", "pairs_right"]),
+        (compared, pairs, ["pairs_right"]),
+        (compared, pairs[:0], []),
+    ):
+        assert [kind[0] for kind in studies._statistics("mine", scores, said)] == expected
+
+
+@pytest.mark.slow
+def test_a_rival_learns_from_rows_drawn_by_its_seed_as_many_as_rl_is_shown(tmp_path, monkeypatch):
+    given, ridge = [], studies.TRAINED["tower ridge"]
+
+    def remembered(config, frame, output):
+        given.append(frame)
+        return ridge(config, frame, output)
+
+    monkeypatch.setitem(studies.TRAINED, "tower ridge", remembered)
+    plan = replace(SMALL, variants={"tower ridge": Variant(2, method="tower ridge")}, drawn=40)
+    made = [studies.run(plan, "tower ridge", seed, tmp_path)["scores"]["score"] for seed in (0, 1, 0)]
+    assert [len(frame) for frame in given] == [40] * 3
+    assert given[0].equals(given[2]) and not given[0].equals(given[1])
+    assert np.allclose(made[0], made[2]) and not np.allclose(made[0], made[1])
+
+
+def test_a_study_says_how_many_rows_are_learned_from(tmp_path, monkeypatch):
+    """The rows of a pool, or those of the short runs; the mixture of people's sets has SRIJ's 440 of each."""
+    given = []
+
+    class Given(Exception):
+        pass
+
+    def noted(config, frame, output):
+        given.append(len(frame))
+        raise Given
+
+    monkeypatch.setitem(studies.TRAINED, "tower ranker", noted)
+    for pool in (None, 40):
+        with pytest.raises(Given):
+            studies.run(replace(SMALL, pool=pool), "tower ranker", 0, tmp_path)
+    assert given == [POOL, 40] and STUDIES["people-mixture"].pool == 3 * 440
+
+
 def test_a_run_leaves_the_threads_of_its_caller_as_they_were(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -265,7 +440,8 @@ def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path,
     asked = []
     monkeypatch.setitem(STUDIES, "eight", replace(SMALL, variants={"PIQE": Variant(8, method="piqe")}))
     monkeypatch.setattr(studies, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(studies, "run", lambda plan, variant, seed, *rest: asked.append(seed))
+    made = {"rows": pd.DataFrame(columns=["set", "srcc"])}
+    monkeypatch.setattr(studies, "run", lambda plan, variant, seed, *rest: asked.append(seed) or made)
     monkeypatch.setattr(studies, "_keep", lambda csv, which, found, made: asked.append(csv) or made)
     monkeypatch.chdir(tmp_path)
     study("eight", output=tmp_path)

@@ -8,6 +8,7 @@ column ``name``, or its ``image`` where that is missing or empty.
 
 import os
 from collections.abc import Container, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,44 @@ class PairTable:
         wanted = codes[:, None] * len(self.names) + codes  # (B, B)
         place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
         return np.where(self.keys[place] == wanted, self.shares[place], np.nan)
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Each name's code, for look-ups by the thousand."""
+        return {name: code for code, name in enumerate(self.names)}
+
+    @cached_property
+    def decided(self) -> tuple[np.ndarray, np.ndarray]:
+        """The codes (better, worse), each (P,), of the pairs on which most people agree."""
+        return np.divmod(self.keys[self.shares > 0.5], len(self.names))
+
+    def right(self, score: Sequence[float], names: Sequence[str]) -> float:
+        """Return the share of decided pairs that scores order as most people do: a `vqr1.metrics.Statistic`.
+
+        score: (N,); equal scores count half, and a pair with one that is NaN is wrong.
+        names: (N,) the pictures'. One that is there several times, as in a resample of pictures, always has
+            the same score, and its pairs count as often; one that nobody compared is left out.
+
+        NaN where no decided pair is there.
+
+        >>> pairs = pd.DataFrame({"first": list("aab"), "second": list("bcc"), "preference": [1, 0, 0.5]})
+        >>> table = PairTable(pairs, "mine")
+        >>> table.right([3, 2, 1], list("abc")), round(table.right([3, 2, 2, 1], list("abbc")), 3)
+        (0.5, 0.667)
+        """
+        codes = np.array([self.numbers.get(name, -1) for name in names], dtype=int)
+        compared = codes >= 0
+        codes, score = codes[compared], np.asarray(score, dtype=float)[compared]
+        times = np.bincount(codes, minlength=len(self.names))  # (names,)
+        of = np.full(len(self.names), np.nan)
+        of[codes] = score
+        better, worse = self.decided
+        weights = times[better] * times[worse]
+        if not weights.any():
+            return float("nan")
+        better, worse = of[better], of[worse]
+        right = (better > worse) + 0.5 * (better == worse)
+        return float(weights @ right / weights.sum())
 
     def compared_with(self, code: int) -> np.ndarray:
         """Return the codes of the pictures that people compared with one."""

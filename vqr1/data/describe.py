@@ -78,7 +78,7 @@ def twins_table(name: str, root: str | Path | None = None) -> str:
     """
     if public_name(name) != "biq2021":
         raise ValueError("--twins is for biq2021 alone: its official split is known to have them")
-    frame = read_public("biq2021", root or data_root())
+    frame = read_public("biq2021", root or data_root(), strict=True)
     paths = [Path(frame.attrs["root"], image) for image in frame["image"]]
     twins = near_twins(paths, frame["name"], frame["part"] == "train")
     rule = f"dHash <= {TWIN_BITS} of 256 bits, thumbnails' correlation > {TWIN_CORRELATION}"

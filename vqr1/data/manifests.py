@@ -72,14 +72,18 @@ _CROP = re.compile(r"\d+,\d+,\d+,\d+")
 # Reading a set
 
 
-def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
+def load_ratings(
+    name: str | Path, root: str | Path | None = None, strict: bool | None = None
+) -> pd.DataFrame:
     """Return a set's rows: one per rated picture, with the columns `MANIFEST_COLUMNS`.
 
     name: of an embedded set ("sim-kadid"), of a public one in any spelling ("KADID10k", pyiqa's "livec"), or
         the path of a manifest.
     root: where the images are, by default `data_root` for a public set and the manifest's own folder for a
         path; a public set may be in a folder of its name below it. An embedded set is always in `EMBEDDED`.
-    strict: whether a missing picture of a public set is an error; else its row is left out.
+    strict: whether a missing picture of a public set is an error; else its row is left out. None: at most
+        2% of a set's pictures may be missing (`vqr1.data.public_sets.SPARED`), and a warning counts and
+        names them.
 
     ``frame.attrs["root"]`` keeps the images' folder for `render_rows`. Raises ValueError for an unknown name,
     and whatever `read_manifest` and `read_public` raise.
@@ -103,13 +107,13 @@ def load_ratings(name: str | Path, root: str | Path | None = None, strict: bool 
     return read_manifest(EMBEDDED / f"{name}.csv")
 
 
-def load_comparisons(name: str, root: str | Path | None = None, strict: bool = True) -> pd.DataFrame:
+def load_comparisons(name: str, root: str | Path | None = None, strict: bool | None = None) -> pd.DataFrame:
     """Return the pairs of pictures that people compared in a set.
 
     name: "pcuid", the one public set that has them, or the path of a manifest with comparisons beside it
         (`vqr1.data.comparisons`).
     root: as for `load_ratings`.
-    strict: whether a missing picture of a public set is an error; else its pairs are left out.
+    strict: as for `load_ratings`; the pairs of a picture that may be missing are left out.
 
     Columns: first, second (`names_of` the rows: images as in `load_ratings`, or a manifest's own names),
     preference (share of people who prefer the first, a tie counted half) and, if known, votes.

@@ -9,6 +9,7 @@ tests make small ones in the official layout.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from vqr1.distortions import DISTORTIONS
 
 SPLITS = ("train", "val", "test")
 SPLIT_SEED = 0
+SPARED = 0.02
+"""Share of a public set's pictures that may be missing unasked: some are too large to be fetched."""
 TYPES = list(DISTORTIONS)  # in KADID-10k's order
 
 
@@ -402,12 +405,13 @@ PER_CONTENT = tuple(name for name, entry in PUBLIC_SETS.items() if entry.per_con
 # What all sets go through
 
 
-def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFrame:
+def read_public(name: str, root: str | Path, strict: bool | None = None) -> pd.DataFrame:
     """Return a public set's rows: the columns of a manifest that it has, and an empty string for the rest.
 
     name: of `PUBLIC_SETS`.
     root: the set's folder, or one that has it under its name (case and punctuation do not matter: KADID10k).
-    strict: whether a missing picture is an error; else its row has no image.
+    strict: whether a missing picture is an error (None: if more than `SPARED` are missing); the row of one
+        that is not has no image.
 
     mos is on the published scale, higher is better. Lists ``splits/{train,val,test}.txt`` in the set's
     folder, a picture's name on every line (as in the official VisualQuality-R1 repository), override the
@@ -437,12 +441,12 @@ def read_public(name: str, root: str | Path, strict: bool = True) -> pd.DataFram
     return frame
 
 
-def read_comparisons(name: str, root: str | Path, strict: bool = True) -> pd.DataFrame:
+def read_comparisons(name: str, root: str | Path, strict: bool | None = None) -> pd.DataFrame:
     """Return the pairs of pictures that people compared in a public set.
 
     name: of `PUBLIC_SETS`.
     root: as for `read_public`.
-    strict: whether a missing picture is an error; else its pairs are left out.
+    strict: as for `read_public`; the pairs of a picture that may be missing are left out.
 
     Columns: first, second (paths below ``attrs["root"]``) and preference: 1 if the first looks better, 0.5
     for a tie, else 0. Raises ValueError for a set without comparisons, and what `read_public` raises.
@@ -461,13 +465,19 @@ def read_comparisons(name: str, root: str | Path, strict: bool = True) -> pd.Dat
     return frame
 
 
-def _missing(name: str, folder: Path, names: pd.Series, images: pd.Series, strict: bool) -> list[str]:
-    """Return the names of pictures that are not there; FileNotFoundError if there are any and ``strict``."""
+def _missing(name: str, folder: Path, names: pd.Series, images: pd.Series, strict: bool | None) -> list[str]:
+    """Return the names of pictures that are not there, if so many may be missing.
+
+    A few that nobody spoke of (``strict`` None) are warned of. Raises FileNotFoundError for too many.
+    """
     missing = names[images == ""].tolist()
-    if missing and strict:
-        count, shown = f"{len(missing)} of {len(names)}", ", ".join(missing[:3])
-        what = f"{count} pictures of {name} are missing, first {shown}; expected {PUBLIC_SETS[name].layout}"
-        raise FileNotFoundError(f"{folder}: {what}")
+    if not missing or strict is False:
+        return missing
+    count, shown = f"{len(missing)} of {len(names)}", ", ".join(missing[:3])
+    what = f"{folder}: {count} pictures of {name} are missing, first {shown}"
+    if strict or len(missing) > SPARED * len(names):
+        raise FileNotFoundError(f"{what}; expected {PUBLIC_SETS[name].layout}")
+    warnings.warn(f"{what}; all is done without them", stacklevel=3)
     return missing
 
 

@@ -6,12 +6,11 @@ All but the classical measures learn from the same rows, as a regressor of the M
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -22,14 +21,17 @@ from torch import nn
 
 from vqr1 import quiet
 from vqr1.data.batches import one_set_batches
-from vqr1.data.manifests import CROP, EMBEDDED, TRAINED
+from vqr1.data.manifests import CROP, EMBEDDED, open_picture
 from vqr1.experiments.pretraining import (
-    Answers,
-    DistortionStream,
+    NAMING,
     naming_loss,
-    perception_batch,
     pool_tokens,
+    prompt_text,
+    see_tokens,
+    strengths,
+    taught,
 )
+from vqr1.experiments.school import RECIPES, Picture, PictureStream
 from vqr1.experiments.tiny import dct_basis
 from vqr1.policy import base_of
 from vqr1.records import write_table
@@ -49,7 +51,17 @@ CNN = EMBEDDED / "cnn" / "model.safetensors"
 # Classical measures
 
 
-def brisque(images: list[Image.Image]) -> np.ndarray:
+def file_size(paths: Sequence[Path]) -> np.ndarray:
+    """Return the bytes of picture files, (N,): sharp pictures compress less, so a score has to beat this."""
+    return np.array([path.stat().st_size for path in paths])
+
+
+def opened(images: Iterable[Image.Image | Path]) -> Iterator[Image.Image]:
+    """Yield pictures; those that are given as paths are read from disk, one after another."""
+    return (image if isinstance(image, Image.Image) else open_picture(image) for image in images)
+
+
+def brisque(images: Iterable[Image.Image | Path]) -> np.ndarray:
     """Return minus BRISQUE (Mittal et al., 2012), (N,), higher is better.
 
     It regresses LIVE's opinions on statistics of natural scenes: about 0 for a natural photograph, -100 for
@@ -60,17 +72,17 @@ def brisque(images: list[Image.Image]) -> np.ndarray:
     measure.scale_features = lambda features: scale(
         [np.ravel(feature)[0] for feature in features]
     )  # some are arrays of one number
-    return np.array([-measure.score(np.asarray(image)) for image in images])
+    return np.array([-measure.score(np.asarray(image)) for image in opened(images)])
 
 
-def piqe(images: list[Image.Image]) -> np.ndarray:
+def piqe(images: Iterable[Image.Image | Path]) -> np.ndarray:
     """Return minus PIQE (Venkatanath et al., 2015), (N,), -100..0, higher is better.
 
     It measures blockiness and noise of active blocks, without opinions or learned parameters. A picture
     without any active block gets the worst value.
     """
     measure = _classical("pypiqe").piqe
-    return np.array([-measure(np.asarray(image))[0] for image in images])
+    return np.array([-measure(np.asarray(image))[0] for image in opened(images)])
 
 
 def _classical(package: str) -> ModuleType:
@@ -155,59 +167,45 @@ def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float)
     model.eval()
 
 
-def perception_pictures(seed: int, **options) -> Iterable[dict]:
-    """Yield `pretraining.DistortionStream`'s pictures of the simulated sets' size, as `pixels`."""
-    whole = SimpleNamespace(
-        image_processor=lambda images, **_: {
-            "pixel_values": pixels(images),
-            "image_grid_thw": torch.ones(1, 3),
-        }
-    )
-    return (row for row in DistortionStream(whole, seed, **options) if row["pixel_values"].shape[-1] == CROP)
-
-
 def pretrain_cnn(
+    school: Sequence[Path] = (),
     output: Path = CNN,
     log: Path = EMBEDDED / "runs" / "pretrain-cnn.csv",
     steps: int = 400,
-    batch: int = 32,
+    batch: int = 16,
     lr: float = 2e-3,
     every: int = 50,
     seed: int = 0,
 ) -> None:
-    """Teach the CNN to name distortion and strength, as the vision tower was taught; write weights in fp16.
-
-    It sees steps x batch pictures of the stream that taught the tower, 12,800 by default; the tower saw
-    76,800.
+    """Teach the CNN to name flaws and the strongest one's strength, as the tower; write weights in fp16.
 
     Args:
+        school: authentic photographs, as for `pretraining.pretrain`.
         output: file of the weights.
-        log: table of the loss, and of the accuracies on 256 such pictures of the validation photographs.
+        log: table of the loss, and of `naming_accuracy` on 256 such pictures of the validation photographs.
         steps: optimizer steps.
-        batch: pictures per step.
+        batch: sources per step; `RECIPES` pictures come from each.
         lr: highest learning rate.
         every: steps between two rows of the log.
         seed: of weights and pictures.
     """
     torch.manual_seed(seed)
-    model, stream = SmallCNN(len(TRAINED) + 7), perception_pictures(seed + 1)
-    unseen = perception_batch(
-        list(islice(perception_pictures(seed + 2, splits=("val",), procedural=0.0), 256))
-    )
+    model = SmallCNN(NAMING)
+    stream = iter(PictureStream(seed + 1, {CROP: 1.0}, school=school, sources=batch))
+    unseen = PictureStream(seed + 2, {CROP: 1.0}, sources=256 // RECIPES, splits=("val",))
+    unseen = flawed(next(iter(unseen)))
     start, rows, fast = time.time(), [], torch.cpu.get_capabilities().get("avx512_bf16", False)
 
     def losses():
         for step in range(1, steps + 1):
-            seen = perception_batch(list(islice(stream, batch)))
+            seen, strength = flawed(next(stream))
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-                logits = model(seen["pixel_values"])
-            loss = naming_loss(logits.float(), seen["kind"], seen["strength"])
+                logits = model(seen)
+            loss = naming_loss(logits.float(), strength)
             yield loss
             if step % every == 0:
-                rows.append(
-                    {"step": step, "pictures": step * batch, "loss": loss.item()}
-                    | naming_accuracy(model, unseen)
-                )
+                rows.append({"step": step, "pictures": step * len(seen), "loss": loss.item()})
+                rows[-1] |= naming_accuracy(model, *unseen)
                 rows[-1]["seconds"] = round(time.time() - start, 1)
                 write_table(log, pd.DataFrame(rows), seed)
 
@@ -217,17 +215,28 @@ def pretrain_cnn(
     save_file({name: own.half() if own.is_floating_point() else own for name, own in weights}, output)
 
 
-def naming_accuracy(model: nn.Module, seen: dict) -> dict[str, float]:
-    """Return how often the distortion and the strength are named right."""
+def flawed(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the pixels (B, 3, H, W) of pictures of one size, and the strengths (B, F) of their flaws."""
+    shown = pixels([Image.fromarray(picture.pixels) for picture in pictures])
+    return shown, torch.stack([strengths(picture.flaws) for picture in pictures])
+
+
+def naming_accuracy(model: nn.Module, seen: torch.Tensor, strength: torch.Tensor) -> dict[str, float]:
+    """Return how often the likeliest name is right, "none" among them, and the likeliest strength.
+
+    seen: (B, 3, H, W).
+    strength: (B, F) as from `strengths`; every flaw that is there is a right name, and the strength is the
+        strongest one's.
+    """
     model.eval()
     with torch.no_grad():
-        logits = model(seen["pixel_values"])
+        logits = model(seen)
     model.train()
-    named = {
-        "type_accuracy": (logits[:, :-6], seen["kind"]),
-        "strength_accuracy": (logits[:, -6:], seen["strength"]),
-    }
-    return {name: (guess.argmax(1) == truth).float().mean().item() for name, (guess, truth) in named.items()}
+    strongest = strength.amax(1, keepdim=True)
+    right = torch.cat([strongest == 0, strength > 0], 1)  # (B, 1 + F)
+    named = right.gather(1, logits[:, :-6].argmax(1, keepdim=True))
+    told = logits[:, -6:].argmax(1, keepdim=True) == strongest
+    return {"type_accuracy": named.float().mean().item(), "strength_accuracy": told.float().mean().item()}
 
 
 def load_cnn() -> SmallCNN:
@@ -240,7 +249,7 @@ def load_cnn() -> SmallCNN:
 
 def train_cnn(
     frame: pd.DataFrame,
-    images: list[Image.Image],
+    images: Sequence[Image.Image],
     *,
     ranker: bool,
     steps: int,
@@ -259,29 +268,29 @@ def train_cnn(
     return model
 
 
-def score_cnn(model: SmallCNN, images: list[Image.Image]) -> np.ndarray:
+def score_cnn(model: SmallCNN, images: Iterable[Image.Image | Path]) -> np.ndarray:
     """Return the scores (N,) of pictures of any size."""
     with torch.no_grad():
-        return np.array([model(pixels([image])).item() for image in images])
+        return np.array([model(pixels([image])).item() for image in opened(images)])
 
 
 # The policy's own vision tower
 
 
-def tower_features(policy: tuple, images: list[Image.Image]) -> torch.Tensor:
+def tower_features(policy: tuple, images: Iterable[Image.Image | Path]) -> torch.Tensor:
     """Return what the policy's vision tower sees, pooled, (N, 2 * width)."""
     model, processor = policy
-    seen = [
-        processor.image_processor(images=[image], return_tensors="pt").to(model.device) for image in images
-    ]
+    visual = base_of(model).model.visual
+    prepared = (processor.image_processor(images=[image], return_tensors="pt") for image in opened(images))
     with torch.no_grad():
-        return torch.cat([pool_tokens(base_of(model).model.visual, **one) for one in seen]).cpu()
+        seen = [pool_tokens(see_tokens(visual, **one.to(model.device))) for one in prepared]
+    return torch.cat(seen).cpu()
 
 
 def train_head(
     policy: tuple,
     frame: pd.DataFrame,
-    images: list[Image.Image],
+    images: Sequence[Image.Image],
     *,
     ranker: bool,
     steps: int,
@@ -313,7 +322,7 @@ def train_head(
     return head
 
 
-def score_head(policy: tuple, head: nn.Module, images: list[Image.Image]) -> np.ndarray:
+def score_head(policy: tuple, head: nn.Module, images: Iterable[Image.Image | Path]) -> np.ndarray:
     """Return the scores (N,) of pictures of any size."""
     with torch.no_grad():
         return head(tower_features(policy, images))[:, 0].numpy()
@@ -364,20 +373,31 @@ def rating_losses(
 # Supervised fine-tuning of the policy
 
 
-class Opinions(Answers):
+class Opinions:
     """Collate pictures with the thinking prompt, the policy's own reasoning and the MOS.
 
-    Only the MOS and what follows carry loss.
+    All but the prompt carries loss. A picture is read when its turn comes: prepared, all of them would not
+    fit into memory.
     """
 
-    def text(self, row: dict) -> tuple[str, str]:
-        return self.prompt(row, thinking=True) + row["reasoning"], f"{row['mos']:.2f}</answer><|im_end|>"
+    def __init__(self, processor, images: Sequence[Image.Image]):
+        self.processor, self.images = processor, images
+
+    def text(self, row: dict, grid: torch.Tensor) -> tuple[str, str]:
+        prompt = prompt_text(self.processor, grid, thinking=True)
+        return prompt, f"{row['reasoning']}{row['mos']:.2f}</answer><|im_end|>"
+
+    def __call__(self, rows: list[dict]) -> dict:
+        pictures = [self.images[row["place"]] for row in rows]
+        seen = self.processor.image_processor(images=pictures, return_tensors="pt")
+        texts = [self.text(row, grid) for row, grid in zip(rows, seen["image_grid_thw"])]
+        return dict(seen) | taught(self.processor, texts)
 
 
 def supervised(
     policy: tuple,
     frame: pd.DataFrame,
-    images: list[Image.Image],
+    images: Sequence[Image.Image],
     *,
     steps: int,
     batch: int = 16,
@@ -387,25 +407,17 @@ def supervised(
 ) -> tuple:
     """Return (model, processor) fine-tuned to answer the MOS (1..5) after its own greedy reasoning.
 
-    The reasoning is written once, before training, and is context without loss. The vision tower is frozen;
-    all other weights, or an adapter's, are trained in place, as by the configuration cpu. Rows whose
-    reasoning reaches no answer are left out.
-
-    No loss holds the reasoning in place: too much training spills digits into it. On 480 rows of sim-kadid,
-    seed 0, an adapter of rank 16 took SRCC on 100 validation rows from 0.50 to 0.53 after 60 steps and 0.60
-    after 150 at lr 3e-4, with 0 and 1 unparseable. At lr 1e-3 it came to 0.63 and 0.67 on the parseable
-    ones, with 7 and 16 unparseable.
+    The reasoning is written once, before training, and learned with the MOS, which holds it in place: with
+    the loss on the MOS alone, digits spilled into the reasoning. The vision tower is frozen; all other
+    weights, or an adapter's, are trained in place, as by the configuration cpu. Rows whose reasoning reaches
+    no answer are left out.
     """
     torch.manual_seed(seed)
     model, processor = policy
     thoughts = Scorer(policy, thinking=True).score(images)
     rows = [
-        dict(
-            processor.image_processor(images=[image], return_tensors="pt"),
-            reasoning=thought.answers[0],
-            mos=mos,
-        )
-        for image, thought, mos in zip(images, thoughts, frame["mos"], strict=True)
+        {"place": place, "reasoning": thought.answers[0], "mos": mos}
+        for place, (thought, mos) in enumerate(zip(thoughts, frame["mos"], strict=True))
         if not thought.error
     ]
     freeze(model, ["visual"])
@@ -427,7 +439,7 @@ def supervised(
             dataloader_pin_memory=False,
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=Opinions(processor, seed))
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=Opinions(processor, images))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model, processor

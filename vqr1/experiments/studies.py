@@ -1,8 +1,10 @@
 """Run the studies behind the claims: one row per variant, seed and set, made once, kept in data/runs/.
 
-A study NAME, made in several processes, has four files:
+A study NAME, made in several processes, has up to five files:
     NAME.csv: the results.
     NAME-scores.csv.gz: every test row's score, a column per variant and seed.
+    NAME-pairs.csv.gz: what people said of pairs of test rows, where they were asked. It is not committed:
+        these are the set's own labels. Every new run writes it again.
     NAME-differences.csv: of variants, paired over photographs and seeds.
     NAME-log.csv: reward and validation during training.
 Seeds vary the RL stage. The embedded policy is one pretraining seed; the studies `pretraining…` use another.
@@ -21,9 +23,21 @@ import torch
 
 from vqr1.config import Settings, load_config, merged
 from vqr1.data.batches import realigned
-from vqr1.data.manifests import EMBEDDED, render_rows
-from vqr1.evaluation import STATISTICS, Rows, agreement, evaluate, evaluation_rows, naming
-from vqr1.experiments.baselines import brisque, piqe, score_cnn, score_head, supervised, train_cnn, train_head
+from vqr1.data.comparisons import PairTable, names_of
+from vqr1.data.manifests import EMBEDDED, EXTRA, NAME, pictures_of
+from vqr1.evaluation import Rows, agreement, evaluate, evaluation_rows, naming
+from vqr1.experiments.baselines import (
+    brisque,
+    file_size,
+    piqe,
+    score_cnn,
+    score_head,
+    supervised,
+    tower_features,
+    train_cnn,
+    train_head,
+)
+from vqr1.experiments.probes import ridge_scores
 from vqr1.experiments.study_plans import STUDIES, Study
 from vqr1.metrics import Statistic, difference, srcc, srcc_by
 from vqr1.policy import load_policy
@@ -52,13 +66,18 @@ STUDY_COLUMNS = [
     "severity",
     "texts",
 ]
-"""Of a study's CSV. seconds: the process's CPU time in training; family to texts: `evaluation.naming`."""
+"""Of a study's CSV. seconds: the process's CPU time in training; family to texts: `evaluation.naming`.
+
+Sets with comparisons or subsets bring pairs_right, or srcc_SUBSET, on top.
+"""
 ROW = ["set", "reference", "distortion", "level", "mos"]
-"""What names a test row in NAME-scores.csv.gz."""
-RESAMPLES = 300
-"""Of photographs and seeds, for a difference's interval; few, as there are many differences."""
+"""What names a test row in NAME-scores.csv.gz; a set's subset, and what comparisons call it, come on top."""
+UNASKED = ", not thinking"
+"""Ends the name of a variant whose policy learned with one prompt and is scored with the other."""
 POOL = 480
 """Training rows of a short run: a fixed sample, the same for all variants and seeds."""
+RESAMPLES = 300
+"""Of photographs and seeds, for a difference's interval; few, as there are many differences."""
 
 
 def changed(config: Settings, change: dict, seed: int, source: str = "study") -> Settings:
@@ -98,9 +117,9 @@ def training_frame(config: Settings, kind: str | None = None, pool: int | None =
 
 
 def _permuted(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Deal each photograph's MOS anew to its pairs of distortion and level, which leaves nothing to learn."""
-    deal = np.random.default_rng(seed).permutation
-    return rows.assign(mos=rows.groupby("reference")["mos"].transform(deal))
+    """Deal the MOS of each subset, or of each photograph's rows, anew, which leaves nothing else to learn."""
+    deal, by = np.random.default_rng(seed).permutation, "subset" if "subset" in rows else "reference"
+    return rows.assign(mos=rows.groupby(by)["mos"].transform(deal))
 
 
 ROWS = {
@@ -118,25 +137,32 @@ def _rl(config: Settings, frame: pd.DataFrame, output: Path) -> tuple:
 
 
 def _supervised(config: Settings, frame: pd.DataFrame, output: Path) -> tuple:
-    policy, images = load_policy(config.model_name_or_path), render_rows(frame, workers=1)
+    policy, images = load_policy(config.model_name_or_path), pictures_of(frame)
     adapter = adapter_of(config)
     return supervised(policy, frame, images, steps=150, seed=config.grpo["seed"], adapter=adapter)
 
 
 def _cnn(config: Settings, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
-    images = render_rows(frame, workers=1)
-    model = train_cnn(frame, images, ranker=ranker, steps=120, seed=config.grpo["seed"])
+    model = train_cnn(frame, pictures_of(frame), ranker=ranker, steps=120, seed=config.grpo["seed"])
     return partial(score_cnn, model)
 
 
 def _tower(config: Settings, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
-    policy, images = load_policy(config.model_name_or_path), render_rows(frame, workers=1)
+    policy, images = load_policy(config.model_name_or_path), pictures_of(frame)
     head = train_head(policy, frame, images, ranker=ranker, steps=300, seed=config.grpo["seed"])
     return partial(score_head, policy, head)
 
 
+def _ridge(config: Settings, frame: pd.DataFrame, output: Path) -> Callable:
+    """Return what scores by a ridge on the policy's frozen vision tower; the rows are in random order."""
+    policy, mos = load_policy(config.model_name_or_path), frame["mos"].to_numpy()
+    seen = tower_features(policy, pictures_of(frame)).numpy()
+    return lambda images: ridge_scores(seen, mos, tower_features(policy, images).numpy())
+
+
 UNTRAINED = {
     "before": lambda config: load_policy(config.model_name_or_path),
+    "file size": lambda config: file_size,
     "brisque": lambda config: brisque,
     "piqe": lambda config: piqe,
 }
@@ -148,6 +174,7 @@ TRAINED = {
     "cnn ranker": partial(_cnn, ranker=True),
     "tower regressor": partial(_tower, ranker=False),
     "tower ranker": partial(_tower, ranker=True),
+    "tower ridge": _ridge,
 }
 """Method -> function from configuration, rows and folder to what scores after training: the same kinds."""
 METHODS = (*UNTRAINED, *TRAINED)
@@ -166,7 +193,8 @@ def run(
         steps: fewer than the configuration's, for a quick look.
 
     Returns:
-        rows, one for each set; scores of every test row; log of the training, empty without RL.
+        rows, one for each set; scores of every test row; pairs that people compared, empty where they did
+        not; log of the training, empty without RL.
 
     Raises:
         ValueError: the variant's method, or a key of its changes, is unknown.
@@ -181,27 +209,37 @@ def run(
     if line.method in UNTRAINED:
         learned = UNTRAINED[line.method](config)
     else:
-        pool = POOL if plan.config == "cpu-study" else None
-        learned = TRAINED[line.method](config, training_frame(config, line.change.get("rows"), pool), output)
+        pool = plan.pool or (POOL if plan.config == "cpu-study" else None)
+        frame = training_frame(config, line.change.get("rows"), pool)
+        if plan.drawn and line.method != "rl":
+            frame = frame.sample(plan.drawn, random_state=seed, ignore_index=True)
+        learned = TRAINED[line.method](config, frame, output)
         seconds = time.process_time() - start
     sets = _test_rows(tuple(plan.sets.items()))
     if not callable(learned):
-        tables = evaluate(learned, sets, modes=(config.thinking,))[1]
+        modes = (True, False) if variant in plan.both_prompts else (config.thinking,)
+        tables = evaluate(learned, sets, modes=modes)[1]
     else:
         tables = {
             (name, "score", False): own.frame.assign(score=learned(own.images), reasoning="")
             for name, own in sets.items()
         }
-    name = {"variant": variant, "seed": seed}
-    rows = [
-        name | {"set": key[0], "estimate": key[1], "seconds": seconds} | agreement(table) | _words(table)
-        for key, table in tables.items()
-    ]
-    scores = [table.assign(set=key[0])[[*ROW, "score"]] for key, table in tables.items()]
+    rows, scores = [], []
+    for (name, estimate, thinking), table in tables.items():
+        own = variant if thinking == config.thinking or callable(learned) else f"{variant}{UNASKED}"
+        row = {"variant": own, "seed": seed, "set": name, "estimate": estimate, "seconds": seconds}
+        rows.append(row | agreement(table, sets[name].pairs) | _words(table))
+        named = table.assign(set=name, own=f"{own}/{seed}")
+        extra = [column for column in EXTRA if column in table]
+        if sets[name].pairs is not None:
+            named, extra = named.assign(**{NAME: names_of(table)}), [*extra, NAME]
+        scores.append(named[[*ROW, *extra, "own", "score"]])
+    pairs = [own.pairs.assign(set=name) for name, own in sets.items() if own.pairs is not None]
     return {
         "rows": pd.DataFrame(rows),
         "scores": pd.concat(scores, ignore_index=True),
-        "log": _log(config, output / "log.csv", name),
+        "pairs": pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame(),
+        "log": _log(config, output / "log.csv", {"variant": variant, "seed": seed}),
     }
 
 
@@ -282,7 +320,7 @@ def study(
         for job in as_completed(jobs):
             variant, seed = jobs[job]
             made = _keep(csv, jobs[job], job.result(), made)
-            last = made[(made["variant"] == variant) & (made["seed"] == seed)]
+            last = job.result()["rows"]
             found = ", ".join(f"{row.set} {row.srcc:.3f}" for row in last.itertuples())
             print(f"{variant}, seed {seed}: {found}", flush=True)
     write_differences(csv, plan)
@@ -319,19 +357,24 @@ def read_study(csv: str | Path) -> pd.DataFrame:
 
 
 def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) -> pd.DataFrame:
-    """Add a run to the study's three files; the rows come last, when the rest is there."""
+    """Add a run to the study's files; the rows come last, when the rest is there."""
     variant, seed = which
-    path = csv.with_name(f"{csv.stem}-scores.csv.gz")
-    scores = read_table(path) if path.is_file() else found["scores"][ROW]
-    write_table(
-        path, scores.assign(**{f"{variant}/{seed}": found["scores"]["score"].round(3)}), seed, "%.10g"
-    )
+    path = _beside(csv, "scores.csv.gz")
+    columns = dict(list(found["scores"].groupby("own", sort=False)))
+    first = next(iter(columns.values()))
+    scores = read_table(path) if path.is_file() else first.drop(columns=["own", "score"])
+    scores = scores.assign(**{own: table["score"].round(5).to_numpy() for own, table in columns.items()})
+    write_table(path, scores, seed, "%.10g")
+    if len(found["pairs"]):
+        write_table(_beside(csv, "pairs.csv.gz"), found["pairs"], seed, "%.10g")
     if len(found["log"]):
-        path = csv.with_name(f"{csv.stem}-log.csv")
+        path = _beside(csv, "log.csv")
         logs = [read_table(path)] if path.is_file() else []
         write_table(path, pd.concat([*logs, found["log"]], ignore_index=True), seed, "%.5g")
     rows = found["rows"].assign(study=csv.stem)
-    made = (pd.concat([made, rows], ignore_index=True) if len(made) else rows).reindex(columns=STUDY_COLUMNS)
+    made = pd.concat([made, rows], ignore_index=True) if len(made) else rows
+    some = [name for name in made if name == "pairs_right" or name.startswith("srcc_ss")]
+    made = made.reindex(columns=[*STUDY_COLUMNS, *some])
     write_table(csv, made, ", ".join(map(str, sorted(set(made["seed"])))))
     return made
 
@@ -339,21 +382,41 @@ def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) ->
 def write_differences(csv: Path, plan: Study) -> None:
     """Write NAME-differences.csv: every variant minus the baseline.
 
-    Differences of SRCC and within-level SRCC on each rated set, and of the sets' mean SRCC.
+    Differences on each set, in what it allows, and of the rated sets' mean SRCC.
     """
     made = set(read_study(csv)["variant"])
     variants = [name for name in plan.variants if name in made and name != plan.baseline]
     if not variants or plan.baseline not in made:
         return
     pairs = [(name, plan.baseline) for name in variants]
-    rated = set(_scores(csv).dropna(subset=["mos"])["set"])
-    wanted = [(name, *kind) for name in plan.sets if name in rated for kind in STATISTICS]
+    scores, said = _scores(csv), read_table(_beside(csv, "pairs.csv.gz"), columns=["set"])
+    wanted = [
+        (name, *kind)
+        for name in plan.sets
+        for kind in _statistics(name, *(table[table["set"] == name] for table in (scores, said)))
+    ]
     tables = [
         compared(csv, pairs, name, statistic, columns).assign(set=name, statistic=label)
         for name, label, statistic, columns in [*wanted, ("mean", "srcc", srcc_by, ["mos", "set"])]
     ]
-    path = csv.with_name(f"{csv.stem}-differences.csv")
-    write_table(path, pd.concat(tables), "see the column seeds")
+    write_table(_beside(csv, "differences.csv"), pd.concat(tables), "see the column seeds")
+
+
+def _statistics(name: str, scores: pd.DataFrame, pairs: pd.DataFrame) -> list[tuple]:
+    """Return what variants differ in on a set: (label, statistic, what it takes after the scores).
+
+    SRCC with people's or simulated ratings, its mean within subsets, or else within levels, and the share
+    of people's pairs that are in order; each where the set's scores and pairs allow it.
+    """
+    there = scores.columns[scores.notna().any()]
+    kinds = []
+    if "mos" in there:
+        within = [column for column in ("subset", "level") if column in there][:1]
+        kinds = [("srcc", srcc, ["mos"])]
+        kinds += [(f"srcc_within_{column}", srcc_by, ["mos", column]) for column in within]
+    if len(pairs):
+        kinds.append(("pairs_right", PairTable(pairs, name).right, [NAME]))
+    return kinds
 
 
 def compared(
@@ -393,7 +456,12 @@ def compared(
 
 
 def _scores(csv: str | Path) -> pd.DataFrame:
-    return read_table(Path(csv).with_name(f"{Path(csv).stem}-scores.csv.gz"))
+    return read_table(_beside(csv, "scores.csv.gz"))
+
+
+def _beside(csv: str | Path, end: str) -> Path:
+    """Return another file of the study whose rows are in ``csv``."""
+    return Path(csv).with_name(f"{Path(csv).stem}-{end}")
 
 
 def _columns(table: pd.DataFrame, variant: str) -> dict[int, str]:

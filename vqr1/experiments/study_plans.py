@@ -1,4 +1,11 @@
-"""What the studies compare, as data: variants, seeds, sets, and the baseline of each."""
+"""What the studies compare, as data: variants, seeds, sets, and the baseline of each.
+
+Study people-mixture learns from people's labels of three kinds: MOS of 0..1 (BIQ2021), scores of 0..100
+(SRIJ) and comparisons without any scale (PCUID). Its rival, realigned regression, stretches each set's labels
+to 1..5. Comparisons have no scale to stretch, so the rival learns from two of the sets. PCUID's MOS is the
+share of wins over all others, made of the very comparisons; only "alone-pcuid, MOS" learns from it.
+Batches come by rows, and PCUID has 2% of all: so the mixture has at most 440 rows of a set (PCUID has 177).
+"""
 
 from dataclasses import dataclass, field
 
@@ -28,6 +35,10 @@ class Study:
     sets: what is scored, and at most how many rows of each.
     baseline: the variant that all are compared with.
     minutes: about how long a run takes on one core.
+    both_prompts: variants whose policies are scored with the other prompt, too.
+    drawn: how many rows, by its seed, a rival of RL learns from: as many as RL is shown.
+    pool: how many training rows there are, evenly by set as far as the sets go, a fixed sample. None:
+        `studies.POOL` for the short runs of cpu-study, else all.
     """
 
     config: str
@@ -35,6 +46,9 @@ class Study:
     baseline: str
     variants: dict[str, Variant]
     minutes: float = 1.3
+    both_prompts: tuple[str, ...] = ()
+    drawn: int | None = None
+    pool: int | None = None
 
 
 def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1) -> dict:
@@ -50,8 +64,11 @@ def _batch(images: int, k: int = 6, steps: int | None = None, per_step: int = 1)
 
 FULL = dict.fromkeys(EVALUATION_SETS)
 ALL = {"sets": list(MIXTURE)}
+PEOPLE = {"biq2021": 300, "srij": None, "pcuid": None}
+"""Sets that people rated or compared -> how many test rows are scored."""
+PAIRS = {"comparisons": ["pcuid"]}
 AGAIN = {"model_name_or_path": "runs/pretrain-1/policy"}
-"""Another pretraining seed, half the steps: vqr1 pretrain --seed 1 --steps 1200 400 --out runs/pretrain-1"""
+"""Another seed, half the steps: vqr1 pretrain --seed 1 --steps 1200 1200 400 --out runs/pretrain-1"""
 # Rows of data/runs/ whose header names a commit from before the configurations became bounded are by the
 # paper's unbounded reward. Make all of a study again before comparing a new row with them.
 STUDIES = {
@@ -115,6 +132,46 @@ STUDIES = {
             "B = 8, K = 12": Variant(5, _batch(8, 12)),
             "learning rate x 2": Variant(5, {"grpo": {"learning_rate": 2e-3}}),
         },
+    ),
+    "people": Study(
+        "people",
+        {"biq2021": None},
+        "before",
+        {
+            "before": Variant(1, method="before"),
+            "file size": Variant(1, method="file size"),
+            "BRISQUE": Variant(1, method="brisque"),
+            "PIQE": Variant(1, method="piqe"),
+            "CNN regressor": Variant(3, method="cnn regressor"),
+            "CNN ranker": Variant(3, method="cnn ranker"),
+            "tower ridge": Variant(5, method="tower ridge"),
+            "supervised": Variant(5, {"rows": "realigned"}, method="supervised"),
+            "threshold": Variant(5, {"rows": "realigned", "reward": "threshold"}),
+            "ranking": Variant(5),
+            "permuted": Variant(1, {"rows": "permuted"}),
+            "format": Variant(1, {"reward": "format"}),
+        },
+        minutes=15,
+        both_prompts=("before", "ranking"),
+        drawn=1920,
+    ),
+    "people-mixture": Study(
+        "people",
+        PEOPLE,
+        "mixture",
+        {
+            "before": Variant(1, method="before"),
+            "mixture": Variant(3, {"sets": list(PEOPLE)} | PAIRS),
+            "alone-biq2021": Variant(3, {"sets": ["biq2021"]}),
+            "alone-srij": Variant(3, {"sets": ["srij"]}),
+            "alone-pcuid": Variant(3, {"sets": ["pcuid"]} | PAIRS),
+            "alone-pcuid, MOS": Variant(3, {"sets": ["pcuid"]}),
+            "threshold-realigned": Variant(
+                3, {"sets": ["biq2021", "srij"], "rows": "realigned", "reward": "threshold"}
+            ),
+        },
+        minutes=15,
+        pool=1320,
     ),
     "pretraining": Study(
         "cpu-study",
