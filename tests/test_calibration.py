@@ -226,7 +226,12 @@ def test_the_command_calibrates_and_score_writes_the_error_bar(folder, pictures,
     assert ",,," in capsys.readouterr().out
     assert main(["calibrate", "--policy", str(own), "--sets", "sim-kadid", "--limit", "24"]) == 0
     assert "Calibrated on 24 rows of sim-kadid: 95% of MOS are within ±" in capsys.readouterr().out
-    assert json.loads((own / CALIBRATION).read_text()) == json.loads((folder / CALIBRATION).read_text())
+    made, kept = (json.loads((path / CALIBRATION).read_text()) for path in (own, folder))
+    assert made.pop("held_out") == pytest.approx(kept.pop("held_out"))  # the fit ends a rounding apart
+    assert made.pop("curve") == pytest.approx(kept.pop("curve"))
+    assert made.pop("quantile") == pytest.approx(kept.pop("quantile"))
+    assert made.pop("noise") == pytest.approx(kept.pop("noise"))
+    assert made == kept
     out = tmp_path / "scores.csv"
     assert main(["score", str(picture), "--policy", str(own), "--out", str(out)]) == 0
     row = pd.read_csv(out).iloc[0]
