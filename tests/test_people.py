@@ -18,7 +18,7 @@ from vqr1.training import train
 def rated(real_sets) -> pd.DataFrame:
     """Return the rows of BIQ2021 whose pictures are there, each picture by its absolute path."""
     rows = load_ratings("biq2021", real_sets, strict=False)
-    return rows.assign(image=[str(rows.attrs["root"] / image) for image in rows["image"]])
+    return rows.assign(image=[str(Path(rows.attrs["root"]) / image) for image in rows["image"]])
 
 
 @pytest.mark.slow
