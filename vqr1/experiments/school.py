@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vqr1.data.images import open_picture
 from vqr1.data.manifests import TRAINED, load_ratings
 from vqr1.data.photographs import photographs
 from vqr1.distortions import true_strength
@@ -67,10 +68,6 @@ def find_school(root: str | Path | None = None) -> list[Path]:
 @lru_cache(maxsize=1)
 def _licensed(splits: tuple[str, ...]) -> list[np.ndarray]:
     return [np.asarray(image) for image in photographs(*splits).values()]
-
-
-def _opened(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 Recipe = list[tuple[str, int]]
@@ -162,7 +159,7 @@ class PictureStream(IterableDataset):
         return [Picture(crop, None) for crop in crops]
 
     def _photograph(self, rng: np.random.Generator) -> np.ndarray:
-        return _opened(self.school[rng.integers(len(self.school))])
+        return np.asarray(open_picture(self.school[rng.integers(len(self.school))]))
 
     def _damaged(self, rng: np.random.Generator, shape: list[int]) -> list[Picture]:
         clean = self.source(rng, min(max(shape) + 32, LARGEST)).astype(np.float32) / 255
