@@ -202,7 +202,7 @@ def undeclared(names: set[str], declared: dict[str, Requirement]) -> set[str]:
 
 
 def test_every_import_is_declared():
-    declared = requirements("gpu", "notebooks", "scale", "heic")
+    declared = requirements("gpu", "notebooks", "scale", "heic", "superresolution")
     missing = {n: undeclared(third_party(path), declared) - OWN_ENVIRONMENT for n, path in MODULES.items()}
     assert {name: names for name, names in missing.items() if names} == {}
 

@@ -5,7 +5,7 @@ leaves. Their weights are in data/progress/ (fp16); ``vqr1 study progress`` trai
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 """Interpolations from worst to best, by PSNR."""
+Enlarger = Callable[[Image.Image], Image.Image]
 SCALES = (2, 3, 4)
 STORED = {"upscaler": (50, 200, 1000, 3000), "painter": (200, 1000, 6000)}
 """Training steps whose weights are in data/progress/; step 0 follows from the seed and needs no file."""
@@ -206,11 +207,16 @@ def shrink(picture: Image.Image, scale: int) -> Image.Image:
     return picture.resize((picture.width // scale, picture.height // scale), Image.Resampling.BICUBIC)
 
 
-def enlarge(picture: Image.Image, scale: int, method: str | Upscaler = "bicubic") -> Image.Image:
-    """Return the picture at scale times its sides, by one of `FILTERS`, or bicubic and then a network."""
+def enlarge(picture: Image.Image, scale: int, method: str | Upscaler | Enlarger = "bicubic") -> Image.Image:
+    """Return the picture at scale times its sides.
+
+    method: one of `FILTERS`; or a network, which mends what bicubic makes; or what enlarges by itself.
+    """
     size = picture.width * scale, picture.height * scale
     if isinstance(method, str):
         return picture.resize(size, FILTERS[method])
+    if not isinstance(method, Upscaler):
+        return method(picture)
     with torch.no_grad():
         return to_pil(method(_tensor(picture.resize(size, Image.Resampling.BICUBIC))))[0]
 

@@ -13,11 +13,13 @@ from PIL import Image
 
 from vqr1.data.manifests import CROP, EMBEDDED
 from vqr1.data.photographs import photograph_splits, photographs
+from vqr1.experiments import real_networks as real
 from vqr1.experiments.dead_leaves import pink_textures
 from vqr1.experiments.toy_networks import (
     FILTERS,
     SCALES,
     STORED,
+    Enlarger,
     enlarge,
     leaf_picture,
     load_network,
@@ -64,11 +66,19 @@ def middles(split: str) -> dict[str, Image.Image]:
 # Rows of pictures to be measured: dicts with reference, scale, method, amount, picture, original
 
 
-def upscalings(photos: dict[str, Image.Image], scales=SCALES, steps=STORED["upscaler"]) -> list[dict]:
-    """Return rows of photographs shrunk, then enlarged by each of `FILTERS`, or the network at `steps`."""
-    methods = [(name, 0, name) for name in FILTERS] + [
-        ("network", step, load_network("upscaler", step)) for step in steps
-    ]
+def upscalings(
+    photos: dict[str, Image.Image],
+    scales=SCALES,
+    steps=STORED["upscaler"],
+    others: dict[str, Enlarger] | None = None,
+) -> list[dict]:
+    """Return rows of photographs shrunk, then enlarged by `FILTERS`, the network at `steps`, or others.
+
+    others: name -> what enlarges by the one scale there is.
+    """
+    methods = [(name, 0, name) for name in FILTERS]
+    methods += [("network", step, load_network("upscaler", step)) for step in steps]
+    methods += [(name, 0, how) for name, how in (others or {}).items()]
     rows = []
     for name, photo in photos.items():
         rows.append(dict(reference=name, scale=1, method="original", amount=0, picture=photo, original=photo))
@@ -287,7 +297,7 @@ def retouched(photos: dict[str, Image.Image], settings: dict[str, float], scale:
 # The study
 
 POLICIES = ("tiny-policy", "ranker")
-PARTS = ("retouching", "reward", "upscaling", "painting")
+PARTS = ("retouching", "reward", "upscaling", "painting", "networks")
 PICTURES, ROUNDS, TRAINING = "progress-pictures.csv", "progress-reward.csv", "progress-training.csv"
 
 
@@ -312,6 +322,8 @@ def measure_part(part: str, name: str, scorer: Scorer, runs: Path) -> None:
         rows = retouched(middles("test"), rounds[rounds["kept"]].iloc[-1][list(STRENGTHS)].to_dict())
     elif part == "upscaling":
         rows = upscalings(middles("test")) + upscalings(middles("val"), scales=(3,))
+    elif part == "networks":
+        rows = upscalings(middles("test"), (real.SCALE,), (_LAST,), real.real_networks())
     else:
         rows = paintings() if part == "painting" else retouchings(middles("test"))
     table = measured(rows, scorer)
@@ -360,6 +372,8 @@ def study(policies: Sequence[str] = POLICIES, runs: Path | None = None) -> pd.Da
     make_networks(EMBEDDED / "progress", runs / TRAINING)
     done = read_table(runs / PICTURES, columns=["policy", "part"])
     todo = {(name, part) for name in policies for part in PARTS} - set(zip(done["policy"], done["part"]))
+    if "networks" in {part for _, part in todo}:
+        real.real_networks()  # says now, not after the other parts, that it is not installed
     print(f"{len(todo)} parts to be scored: about {len(todo)} minutes on two cores", flush=True)
     for name in (name for name in policies if any(policy == name for policy, _ in todo)):
         scorer = Scorer(name, thinking=True)
