@@ -78,15 +78,6 @@ def people() -> str:
     return printed(["scored by", "SRCC (each seed)", "within ss01", "ss02", "ss03"], lines)
 
 
-def pretraining() -> str:
-    """Tabulate the demo from a second pretraining, by the paper's reward and bounded: each seed's SRCC."""
-    rows = read("pretraining-long").sort_values("seed")
-    rows["cell"] = rows["srcc"].map("{:.3f}".format).where(rows["srcc"].notna(), "left the scale")
-    cells = rows.groupby(["set", "variant"])["cell"].agg(", ".join).unstack()
-    lines = [[f"`{name}`", *cells.loc[name, ["before", "ranking", "bounded"]]] for name in cells.index]
-    return printed(["set", "SRCC before", "SRCC after, each seed", "with `bounded: true`"], lines)
-
-
 def comparison() -> str:
     """Tabulate the comparison's variants by SRCC."""
     rows = read("comparison")
@@ -203,7 +194,6 @@ def growth() -> str:
 TABLES = {
     "people": people,
     "demo": partial(gains, "demo"),
-    "pretraining-long": pretraining,
     "pretraining": partial(gains, "pretraining"),
     "comparison": comparison,
     "mixture": partial(mixture, "mixture"),

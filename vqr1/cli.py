@@ -470,7 +470,6 @@ def _study_options(add: Add) -> None:
         "comparison",
         "mixture",
         "pretraining",
-        "pretraining-long",
         *PROBES,
     )
     add("name", choices=names, help="which; data/runs/NAME.csv has its rows")
