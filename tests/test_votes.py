@@ -88,7 +88,7 @@ def test_scale_votes_finds_the_order_and_narrows_with_votes():
 def test_too_few_votes_and_disconnected_pictures_are_refused():
     ballot = Ballot(4)
     ballot.vote("first")
-    with pytest.raises(ValueError, match="1 votes on 4 pictures: .* at least 3; vote on more pairs"):
+    with pytest.raises(ValueError, match="1 vote on 4 pictures: .* at least 3; vote on more pairs"):
         scale_votes(ballot.wins)
     apart = np.zeros((4, 4))
     apart[0, 1] = apart[2, 3] = 5

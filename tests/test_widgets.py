@@ -205,6 +205,12 @@ def test_board_can_be_read(scorer, folder):
     assert "problem" not in widgets.board(ranked.iloc[:2])
 
 
+def test_board_calls_intervals_95_percent_only_where_they_are_calibrated(scorer, folder):
+    ranked = widgets.rank_folder(scorer, folder)
+    assert "± 1.96 spreads" in widgets.board(ranked) and "95% interval" not in widgets.board(ranked)
+    assert "95% interval" in widgets.board(ranked, calibrated=True)
+
+
 def test_board_with_pictures_escapes_what_files_are_called(scorer, folder):
     (folder / "good.png").rename(folder / "<b>good.png")
     table = widgets.board(widgets.rank_folder(scorer, folder), folder)

@@ -106,8 +106,9 @@ def scale_votes(wins) -> pd.DataFrame:
     wins = np.asarray(wins, dtype=float)
     needed = len(wins) - 1
     if wins.sum() < needed:
+        votes = "1 vote" if wins.sum() == 1 else f"{wins.sum():.0f} votes"
         raise ValueError(
-            f"{wins.sum():.0f} votes on {len(wins)} pictures: a common scale needs at least {needed}; "
+            f"{votes} on {len(wins)} pictures: a common scale needs at least {needed}; "
             "vote on more pairs"
         )
     try:

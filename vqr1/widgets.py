@@ -141,10 +141,11 @@ def rank_folder(scorer: Scorer, folder: str | Path) -> pd.DataFrame:
 # What is shown
 
 
-def board(ranked: pd.DataFrame, root: str | Path | None = None) -> pd.DataFrame:
-    """Return a ranking as a table to read: place, image, score, its 95% interval, possible places, problem.
+def board(ranked: pd.DataFrame, root: str | Path | None = None, calibrated: bool = False) -> pd.DataFrame:
+    """Return a ranking as a table to read: place, image, score, its interval, possible places, problem.
 
     root: the pictures' folder, to show thumbnails in HTML (file names are escaped then).
+    calibrated: whether the intervals are; else they are the policy's own word, and are called so.
     """
     good = ranked["error"] == ""
     table = pd.DataFrame(
@@ -155,7 +156,7 @@ def board(ranked: pd.DataFrame, root: str | Path | None = None) -> pd.DataFrame:
                 f"{score:.2f} ± {std:.2f}" if ok else ""
                 for score, std, ok in zip(ranked["score"], ranked["std"], good)
             ],
-            "95% interval": [
+            "95% interval" if calibrated else "± 1.96 spreads": [
                 f"{low:.2f} … {high:.2f}" if ok else ""
                 for low, high, ok in zip(ranked["lo"], ranked["hi"], good)
             ],
@@ -387,12 +388,13 @@ def _of_folder(
 
 
 def leaderboard(scorer: Scorer, folder: str | Path = "") -> w.VBox:
-    """Return the leaderboard: a folder's pictures, best first, with 95% intervals of score and rank."""
+    """Return the leaderboard: a folder's pictures, best first, with intervals of score and rank."""
     table = _html("board")
 
     def show(path):
         table.value = ""
-        table.value = _table(board(rank_folder(scorer, path), path), escape=False)
+        ranked = board(rank_folder(scorer, path), path, scorer.calibrated is not None)
+        table.value = _table(ranked, escape=False)
 
     return _of_folder(folder, "Rank", "rank", show, table)
 
