@@ -108,8 +108,7 @@ def scale_votes(wins) -> pd.DataFrame:
     if wins.sum() < needed:
         votes = "1 vote" if wins.sum() == 1 else f"{wins.sum():.0f} votes"
         raise ValueError(
-            f"{votes} on {len(wins)} pictures: a common scale needs at least {needed}; "
-            "vote on more pairs"
+            f"{votes} on {len(wins)} pictures: a common scale needs at least {needed}; vote on more pairs"
         )
     try:
         quality, error = thurstone_scale(wins)
