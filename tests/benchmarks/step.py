@@ -332,14 +332,17 @@ def growth_figure(table: pd.DataFrame) -> Figure:
             (("seconds", "time_exponent", "s per step"), ("peak_mb", "memory_exponent", "MB at the peak"))
         ):
             ax = figure.add_subplot(2, len(axes), row * len(axes) + column + 1)
-            ideal = part[name].iloc[0] * (1 if axis == "ranks" else part["value"] / part["value"].iloc[0])
+            growing = part["value"] ** (axis != "ranks")
+            ideal = part[name].iloc[0] * growing / growing.iloc[0]
             ax.loglog(part["value"], part[name], "o-", markersize=4)
-            ax.loglog(part["value"], ideal + 0 * part["value"], "--", color="0.6", linewidth=1)
+            ax.loglog(part["value"], ideal, "--", color="0.6", linewidth=1)
             ax.set_xticks(
                 part["value"],
                 [f"{value**0.5:.0f}²" if axis == "pixels" else value for value in part["value"]],
             )
-            shown = sorted({part[name].min(), part[name].max()})
+            low, high = part[name].min(), part[name].max()
+            shown = [low, high] if high > 1.1 * low else [high]
+            ax.set_ylim(low / 2, 2 * max(high, ideal.max()))  # what hardly changes looks flat
             ax.set_yticks(shown, [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in shown])
             ax.minorticks_off()
             ax.grid(alpha=0.3)
