@@ -6,7 +6,7 @@ one page or several.
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -65,16 +65,37 @@ def gains(study: str) -> str:
     )
 
 
-def people() -> str:
-    """Tabulate SRCC with people's ratings: of all pictures, within each subset, and each seed's."""
+SAID = {
+    "ranking": "RL to rank",
+    "threshold": "RL, Q-Insight's reward",
+    "supervised": "supervised fine-tuning",
+    "tower ridge": "ridge on the frozen tower",
+    "permuted": "control: ratings permuted",
+    "format": "control: format alone",
+    "before": "before training",
+}
+"""What pages call a variant of study people."""
+FRONT = ("ranking", "threshold", "supervised", "BRISQUE", "file size", "before")
+"""Those on the front page."""
+
+
+def people(only: Collection[str] | None = None) -> str:
+    """Tabulate SRCC with people's ratings, best first: of all pictures, within each subset, and each seed's.
+
+    only: variants, default all.
+    """
     rows = read("people")
     columns = ["srcc", "srcc_ss01", "srcc_ss02", "srcc_ss03"]
     lines = []
-    for name, own in rows.groupby("variant", sort=False):
-        each = own.sort_values("seed")["srcc"].map("{:.3f}".format)
+    means = rows.groupby("variant")[columns].mean().sort_values("srcc", ascending=False)
+    for name, mean in means.iterrows():
+        if only and name not in only:
+            continue
+        each = rows[rows["variant"] == name].sort_values("seed")["srcc"].map("{:.3f}".format)
         seeds = f" ({', '.join(each)})" if len(each) > 1 else ""
-        total, *within = (f"{value:.3f}" for value in own[columns].mean())
-        lines.append([name, f"**{total}**{seeds}", *within])
+        total, *within = (f"{value:.3f}" for value in mean)
+        kind, comma, how = name.partition(",")
+        lines.append([f"{SAID.get(kind, kind)}{comma}{how}", f"**{total}**{seeds}", *within])
     return printed(["scored by", "SRCC (each seed)", "within ss01", "ss02", "ss03"], lines)
 
 
@@ -192,6 +213,7 @@ def growth() -> str:
 
 
 TABLES = {
+    "people-front": partial(people, FRONT),
     "people": people,
     "demo": partial(gains, "demo"),
     "pretraining": partial(gains, "pretraining"),
