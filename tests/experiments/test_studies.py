@@ -428,6 +428,16 @@ def test_a_run_leaves_the_threads_of_its_caller_as_they_were(tmp_path):
         torch.set_num_threads(before)
 
 
+def test_rows_that_another_command_adds_meanwhile_are_kept(tmp_path):
+    csv = tmp_path / "study.csv"
+    scores = pd.DataFrame({"set": ["s"] * 2, "mos": [1.0, 2.0], "own": "x/0", "score": [1.0, 2.0]})
+    for variant in ("one", "two"):  # two commands that began before either had a row
+        rows = pd.DataFrame([{"variant": variant, "seed": 0, "set": "s", "srcc": 1.0}])
+        found = {"rows": rows, "scores": scores, "pairs": pd.DataFrame(), "log": pd.DataFrame()}
+        made = studies._keep(csv, (variant, 0), found)
+    assert made["variant"].tolist() == read_study(csv)["variant"].tolist() == ["one", "two"]
+
+
 def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path, monkeypatch, capsys):
     """Eight seeds make eight runs; the table is the project's, whatever the current folder."""
     pools = []
@@ -442,7 +452,7 @@ def test_a_study_is_made_on_one_thread_a_process_and_for_all_its_seeds(tmp_path,
     monkeypatch.setattr(studies, "ProcessPoolExecutor", Pool)
     made = {"rows": pd.DataFrame(columns=["set", "srcc"])}
     monkeypatch.setattr(studies, "run", lambda plan, variant, seed, *rest: asked.append(seed) or made)
-    monkeypatch.setattr(studies, "_keep", lambda csv, which, found, made: asked.append(csv) or made)
+    monkeypatch.setattr(studies, "_keep", lambda csv, which, found: asked.append(csv) or pd.DataFrame())
     monkeypatch.chdir(tmp_path)
     study("eight", output=tmp_path)
     assert {value for value in asked if isinstance(value, int)} == set(range(8))

@@ -27,10 +27,12 @@ AN_ORIGINALS_PSNR = 200.0
 def srij(policies: Sequence[str], root: str | Path | None = None) -> pd.DataFrame:
     """Write data/runs/srij.csv: how well policies, PSNR and SSIM order SRIJ's pictures as people do.
 
+    It writes srij-ways.csv too: people's mean rating of each way, and every yardstick's mean.
+
     policies: names or paths, as for `load_policy`; they think first.
     root: of SRIJ, as for `load_ratings`.
 
-    Returns what it writes, the table of `against_people`.
+    Returns the table of `against_people`.
     """
     rows = whole_contents(evaluation_rows(["srij"], "all", root=root)["srij"])
     table = with_likeness(rows)
@@ -38,6 +40,8 @@ def srij(policies: Sequence[str], root: str | Path | None = None) -> pd.DataFram
         table[policy] = score_frame(Scorer(policy, thinking=True), rows, policy)["score"]
     found = against_people(table, policies)
     write_table(EMBEDDED / "runs" / "srij.csv", found)
+    ways = table.groupby(["distortion", "level"], as_index=False)[["mos", *policies, *RIVALS]].mean()
+    write_table(EMBEDDED / "runs" / "srij-ways.csv", ways)
     return found
 
 

@@ -319,7 +319,7 @@ def study(
             jobs[pool.submit(run, plan, variant, seed, folder, steps)] = variant, seed
         for job in as_completed(jobs):
             variant, seed = jobs[job]
-            made = _keep(csv, jobs[job], job.result(), made)
+            made = _keep(csv, jobs[job], job.result())
             last = job.result()["rows"]
             found = ", ".join(f"{row.set} {row.srcc:.3f}" for row in last.itertuples())
             print(f"{variant}, seed {seed}: {found}", flush=True)
@@ -356,8 +356,11 @@ def read_study(csv: str | Path) -> pd.DataFrame:
     return read_table(csv, columns=STUDY_COLUMNS)
 
 
-def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) -> pd.DataFrame:
-    """Add a run to the study's files; the rows come last, when the rest is there."""
+def _keep(csv: Path, which: tuple[str, int], found: dict) -> pd.DataFrame:
+    """Add a run to the study's files, and return all rows; these come last, when the rest is there.
+
+    The files are read again, as another command may have added to them meanwhile.
+    """
     variant, seed = which
     path = _beside(csv, "scores.csv.gz")
     columns = dict(list(found["scores"].groupby("own", sort=False)))
@@ -371,7 +374,7 @@ def _keep(csv: Path, which: tuple[str, int], found: dict, made: pd.DataFrame) ->
         path = _beside(csv, "log.csv")
         logs = [read_table(path)] if path.is_file() else []
         write_table(path, pd.concat([*logs, found["log"]], ignore_index=True), seed, "%.5g")
-    rows = found["rows"].assign(study=csv.stem)
+    rows, made = found["rows"].assign(study=csv.stem), read_study(csv)
     made = pd.concat([made, rows], ignore_index=True) if len(made) else rows
     some = [name for name in made if name == "pairs_right" or name.startswith("srcc_ss")]
     made = made.reindex(columns=[*STUDY_COLUMNS, *some])
