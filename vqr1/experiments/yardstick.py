@@ -296,7 +296,7 @@ def retouched(photos: dict[str, Image.Image], settings: dict[str, float], scale:
 
 # The study
 
-POLICIES = ("tiny-policy", "ranker")
+POLICIES = ("tiny-policy", "people-ranker")
 PARTS = ("retouching", "reward", "upscaling", "painting", "networks")
 PICTURES, ROUNDS, TRAINING = "progress-pictures.csv", "progress-reward.csv", "progress-training.csv"
 
