@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vqr1.metrics import srcc
 from vqr1.records import markdown, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,28 +76,33 @@ SAID = {
     "before": "before training",
 }
 """What pages call a variant of study people."""
-FRONT = ("ranking", "threshold", "supervised", "BRISQUE", "file size", "before")
+FRONT = ("ranking", "permuted", "supervised", "threshold", "file size", "before")
 """Those on the front page."""
 
 
 def people(only: Collection[str] | None = None) -> str:
-    """Tabulate SRCC with people's ratings, best first: of all pictures, within each subset, and each seed's.
+    """Tabulate SRCC with people's ratings, best first: of all pictures, and within the subsets.
 
-    only: variants, default all.
+    only: variants, default all, and the oracle that knows the subset.
     """
     rows = read("people")
-    columns = ["srcc", "srcc_ss01", "srcc_ss02", "srcc_ss03"]
+    within = ["srcc_ss01", "srcc_ss02", "srcc_ss03"]
+    rows["within"] = rows[within].mean(axis=1)
+    means = rows.groupby("variant")[["srcc", "within", *within]].mean().sort_values("within", ascending=False)
     lines = []
-    means = rows.groupby("variant")[columns].mean().sort_values("srcc", ascending=False)
     for name, mean in means.iterrows():
         if only and name not in only:
             continue
         each = rows[rows["variant"] == name].sort_values("seed")["srcc"].map("{:.3f}".format)
         seeds = f" ({', '.join(each)})" if len(each) > 1 else ""
-        total, *within = (f"{value:.3f}" for value in mean)
+        total, inside, *parts = (f"{value:.3f}" for value in mean)
         kind, comma, how = name.partition(",")
-        lines.append([f"{SAID.get(kind, kind)}{comma}{how}", f"**{total}**{seeds}", *within])
-    return printed(["scored by", "SRCC (each seed)", "within ss01", "ss02", "ss03"], lines)
+        lines.append([f"{SAID.get(kind, kind)}{comma}{how}", f"{total}{seeds}", f"**{inside}**", *parts])
+    if not only:
+        scores = read_table(RUNS / "people-scores.csv.gz")
+        known = scores.groupby("subset")["mos"].transform("mean")
+        lines.append(["oracle: knows only the subset", f"{srcc(known, scores['mos']):.3f}", "", "", "", ""])
+    return printed(["scored by", "SRCC (each seed)", "within subsets", "ss01", "ss02", "ss03"], lines)
 
 
 def comparison() -> str:
@@ -219,6 +225,7 @@ TABLES = {
     "pretraining": partial(gains, "pretraining"),
     "comparison": comparison,
     "mixture": partial(mixture, "mixture"),
+    "people-mixture": partial(mixture, "people-mixture"),
     "srij": srij,
     "step": step,
     "growth": growth,

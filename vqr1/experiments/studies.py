@@ -117,7 +117,7 @@ def training_frame(config: Settings, kind: str | None = None, pool: int | None =
 
 
 def _permuted(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Deal the MOS of each subset, or of each photograph's rows, anew, which leaves nothing else to learn."""
+    """Deal the MOS of each subset, or of each photograph's rows, anew: their means are all there is to learn."""
     deal, by = np.random.default_rng(seed).permutation, "subset" if "subset" in rows else "reference"
     return rows.assign(mos=rows.groupby(by)["mos"].transform(deal))
 
@@ -388,7 +388,8 @@ def write_differences(csv: Path, plan: Study) -> None:
     Differences on each set, in what it allows, and of the rated sets' mean SRCC.
     """
     made = set(read_study(csv)["variant"])
-    variants = [name for name in plan.variants if name in made and name != plan.baseline]
+    both = [name for own in plan.variants for name in (own, f"{own}{UNASKED}")]
+    variants = [name for name in both if name in made and name != plan.baseline]
     if not variants or plan.baseline not in made:
         return
     pairs = [(name, plan.baseline) for name in variants]

@@ -136,7 +136,7 @@ STUDIES = {
     "people": Study(
         "people",
         {"biq2021": None},
-        "before",
+        "ranking",
         {
             "before": Variant(1, method="before"),
             "file size": Variant(1, method="file size"),
