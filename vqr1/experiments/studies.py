@@ -117,7 +117,7 @@ def training_frame(config: Settings, kind: str | None = None, pool: int | None =
 
 
 def _permuted(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Deal the MOS of each subset, or of each photograph's rows, anew: their means are all there is to learn."""
+    """Deal the MOS of each subset, or of each photograph's rows, anew: only their means are left to learn."""
     deal, by = np.random.default_rng(seed).permutation, "subset" if "subset" in rows else "reference"
     return rows.assign(mos=rows.groupby(by)["mos"].transform(deal))
 
