@@ -207,6 +207,17 @@ def test_sharing_the_prefill_changes_no_sample(photo, temperature):
     assert len({tuple(row) for row in expected.tolist()}) > 3  # the answers of one picture differ
 
 
+def test_checkpointing_in_train_mode_keeps_no_cache_and_samples_the_stock_way(photo):
+    model, processor = load_policy("tiny-policy")
+    batch = repeated(processor, photo)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    model.train()
+    model.gradient_checkpointing_enable()
+    expected = model.generate(**batch, **greedy)
+    prefill_once(model)
+    assert torch.equal(model.generate(**batch, **greedy), expected)
+
+
 def test_prompts_that_are_not_alike_in_any_order_keep_their_own_cache(photo):
     model, processor = load_policy("tiny-policy")
     batch = repeated(processor, photo, k=1)

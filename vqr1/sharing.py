@@ -157,6 +157,8 @@ def prefill_once(model: PreTrainedModel) -> None:
             first, places, pixels = _distinct_prompts(ids, pixels, grid)
             order = torch.tensor(places, device=ids.device)
             cache = prefill(model, ids[first], inputs["attention_mask"][first], pixels, grid[first])
+            if cache is None:  # gradient checkpointing in train mode keeps none
+                return generate(*args, **inputs)
             cache.reorder_cache(order)
         inner = base_of(model).model
         inner.rope_deltas = inner.rope_deltas[order]

@@ -38,6 +38,7 @@ from gpu import Clock, configuration, photographs, qwen_config, random_policy
 from matplotlib.figure import Figure
 from scoring import arguments, peak, publish, timed
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
+from trl.models.utils import disable_gradient_checkpointing
 
 from vqr1.config import Settings, load_config
 from vqr1.policy import base_of, default_dtype
@@ -150,7 +151,8 @@ class Turns(TrainerCallback):
         """Return the seconds of the step's model calls, once more."""
         self.way(self.shared)
         start = Clock.now()
-        with torch.no_grad():
+        options = self.trainer.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, options):  # as TRL samples
             for inputs in self.asked:
                 self.model.generate(**inputs)
         for inputs in self.learned:
