@@ -137,8 +137,8 @@ def prefill(
 def prefill_once(model: PreTrainedModel) -> None:
     """Let `model.generate` run each distinct prompt of a batch once; TRL repeats it for its K answers.
 
-    The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, or with a
-    cache use the stock `generate`.
+    The samples are the stock ones, to rounding. Calls without pictures, with several per prompt, with a cache
+    or with gradient checkpointing in train mode use the stock `generate`.
     """
     generate = model.generate
 
@@ -151,14 +151,13 @@ def prefill_once(model: PreTrainedModel) -> None:
             or grid is None
             or len(grid) != len(ids)
             or inputs.get("past_key_values") is not None
+            or (model.training and base_of(model).is_gradient_checkpointing)  # which keeps no cache
         ):
             return generate(*args, **inputs)
         with torch.no_grad():
             first, places, pixels = _distinct_prompts(ids, pixels, grid)
             order = torch.tensor(places, device=ids.device)
             cache = prefill(model, ids[first], inputs["attention_mask"][first], pixels, grid[first])
-            if cache is None:  # gradient checkpointing in train mode keeps none
-                return generate(*args, **inputs)
             cache.reorder_cache(order)
         inner = base_of(model).model
         inner.rope_deltas = inner.rope_deltas[order]
