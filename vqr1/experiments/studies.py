@@ -7,7 +7,7 @@ A study NAME, made in several processes, has up to five files:
         these are the set's own labels. Every new run writes it again.
     NAME-differences.csv: of variants, paired over photographs and seeds.
     NAME-log.csv: reward and validation during training.
-Seeds vary the RL stage. The embedded policy is one pretraining seed; the studies `pretraining…` use another.
+Seeds vary the RL stage. The embedded policy is one pretraining seed; the study `pretraining` uses another.
 """
 
 import multiprocessing
