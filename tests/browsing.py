@@ -20,7 +20,7 @@ from shared import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-PATIENCE = 1500
+PATIENCE = 600
 """Seconds after which what hangs ends: a loaded machine needs minutes, a quiet one two seconds."""
 
 
@@ -88,6 +88,9 @@ def chromium(folder: Path, size: str = "1400,4000") -> Iterator[webdriver.Chrome
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     driver.command_executor.client_config.timeout = PATIENCE
     driver.set_script_timeout(PATIENCE)
+    # Without a screen the window has the focus or has it not, by chance; JupyterLab goes by it to tell the
+    # current notebook.
+    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     try:
         yield driver
     finally:
