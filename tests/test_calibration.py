@@ -49,6 +49,33 @@ def test_probabilities_come_true(noise):
     assert table["gap"].tolist() == pytest.approx((table["predicted"] - table["observed"]).abs().tolist())
 
 
+def test_tails_are_as_heavy_as_the_errors():
+    """Errors that are normal need no tails; rare large ones do, and then the probabilities come true."""
+    draws = np.random.default_rng(2)
+    normal, new = rated(800), rated(2000, 1)
+    heavy, new_heavy = (
+        frame.assign(mos=frame["mos"] + 25 * draws.standard_t(2, len(frame))) for frame in (normal, new)
+    )
+    found = calibrate(heavy)
+    assert calibrate(normal).tails > 20 > 6 > found.tails
+    assert reliability(found, new_heavy)["gap"].max() < 0.05
+    for score, other in ((4.5, 1.5), (3.2, 3.0)):
+        both = found.probability(score, 0.1, other, 0.1) + found.probability(other, 0.1, score, 0.1)
+        assert both == pytest.approx(1)
+
+
+def test_a_calibration_without_tails_is_the_normal_one(tmp_path):
+    """Files from before tails were fitted mean what they meant."""
+    found = calibrate(rated())
+    file = found.save(tmp_path)
+    known = json.loads(file.read_text())
+    del known["tails"]
+    file.write_text(json.dumps(known))
+    p = Calibration.load(tmp_path).probability(3.4, 0.1, 3.0, 0.1)
+    distance = (found.mos(3.4) - found.mos(3.0)) / (found.noise * np.hypot(*found.error([0.1, 0.1])))
+    assert p == pytest.approx((1 + math.erf(distance / math.sqrt(2))) / 2)
+
+
 def test_a_spread_much_too_small_is_corrected():
     """RL to rank draws the answers together: what the policy says of itself is far from true."""
     frame, new = rated(300, spread=(0.01, 0.02)), rated(2000, 1, spread=(0.01, 0.02))

@@ -7,8 +7,10 @@ the error. So the error is measured, on rated rows that the policy was not train
 
 f rises: a straight line, or VQEG's logistic where that is better on held-out photographs. The 95% interval is
 conformal: f(score) +- q h with q the finite-sample quantile of held-out |mos - f(score)| / h. The probability
-that A looks better than B is Thurstone's, Phi((f(s_A) - f(s_B)) / (t sqrt(h_A^2 + h_B^2))), with the one
-parameter t by maximum likelihood over pairs.
+that A looks better than B is Thurstone's, with Student's distribution in the place of the normal one,
+T_nu((f(s_A) - f(s_B)) / (t sqrt(h_A^2 + h_B^2))); t and nu are the likeliest over pairs. Where some errors
+are far larger than most, the normal distribution is too sure of a great distance and not sure enough of a
+middling one; a small nu keeps the rare error in mind (robit regression, Liu 2004).
 
     from vqr1.evaluation import calibrate_policy
 
@@ -22,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
-from scipy.special import log_ndtr, logit, ndtr
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logit, stdtr
 
 from vqr1.metrics import clusters, logistic, logistic_parameters, require
 from vqr1.policy import CALIBRATION
@@ -38,6 +40,8 @@ PAIRS = 200_000
 """Most pairs that are looked at; of more, a sample."""
 WIDE = 1e4
 """A logistic curve so wide is a straight line."""
+TAILS = (2.0, 100.0)
+"""Fewest and most degrees of freedom of a preference: with 100, Student's distribution is the normal one."""
 TINY = 1e-3
 """Keeps the error of a picture without any spread above 0: the root of Thurstone's gamma."""
 
@@ -48,8 +52,9 @@ class Calibration:
 
     curve: b1, b2, b3, b4 of `vqr1.metrics.logistic`, from scores to the raters' scale.
     quantile: q, half the interval where h is 1, on the raters' scale.
-    noise: t, the standard deviation of a preference's noise where h is 1, on the raters' scale.
+    noise: t, the scale of a preference's noise where h is 1, on the raters' scale.
     typical_spread: m, the median spread, in points of the score; None: h is 1 for all pictures.
+    tails: nu, the degrees of freedom of a preference's noise; infinite: it is normal.
     dataset, rows: what it was fitted on.
     settings: how the rows were scored (`Scorer.settings`); for other scores it does not hold.
     held_out: what was compared on held-out photographs: root mean square error by curve, and mean interval
@@ -60,6 +65,7 @@ class Calibration:
     quantile: float
     noise: float
     typical_spread: float | None = None
+    tails: float = math.inf
     dataset: str = ""
     rows: int = 0
     settings: dict = field(default_factory=dict)
@@ -108,9 +114,12 @@ class Calibration:
         >>> even = Calibration(THURSTONE.curve, quantile=1.0, noise=0.5)
         >>> round(float(even.probability(4.0, 0.1, 3.0, 0.1)), 4)  # Phi(1 / (0.5 sqrt(2)))
         0.9214
+        >>> rare = Calibration(THURSTONE.curve, quantile=1.0, noise=0.5, tails=3.0)  # Student's with 3 degrees
+        >>> round(float(rare.probability(4.0, 0.1, 3.0, 0.1)), 4)
+        0.8739
         """
         error = np.hypot(self.error(std), self.error(other_std))
-        return ndtr((self.mos(score) - self.mos(other_score)) / (self.noise * error))
+        return stdtr(self.tails, (self.mos(score) - self.mos(other_score)) / (self.noise * error))
 
     def save(self, folder: str | Path) -> Path:
         """Write calibration.json into a policy's folder; return the file."""
@@ -179,11 +188,13 @@ def calibrate(frame: pd.DataFrame, settings: dict | None = None, seed: int = 0) 
     error = {name: Calibration(curve, 1, 1, spread).error(std) for name, spread in spreads.items()}
     held_out |= {name: _interval_score(np.abs(mos - expected), error[name], folds) for name in spreads}
     chosen = min(spreads, key=held_out.get)
+    noise, tails = _preference(expected, error[chosen], mos, seed)
     return Calibration(
         curve,
         _quantile(np.abs(mos - expected) / error[chosen]),
-        _noise(expected, error[chosen], mos, seed),
+        noise,
         spreads[chosen],
+        tails,
         str(frame["dataset"].iloc[0]),
         len(frame),
         settings or {},
@@ -331,18 +342,22 @@ def _interval_score(residuals: np.ndarray, error: np.ndarray, folds: np.ndarray)
     return float(np.mean(2 * half + 2 / ALPHA * np.maximum(0, residuals - half)))
 
 
-def _noise(expected: np.ndarray, error: np.ndarray, mos: np.ndarray, seed: int) -> float:
-    """Return the t of the likeliest order of all pairs."""
+def _preference(expected: np.ndarray, error: np.ndarray, mos: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the t and nu of the likeliest order of all pairs."""
     first, second = _pairs(len(mos), seed)
-    better = _better(mos, first, second)
     away = (expected[first] - expected[second]) / np.hypot(error[first], error[second])
-    unit = np.std(mos) / np.median(error)
+    right = np.where(away < 0, _better(mos, second, first), _better(mos, first, second))
+    away, unit = np.abs(away), np.std(mos) / np.median(error)
 
-    def loss(exponent: float) -> float:
-        z = away / (unit * math.exp(exponent))
-        return -np.mean(better * log_ndtr(z) + (1 - better) * log_ndtr(-z))
+    def loss(exponents: np.ndarray) -> float:
+        scale, tails = np.exp(exponents)
+        miss = np.maximum(stdtr(tails, -away / (unit * scale)), 1e-300)
+        return -np.mean(right * np.log1p(-miss) + (1 - right) * np.log(miss))
 
-    return float(unit * math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
+    start = minimize_scalar(lambda exponent: loss(np.array([exponent, np.log(10)])), bounds=(-7, 7)).x
+    bounds = ((-7, 7), np.log(TAILS))
+    scale, tails = np.exp(minimize(loss, (start, np.log(10)), bounds=bounds, options={"ftol": 1e-12}).x)
+    return float(unit * scale), float(tails)
 
 
 def _pairs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
