@@ -196,8 +196,8 @@ def test_everything_in_the_loop_stays_inside_the_picture():
 
 def test_style_sets_the_colours_of_the_lines():
     with plt.rc_context():
-        style(dpi=120)
+        style()
         figure, ax = plt.subplots()
         assert [ax.plot([0, 1])[0].get_color() for _ in COLORS] == list(COLORS)
-        assert figure.dpi == 120
+        assert figure.dpi == 110
         plt.close(figure)

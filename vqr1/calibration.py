@@ -114,7 +114,7 @@ class Calibration:
         >>> even = Calibration(THURSTONE.curve, quantile=1.0, noise=0.5)
         >>> round(float(even.probability(4.0, 0.1, 3.0, 0.1)), 4)  # Phi(1 / (0.5 sqrt(2)))
         0.9214
-        >>> rare = Calibration(THURSTONE.curve, quantile=1.0, noise=0.5, tails=3.0)  # Student's with 3 degrees
+        >>> rare = Calibration(THURSTONE.curve, quantile=1.0, noise=0.5, tails=3.0)
         >>> round(float(rare.probability(4.0, 0.1, 3.0, 0.1)), 4)
         0.8739
         """

@@ -28,14 +28,14 @@ LOOP = {
 """The steps of reinforcement learning to rank: what stands in the box of each, and under it."""
 
 
-def style(dpi: int = 110) -> None:
+def style() -> None:
     """Set what the plots of a notebook share: resolution, layout, and the colours `COLORS`.
 
     Call it before the first plot: from then on Jupyter also shows a Figure that a cell returns.
     """
     plt.switch_backend(plt.get_backend())  # loaded at the first plot otherwise
     shared = {
-        "figure.dpi": dpi,
+        "figure.dpi": 110,
         "figure.constrained_layout.use": True,
         "axes.prop_cycle": plt.cycler(color=COLORS),
     }
@@ -199,13 +199,13 @@ def rounding(ax: Axes, weight: np.ndarray, levels: np.ndarray) -> None:
     ax.set(xlabel="weight / largest of its block of 64", ylabel="weights", xlim=(-1.02, 1.02))
 
 
-def strip(pictures: list[Image.Image], titles: list[str], width: float = 8) -> Figure:
+def strip(pictures: list[Image.Image], titles: list[str], width: float = 5.6) -> Figure:
     """Return pictures in one row, each with a title, of any lines; width in inches."""
     lines = 1 + max(title.count("\n") for title in titles)
-    figure = Figure(figsize=(width, width / len(pictures) + 0.1 + 0.2 * lines), layout="constrained", dpi=72)
+    figure = Figure(figsize=(width, width / len(pictures) + 0.1 + 0.2 * lines), layout="constrained", dpi=110)
     for ax, picture, title in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, titles):
         ax.imshow(np.asarray(picture))
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=8)
         ax.set(xticks=[], yticks=[])
     return figure
 
