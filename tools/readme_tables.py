@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from vqr1.metrics import srcc
@@ -34,6 +35,11 @@ def read(name: str) -> pd.DataFrame:
     return read_table(RUNS / f"{name}.csv")
 
 
+def digits(value: float) -> str:
+    """Return a value with three digits, rounded as pandas rounds in the notebooks: halves to even."""
+    return f"{np.round(value, 3):.3f}"
+
+
 def interval(row: Mapping[str, float]) -> str:
     """Return a difference and its 95% interval as text."""
     return f"{row['difference']:+.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
@@ -54,10 +60,10 @@ def gains(study: str) -> str:
         lines.append(
             [
                 f"`{name}`",
-                f"{total['mean_baseline']:.3f}",
-                f"**{total['mean']:.3f}** ({', '.join(f'{value:.3f}' for value in each)})",
+                digits(total["mean_baseline"]),
+                f"**{digits(total['mean'])}** ({', '.join(map(digits, each))})",
                 interval(total),
-                f"{within['mean_baseline']:.3f} → {within['mean']:.3f}",
+                f"{digits(within['mean_baseline'])} → {digits(within['mean'])}",
                 interval(within),
             ]
         )
@@ -93,15 +99,15 @@ def people(only: Collection[str] | None = None) -> str:
     for name, mean in means.iterrows():
         if only and name not in only:
             continue
-        each = rows[rows["variant"] == name].sort_values("seed")["srcc"].map("{:.3f}".format)
+        each = rows[rows["variant"] == name].sort_values("seed")["srcc"].map(digits)
         seeds = f" ({', '.join(each)})" if len(each) > 1 else ""
-        total, inside, *parts = (f"{value:.3f}" for value in mean)
+        total, inside, *parts = map(digits, mean)
         kind, comma, how = name.partition(",")
         lines.append([f"{SAID.get(kind, kind)}{comma}{how}", f"{total}{seeds}", f"**{inside}**", *parts])
     if not only:
         scores = read_table(RUNS / "people-scores.csv.gz")
         known = scores.groupby("subset")["mos"].transform("mean")
-        lines.append(["oracle: knows only the subset", f"{srcc(known, scores['mos']):.3f}", "", "", "", ""])
+        lines.append(["oracle: knows only the subset", digits(srcc(known, scores["mos"])), "", "", "", ""])
     return printed(["scored by", "SRCC (each seed)", "within subsets", "ss01", "ss02", "ss03"], lines)
 
 
@@ -119,10 +125,10 @@ def comparison() -> str:
         cells = [
             name if name != "ranking" else "**ranking** (the paper's reward)",
             f"{row['seed']:.0f}",
-            f"{row['srcc']:.3f}",
-            f"{row['srcc_within_level']:.3f}",
+            digits(row["srcc"]),
+            digits(row["srcc_within_level"]),
             gap,
-            f"{by.loc[(name, 'sim-unseen'), 'srcc']:.3f}",
+            digits(by.loc[(name, "sim-unseen"), "srcc"]),
             f"{row['family']:.0%}" if pd.notna(row["family"]) else "",
             f"{row['seconds']:.0f}" if pd.notna(row["seconds"]) else "",
         ]
@@ -146,9 +152,9 @@ def mixture(study: str) -> str:
         for which, kind in columns:
             mean = own.loc[own["set"] == which, kind].mean()
             gap = f" ({interval(differences.loc[name, which, kind])})" if name != "mixture" else ""
-            cells.append(f"{mean:.3f}{gap}")
+            cells.append(digits(mean) + gap)
         mean = own.groupby("set")["srcc"].mean().mean()
-        lines.append([name, str(own["seed"].nunique()), *cells, f"{mean:.3f}"])
+        lines.append([name, str(own["seed"].nunique()), *cells, digits(mean)])
     heads = [f"`{which}`{' pairs right' if kind == 'pairs_right' else ''}" for which, kind in columns]
     return printed(["trained on", "seeds", *(f"{head} (minus mixture)" for head in heads), "mean"], lines)
 
@@ -169,6 +175,25 @@ def srij() -> str:
     for order in rows["order"].unique():
         heads += [f"SRCC, {order}", "minus PSNR", "minus SSIM"]
     return printed(heads, lines)
+
+
+STARTS = {
+    ("demo", "before"): "the demo: embedded policy",
+    ("pretraining", "before"): "the demo from a second pretraining",
+    ("comparison", "before"): "the comparison: first embedded policy",
+    ("comparison", "before, non-thinking"): "the same, not thinking",
+}
+"""Study and variant -> where its untrained policy is met."""
+
+
+def starts() -> str:
+    """Tabulate what untrained policies have on the test rows of sim-kadid, by study."""
+    lines = []
+    for (study, variant), where in STARTS.items():
+        rows = read(study)
+        row = rows[(rows["variant"] == variant) & (rows["set"] == "sim-kadid")].iloc[0]
+        lines.append([where, f"{row['rows']:.0f}", digits(row["srcc"])])
+    return printed(["before training, in", "test rows", "SRCC"], lines)
 
 
 def step() -> str:
@@ -223,6 +248,7 @@ TABLES = {
     "people": people,
     "demo": partial(gains, "demo"),
     "pretraining": partial(gains, "pretraining"),
+    "starts": starts,
     "comparison": comparison,
     "mixture": partial(mixture, "mixture"),
     "people-mixture": partial(mixture, "people-mixture"),

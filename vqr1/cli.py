@@ -570,7 +570,9 @@ def _sheet(args) -> int:
     return EXIT_OK
 
 
-PRETRAIN = "Make the embedded policy again: about an hour and a half on two CPU cores. Resumes by itself."
+PRETRAIN = (
+    "Make a policy like the embedded one: about 90 minutes on two CPU cores. Resumes by itself."
+)
 
 
 def _pretrain_options(add: Add) -> None:

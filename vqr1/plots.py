@@ -101,7 +101,7 @@ def curve(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None, wi
 
 def training_figure(log: pd.DataFrame, sets: str = "sim-kadid") -> Figure:
     """Return the curves of a run: ranking reward, validation SRCC, and the spread of a picture's K scores."""
-    figure = Figure(figsize=(10, 3), layout="constrained", dpi=100)
+    figure = Figure(figsize=(9, 2.8), layout="constrained", dpi=110)
     for ax, column, label, window in zip(
         figure.subplots(1, 3),
         ("ranking", "val_srcc", "score_std"),
@@ -123,7 +123,7 @@ def scatter(ax: Axes, mos: np.ndarray, score: np.ndarray, title: str = "") -> No
 def gallery(pictures: list[Image.Image], titles: list[str], captions: list[str], columns: int = 3) -> Figure:
     """Return pictures in a grid, each with a title above and a caption below."""
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3.6 * columns, 4.6 * rows), layout="constrained", dpi=100)
+    figure = Figure(figsize=(3.4 * columns, 4.4 * rows), layout="constrained", dpi=110)
     for ax, picture, title, caption in zip(
         figure.subplots(rows, columns, squeeze=False).flat, pictures, titles, captions
     ):

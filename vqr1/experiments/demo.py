@@ -145,7 +145,7 @@ def figures(output: Path, rows: Rows, old: dict, new: dict, thinking: bool) -> N
 
 def scatter_pair(one: pd.DataFrame, two: pd.DataFrame):
     """Return scores against MOS before and after, side by side."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=100)
+    figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=110)
     for ax, table, title in zip(figure.subplots(1, 2), (one, two), ("before", "after")):
         scatter(ax, table["mos"], table["score"], title)
     return figure
