@@ -570,9 +570,7 @@ def _sheet(args) -> int:
     return EXIT_OK
 
 
-PRETRAIN = (
-    "Make a policy like the embedded one: about 90 minutes on two CPU cores. Resumes by itself."
-)
+PRETRAIN = "Make a policy like the embedded one: about 90 minutes on two CPU cores. Resumes by itself."
 
 
 def _pretrain_options(add: Add) -> None:
