@@ -167,6 +167,20 @@ def test_the_cnn_learns_an_order_and_scores_any_size(ranker):
         assert abs(scores.mean() - 3) < 1  # in the MOS' own scale
 
 
+def test_the_cnn_learns_from_photographs_of_several_sizes():
+    """As BIQ2021's are: nearly all of one size, and a few not."""
+    frame, images = rated()
+    images[3] = images[3].crop((5, 5, 69, 85))
+    assert np.isfinite(score_cnn(train_cnn(frame, images, ranker=True, steps=3, batch=24), images)).all()
+
+
+def test_pictures_of_several_sizes_are_cut_around_their_middles():
+    wide = Image.new("RGB", (9, 4))
+    wide.putpixel((4, 1), (255, 255, 255))
+    found = pixels([wide, Image.new("RGB", (5, 6))])
+    assert found.shape == (2, 3, 4, 5) and (found[0, :, 1, 2] == 1).all() and found.sum() == 3 - (120 - 3)
+
+
 def test_pixels_are_centred_and_channels_come_first():
     white, red = Image.new("RGB", (4, 2), "white"), Image.new("RGB", (4, 2), "red")
     stack = pixels([white, red])

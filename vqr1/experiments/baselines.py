@@ -149,8 +149,14 @@ def dct_filters() -> torch.Tensor:
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
-    """Return RGB pictures of one size as (B, 3, H, W) in -1..1."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Return RGB pictures as (B, 3, H, W) in -1..1, cut around their middles to the smallest W and H.
+
+    >>> pixels([Image.new("RGB", (96, 64)), Image.new("RGB", (64, 80))]).shape
+    torch.Size([2, 3, 64, 64])
+    """
+    size = np.min([image.size for image in images], axis=0)
+    cut = [image.crop((*((image.size - size) // 2), *((image.size - size) // 2 + size))) for image in images]
+    return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def fit(model: nn.Module, losses: Iterable[torch.Tensor], steps: int, lr: float) -> None:
