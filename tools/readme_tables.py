@@ -82,14 +82,14 @@ SAID = {
     "before": "before training",
 }
 """What pages call a variant of study people."""
-FRONT = ("ranking", "permuted", "supervised", "threshold", "file size", "before")
+FRONT = ("tower ridge", "ranking", "permuted", "supervised", "threshold", "file size", "before")
 """Those on the front page."""
 
 
 def people(only: Collection[str] | None = None) -> str:
     """Tabulate SRCC with people's ratings, best first: of all pictures, and within the subsets.
 
-    only: variants, default all, and the oracle that knows the subset.
+    only: variants, and the subsets' mean alone; default all, each subset, and the oracle that knows it.
     """
     rows = read("people")
     within = ["srcc_ss01", "srcc_ss02", "srcc_ss03"]
@@ -103,12 +103,14 @@ def people(only: Collection[str] | None = None) -> str:
         seeds = f" ({', '.join(each)})" if len(each) > 1 else ""
         total, inside, *parts = map(digits, mean)
         kind, comma, how = name.partition(",")
-        lines.append([f"{SAID.get(kind, kind)}{comma}{how}", f"{total}{seeds}", f"**{inside}**", *parts])
+        cells = [f"{SAID.get(kind, kind)}{comma}{how}", f"{total}{seeds}", f"**{inside}**"]
+        lines.append(cells if only else [*cells, *parts])
     if not only:
         scores = read_table(RUNS / "people-scores.csv.gz")
         known = scores.groupby("subset")["mos"].transform("mean")
         lines.append(["oracle: knows only the subset", digits(srcc(known, scores["mos"])), "", "", "", ""])
-    return printed(["scored by", "SRCC (each seed)", "within subsets", "ss01", "ss02", "ss03"], lines)
+    heads = ["scored by", "SRCC (each seed)", "within subsets", "ss01", "ss02", "ss03"]
+    return printed(heads[:3] if only else heads, lines)
 
 
 def comparison() -> str:
