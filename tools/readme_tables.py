@@ -77,12 +77,14 @@ SAID = {
     "threshold": "RL, Q-Insight's reward",
     "supervised": "supervised fine-tuning",
     "tower ridge": "ridge on the frozen tower",
+    "CNN ranker": "a small CNN, trained to rank",
+    "CNN regressor": "a small CNN, by squared error",
     "permuted": "control: ratings permuted",
     "format": "control: format alone",
     "before": "before training",
 }
 """What pages call a variant of study people."""
-FRONT = ("tower ridge", "ranking", "permuted", "supervised", "threshold", "file size", "before")
+FRONT = ("tower ridge", "CNN ranker", "ranking", "permuted", "supervised", "threshold", "file size", "before")
 """Those on the front page."""
 
 
@@ -100,7 +102,7 @@ def people(only: Collection[str] | None = None) -> str:
         if only and name not in only:
             continue
         each = rows[rows["variant"] == name].sort_values("seed")["srcc"].map(digits)
-        seeds = f" ({', '.join(each)})" if len(each) > 1 else ""
+        seeds = f" ({len(each) if only else ', '.join(each)})" if len(each) > 1 else ""
         total, inside, *parts = map(digits, mean)
         kind, comma, how = name.partition(",")
         cells = [f"{SAID.get(kind, kind)}{comma}{how}", f"{total}{seeds}", f"**{inside}**"]
@@ -109,8 +111,9 @@ def people(only: Collection[str] | None = None) -> str:
         scores = read_table(RUNS / "people-scores.csv.gz")
         known = scores.groupby("subset")["mos"].transform("mean")
         lines.append(["oracle: knows only the subset", digits(srcc(known, scores["mos"])), "", "", "", ""])
-    heads = ["scored by", "SRCC (each seed)", "within subsets", "ss01", "ss02", "ss03"]
-    return printed(heads[:3] if only else heads, lines)
+    if only:
+        return printed(["scored by", "SRCC (seeds)", "within subsets"], lines)
+    return printed(["scored by", "SRCC (each seed)", "within subsets", "ss01", "ss02", "ss03"], lines)
 
 
 def comparison() -> str:
