@@ -42,7 +42,8 @@ def digits(value: float) -> str:
 
 def interval(row: Mapping[str, float]) -> str:
     """Return a difference and its 95% interval as text."""
-    return f"{row['difference']:+.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+    difference, low, high = np.round([row["difference"], row["lo"], row["hi"]], 3)
+    return f"{difference:+.3f} [{low:.3f}, {high:.3f}]"
 
 
 def printed(header: list[str], rows: list[list[str]]) -> str:
@@ -53,18 +54,19 @@ def printed(header: list[str], rows: list[list[str]]) -> str:
 def gains(study: str) -> str:
     """Tabulate the rated sets before and after RL to rank, gains over seeds and photographs, seeds' SRCC."""
     rows, differences = read(study), read(f"{study}-differences").set_index(["set", "statistic"])
+    means = rows.groupby(["variant", "set"])[["srcc", "srcc_within_level"]].mean()
     lines = []
     for name in ("sim-kadid", "sim-unseen"):
-        total, within = differences.loc[name, "srcc"], differences.loc[name, "srcc_within_level"]
         each = rows[(rows["variant"] == "ranking") & (rows["set"] == name)].sort_values("seed")["srcc"]
+        before, after = means.loc["before", name], means.loc["ranking", name]
         lines.append(
             [
                 f"`{name}`",
-                digits(total["mean_baseline"]),
-                f"**{digits(total['mean'])}** ({', '.join(map(digits, each))})",
-                interval(total),
-                f"{digits(within['mean_baseline'])} → {digits(within['mean'])}",
-                interval(within),
+                digits(before["srcc"]),
+                f"**{digits(after['srcc'])}** ({', '.join(map(digits, each))})",
+                interval(differences.loc[name, "srcc"]),
+                f"{digits(before['srcc_within_level'])} → {digits(after['srcc_within_level'])}",
+                interval(differences.loc[name, "srcc_within_level"]),
             ]
         )
     return printed(
@@ -171,7 +173,7 @@ def srij() -> str:
     for name, own in rows.groupby("variant", sort=False):
         cells = [name]
         for _, row in own.iterrows():
-            cells.append(f"{row['srcc']:.3f} [{row['srcc_lo']:.3f}, {row['srcc_hi']:.3f}]")
+            cells.append(f"{digits(row['srcc'])} [{digits(row['srcc_lo'])}, {digits(row['srcc_hi'])}]")
             for minus in ("minus_psnr", "minus_ssim"):
                 gap = {"difference": row[minus], "lo": row[f"{minus}_lo"], "hi": row[f"{minus}_hi"]}
                 cells.append(interval(gap) if pd.notna(row[minus]) else "")

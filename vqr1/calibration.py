@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import logit, stdtr
 
 from vqr1.metrics import clusters, logistic, logistic_parameters, require
@@ -351,12 +351,11 @@ def _preference(expected: np.ndarray, error: np.ndarray, mos: np.ndarray, seed: 
 
     def loss(exponents: np.ndarray) -> float:
         scale, tails = np.exp(exponents)
-        miss = np.maximum(stdtr(tails, -away / (unit * scale)), 1e-300)
+        miss = np.maximum(stdtr(tails, -away / (unit * scale)), np.finfo(float).tiny)
         return -np.mean(right * np.log1p(-miss) + (1 - right) * np.log(miss))
 
-    start = minimize_scalar(lambda exponent: loss(np.array([exponent, np.log(10)])), bounds=(-7, 7)).x
     bounds = ((-7, 7), np.log(TAILS))
-    scale, tails = np.exp(minimize(loss, (start, np.log(10)), bounds=bounds, options={"ftol": 1e-12}).x)
+    scale, tails = np.exp(minimize(loss, (0, np.log(10)), bounds=bounds, options={"ftol": 1e-12}).x)
     return float(unit * scale), float(tails)
 
 

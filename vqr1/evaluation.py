@@ -45,6 +45,11 @@ class Rows(NamedTuple):
     images: Sequence[Image.Image | Path]
     pairs: pd.DataFrame | None = None
 
+    def take(self, places: Sequence[int]) -> "Rows":
+        """Return the rows at these places, in this order, with their pictures; pairs stay as they are."""
+        images = [self.images[place] for place in places]
+        return Rows(self.frame.iloc[places].reset_index(drop=True), images, self.pairs)
+
 
 def evaluation_rows(
     names=EVALUATION_SETS, split: str = "test", limit: int | None = None, root: str | Path | None = None

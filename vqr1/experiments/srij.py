@@ -48,8 +48,7 @@ def srij(policies: Sequence[str], root: str | Path | None = None) -> pd.DataFram
 def whole_contents(rows: Rows) -> Rows:
     """Return the rows of the contents that have all their pictures, as a mean over contents needs them."""
     size = rows.frame.groupby("reference")["image"].transform("size")
-    kept = np.flatnonzero(size == size.max())
-    return Rows(rows.frame.iloc[kept].reset_index(drop=True), [rows.images[place] for place in kept])
+    return rows.take(np.flatnonzero(size == size.max()))
 
 
 def with_likeness(rows: Rows) -> pd.DataFrame:
