@@ -1,7 +1,7 @@
 """Draw data/runs/people-order.png, the README's first picture: `python tools/readme_picture.py`.
 
 Left: photographs in ten groups, from those that people like least to those that they like most, and the mean
-place that the policy gives them, before RL and after (each seed). Right: SRCC during training.
+rank that the policy gives them, before RL and after (each seed). Right: SRCC during training.
 """
 
 import sys
@@ -16,22 +16,22 @@ from vqr1.records import read_table
 
 RUNS = Path(__file__).resolve().parents[1] / "data" / "runs"
 GROUPS = 10
-BEFORE, AFTER = "before/0", [f"ranking/{seed}" for seed in range(3)]
+BEFORE, AFTER = "before/0", [f"ranking/{seed}" for seed in range(5)]
 
 
 def draw_order(ax: Axes, table: pd.DataFrame) -> None:
-    """Draw the mean place, in percent of the photographs, of each tenth by people's ratings."""
+    """Draw the mean rank, in percent of the photographs, of each tenth by people's ratings."""
     tenth = pd.qcut(table["mos"].rank(method="first"), GROUPS, labels=False) + 1
     place = 100 * table[["mos", BEFORE, *AFTER]].rank(pct=True).groupby(tenth).mean()
     ax.plot(place["mos"], ":", color="black", label="people")
     ax.plot(place[BEFORE], "o-", color=plots.COLORS[1], label="before RL")
     for name in AFTER:
-        label = "after RL, three seeds" if name == AFTER[0] else None
+        label = "after RL, five seeds" if name == AFTER[0] else None
         ax.plot(place[name], "o-", color=plots.COLORS[0], label=label)
     ax.set(
         title=f"{len(table):,} photographs that it never saw",
         xlabel="tenth of the photographs, by people's ratings",
-        ylabel="mean place by the policy, %",
+        ylabel="mean rank by the policy, % (100 = best)",
         xticks=range(1, GROUPS + 1),
         ylim=(0, 100),
     )
@@ -45,7 +45,7 @@ def draw_training(ax: Axes, log: pd.DataFrame) -> None:
         watched = own.dropna(subset="val_srcc")
         ax.plot(watched["step"], watched["val_srcc"], "o-", color=plots.COLORS[0])
     ax.set(
-        title="during training, three seeds",
+        title="during training, five seeds",
         xlabel="step",
         ylabel="SRCC, validation photographs",
         ylim=(0, 0.7),
