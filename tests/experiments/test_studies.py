@@ -87,7 +87,7 @@ def test_every_variant_differs_from_its_study_in_what_it_says_and_nothing_else()
         "variance one",
         "B = 4, 4 a step",
         "B = 8, 2 a step",
-        "no KL",
+        "KL 0.04",
         "not scaled",
         "B = 32, half the steps",
         "B = 32, K = 3",

@@ -123,7 +123,7 @@ STUDIES = {
             "B = 4, 4 a step": Variant(3, _batch(4, per_step=4)),
             "B = 8, 2 a step": Variant(3, _batch(8, per_step=2)),
             "non-thinking": Variant(3, {"thinking": False}),
-            "no KL": Variant(5, {"grpo": {"beta": 0.0}}),
+            "KL 0.04": Variant(5, {"grpo": {"beta": 0.04}}),
             "not scaled": Variant(5, {"grpo": {"scale_rewards": "none"}}),
             "B = 32, half the steps": Variant(
                 5, _batch(32, steps=10) | {"validation": {"rows": 57, "every": 2}}
