@@ -29,7 +29,7 @@ from vqr1.experiments.study_plans import STUDIES, Study, Variant
 from vqr1.metrics import difference, srcc
 from vqr1.records import read_table
 from vqr1.rewards import reward_functions
-from vqr1.training import adapter_of, grpo_config, images_per_step
+from vqr1.training import adapter_of, grpo_config, images_per_step, training_rows
 
 GRID = [
     (name, variant)
@@ -393,11 +393,21 @@ def test_a_rival_learns_from_rows_drawn_by_its_seed_as_many_as_rl_is_shown(tmp_p
         return ridge(config, frame, output)
 
     monkeypatch.setitem(studies.TRAINED, "tower ridge", remembered)
-    plan = replace(SMALL, variants={"tower ridge": Variant(2, method="tower ridge")}, drawn=40)
+    short = {"grpo": {"max_steps": 3}}
+    plan = replace(SMALL, variants={"tower ridge": Variant(2, short, "tower ridge")}, drawn=True)
     made = [studies.run(plan, "tower ridge", seed, tmp_path)["scores"]["score"] for seed in (0, 1, 0)]
-    assert [len(frame) for frame in given] == [40] * 3
+    assert [len(frame) for frame in given] == [3 * 16] * 3
     assert given[0].equals(given[2]) and not given[0].equals(given[1])
     assert np.allclose(made[0], made[2]) and not np.allclose(made[0], made[1])
+
+
+def test_rl_is_shown_as_many_different_rows_as_its_rivals_of_study_people():
+    plan = STUDIES["people"]
+    args = grpo_config(config_of("people", "ranking").grpo, Path())
+    rows = pd.DataFrame({"image": "", "dataset": "biq2021", "mos": np.linspace(0, 1, 9000)})
+    shown = training_rows(rows, args)
+    assert len(set(shown["mos"])) == studies._shown(config_of("people", "supervised"), Path()) == 3200
+    assert plan.drawn and studies._steps(rows.head(3200), 150) * 16 == 3200
 
 
 def test_a_study_says_how_many_rows_are_learned_from(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ A study NAME, made in several processes, has up to five files:
 Seeds vary the RL stage. The embedded policy is one pretraining seed; the study `pretraining` uses another.
 """
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -136,15 +137,20 @@ def _rl(config: Settings, frame: pd.DataFrame, output: Path) -> tuple:
     return load_policy(train(config, output, resume=True, frame=frame))
 
 
+def _steps(frame: pd.DataFrame, least: int, batch: int = 16) -> int:
+    """Return how many batches show every row at least once, and no fewer than `least`."""
+    return max(least, math.ceil(len(frame) / batch))
+
+
 def _supervised(config: Settings, frame: pd.DataFrame, output: Path) -> tuple:
     policy, images = load_policy(config.model_name_or_path), pictures_of(frame)
-    adapter = adapter_of(config)
-    return supervised(policy, frame, images, steps=150, seed=config.grpo["seed"], adapter=adapter)
+    steps, adapter = _steps(frame, 150), adapter_of(config)
+    return supervised(policy, frame, images, steps=steps, seed=config.grpo["seed"], adapter=adapter)
 
 
 def _cnn(config: Settings, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
-    model = train_cnn(frame, pictures_of(frame), ranker=ranker, steps=120, seed=config.grpo["seed"])
-    return partial(score_cnn, model)
+    steps, seed = _steps(frame, 120), config.grpo["seed"]
+    return partial(score_cnn, train_cnn(frame, pictures_of(frame), ranker=ranker, steps=steps, seed=seed))
 
 
 def _tower(config: Settings, frame: pd.DataFrame, output: Path, ranker: bool) -> Callable:
@@ -212,7 +218,7 @@ def run(
         pool = plan.pool or (POOL if plan.config == "cpu-study" else None)
         frame = training_frame(config, line.change.get("rows"), pool)
         if plan.drawn and line.method != "rl":
-            frame = frame.sample(plan.drawn, random_state=seed, ignore_index=True)
+            frame = frame.sample(_shown(config, output), random_state=seed, ignore_index=True)
         learned = TRAINED[line.method](config, frame, output)
         seconds = time.process_time() - start
     sets = _test_rows(tuple(plan.sets.items()))
@@ -241,6 +247,12 @@ def run(
         "pairs": pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame(),
         "log": _log(config, output / "log.csv", {"variant": variant, "seed": seed}),
     }
+
+
+def _shown(config: Settings, output: Path) -> int:
+    """Return how many rows RL is shown."""
+    args = grpo_config(config.grpo, output)
+    return images_per_step(args) * args.max_steps
 
 
 def _words(table: pd.DataFrame) -> dict:

@@ -36,7 +36,7 @@ class Study:
     baseline: the variant that all are compared with.
     minutes: about how long a run takes on one core.
     both_prompts: variants whose policies are scored with the other prompt, too.
-    drawn: how many rows, by its seed, a rival of RL learns from: as many as RL is shown.
+    drawn: a rival of RL learns from rows drawn by its seed, as many as RL is shown; else from all.
     pool: how many training rows there are, evenly by set as far as the sets go, a fixed sample. None:
         `studies.POOL` for the short runs of cpu-study, else all.
     """
@@ -47,7 +47,7 @@ class Study:
     variants: dict[str, Variant]
     minutes: float = 1.3
     both_prompts: tuple[str, ...] = ()
-    drawn: int | None = None
+    drawn: bool = False
     pool: int | None = None
 
 
@@ -153,7 +153,7 @@ STUDIES = {
         },
         minutes=15,
         both_prompts=("before", "ranking"),
-        drawn=1920,
+        drawn=True,
     ),
     "people-mixture": Study(
         "people-study",
