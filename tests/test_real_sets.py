@@ -102,7 +102,10 @@ def pairs_alone(whole, tmp_path):
 
 @pytest.mark.slow
 def test_ten_steps_learn_from_the_comparisons_of_pcuid_alone(pairs_alone, tmp_path):
-    """The same run with the pairs' preferences permuted has other rewards: they are what is learned from."""
+    """The same run has the same rewards again, and others once the pairs' preferences are permuted.
+
+    So the comparisons are what is learned from.
+    """
 
     def rewards(folder: str) -> pd.Series:
         named = {"sets": [str(pairs_alone)], "comparisons": [str(pairs_alone)]}
@@ -112,11 +115,11 @@ def test_ten_steps_learn_from_the_comparisons_of_pcuid_alone(pairs_alone, tmp_pa
         train(config, tmp_path / folder)
         log = pd.read_csv(tmp_path / folder / "log.csv", comment="#").set_index("step")
         assert np.isfinite(log["val_srcc"].dropna()).sum() == 2  # watched by shares of wins, before and after
-        assert log["ranking"].loc[1:].between(0, 1.01).all() and log["ranking"].max() > 0
+        assert log["ranking"].max() > 0
         return log["ranking"].loc[1:]
 
     learned = rewards("people")
-    assert len(learned) == 10
+    assert len(learned) == 10 and rewards("again").iloc[0] == learned.iloc[0]
     path = comparisons_path(pairs_alone)
     pairs = pd.read_csv(path)
     mixed = np.random.default_rng(0).permutation(pairs["preference"])

@@ -28,14 +28,22 @@ from shared import pushed
 from vqr1 import rewards, training
 from vqr1.cli import main
 from vqr1.config import CONFIGS, Settings, load_config, write_yaml
-from vqr1.data.comparisons import names_of
+from vqr1.data.comparisons import comparisons_path, names_of
 from vqr1.data.manifests import load_ratings, render
 from vqr1.places import EMBEDDED
 from vqr1.policy import CALIBRATION, load_policy, merge_adapter, never_sampled
 from vqr1.prompts import NON_THINKING, THINKING
 from vqr1.runlog import LOG, LivePlot, RunLog, last_checkpoint
 from vqr1.scoring import Scorer
-from vqr1.training import build_trainer, fitted, train, training_rows, with_win_shares
+from vqr1.training import (
+    build_trainer,
+    fitted,
+    grpo_config,
+    set_rows,
+    train,
+    training_rows,
+    with_win_shares,
+)
 from vqr1.votes import save_votes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -592,7 +600,7 @@ def test_rows_without_mos_are_watched_by_their_share_of_wins():
     assert with_win_shares(frame, {"a": pairs})["mos"].iloc[:3].tolist() == [75.0, 50.0, 7.0]
     assert with_win_shares(frame, {"a": pairs})["mos"].isna().tolist() == [False] * 3 + [True]
     voted = with_win_shares(frame, {"a": pairs.assign(votes=[3, 1])})
-    assert voted["mos"].iloc[:2].tolist() == [62.5, 50.0]
+    assert voted["mos"].iloc[:2].tolist() == [75.0, 50.0]  # each pair counts once, as in the reward
 
 
 # --- the libraries ------------------------------------------------------------------------------
@@ -666,10 +674,10 @@ def worker(folder: Path) -> None:
     compared, sets = [], []
 
     class Spy(rewards.RankingReward):
-        def _rewards(self, everyone):
+        def _rewards(self, everyone, log_metric=None):
             compared.append([len(columns[0]) for columns in everyone])
             sets.append(sorted({name for columns in everyone for name in columns[2]}))
-            return super()._rewards(everyone)
+            return super()._rewards(everyone, log_metric)
 
     def digest(model) -> str:
         return hashlib.sha256(b"".join(p.numpy().tobytes() for p in weights(model).values())).hexdigest()
@@ -749,12 +757,35 @@ def test_a_fitted_configuration_of_the_smallest_set_trains(tmp_path):
     assert Scorer(folder).thinking and not Scorer(folder).numbered
 
 
-def test_a_set_without_mos_is_learned_from_the_comparisons_beside_it(tmp_path):
-    rated, compared = (
-        own_set(tmp_path / "a", 4, dataset="a"),
-        own_set(tmp_path / "b", 4, mos=False, dataset="b"),
-    )
-    assert fitted(load_config("cpu", sets=[rated, compared])).comparisons == [compared]
+def test_a_manifest_with_comparisons_beside_it_is_learned_from_these(tmp_path):
+    """Whether it has a mos or not, as votes with a scale have; without comparisons, the mos teaches."""
+    scaled = own_set(tmp_path / "a", 4, dataset="a")
+    compared = own_set(tmp_path / "b", 4, mos=False, dataset="b")
+    rated = own_set(tmp_path / "c", 4, dataset="c")
+    (tmp_path / "c" / "mine-comparisons.csv").unlink()
+    settings = fitted(load_config("cpu", sets=[scaled, compared, rated, "sim-five"]))
+    assert settings.comparisons == [scaled, compared]
+
+
+def test_rows_that_no_other_train_row_was_compared_with_are_left_out(tmp_path):
+    """Of five train rows, 3 was compared with a val picture alone, and 4 with a test picture."""
+    path = own_set(tmp_path, 5, mos=False)
+    sides = {"first": [0, 2, 3, 4], "second": [1, 1, 5, 7]}
+    pairs = pd.DataFrame(sides).map("{}.png".format).assign(preference=1.0)
+    pairs.to_csv(comparisons_path(path), index=False)
+    settings = fitted(load_config("cpu", sets=[path], grpo={"max_steps": 1}))
+    assert sizes(settings)[0] == 2  # the largest power of two that three rows fill
+    args, rows = grpo_config(settings.grpo, tmp_path), set_rows([path], None, "train")
+    with pytest.warns(UserWarning, match="2 of 5 train rows are left out: nobody compared them"):
+        chosen = training_rows(rows, args, comparisons={"mine": pairs})
+    assert set(chosen["name"]) <= {"0.png", "1.png", "2.png"}
+    for own, given, message in (
+        (rows, {"mine": pairs.iloc[:3]}, "'4.png' is in no comparison of 'mine'"),
+        (rows.iloc[3:], {"mine": pairs}, "'mine': no two of its 2 train rows were compared"),
+        (rows, {"my-vote": pairs}, "comparisons of 'my-vote', and no rows of it; the rows are of mine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training_rows(own.reset_index(drop=True), args, comparisons=given)
 
 
 def test_sets_that_cannot_be_compared_are_refused(tmp_path):

@@ -126,13 +126,13 @@ class RankingReward:
         # One list of rows per process, in the order of ranks. Every check comes after this collective and
         # looks at the rows of all processes, so that all raise together and none is left waiting.
         everyone = gather_object([columns]) if self.scope == "global" else [columns]
-        rewards = self._rewards(everyone)  # (B, K), B images of all these processes
+        rewards = self._rewards(everyone, log_metric)  # (B, K), B images of all these processes
         rank = PartialState().process_index if self.scope == "global" else 0
         start = sum(len(columns[0]) for columns in everyone[:rank])
         self._log(scores, log_metric, log_extra)
         return rewards.flatten().tolist()[start : start + len(scores)]
 
-    def _rewards(self, everyone: list[list[list]]) -> torch.Tensor:
+    def _rewards(self, everyone: list[list[list]], log_metric=None) -> torch.Tensor:
         k = self.num_generations
         for rank, (scores, *labels) in enumerate(everyone):
             _check_columns(k, len(scores), *labels, self.tables, f" (process {rank} of {len(everyone)})")
@@ -142,6 +142,10 @@ class RankingReward:
         if not self.tables:
             return ranking_reward(scores, mos, dataset, **self.variants)
         preference = self._preference(mos, dataset, name)
+        if (
+            log_metric
+        ):  # an image without a partner earns 0, and the mean reward falls by no fault of its answers
+            log_metric("compared", float(np.isfinite(preference).any(axis=1).mean()))
         return ranking_reward(scores, dataset=dataset, preference=preference, **self.variants)
 
     def _preference(self, mos: list, dataset: list, name: list) -> np.ndarray:

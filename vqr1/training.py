@@ -6,10 +6,12 @@ train("cpu", "runs/mine")    # a name in vqr1/configs, the path of a YAML file, 
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -17,8 +19,14 @@ from vqr1 import quiet
 from vqr1.cards import model_card
 from vqr1.config import TRL_DEFAULTS, Settings, load_config
 from vqr1.data.batches import one_set_batches, prompt_rows
-from vqr1.data.comparisons import names_of
-from vqr1.data.manifests import load_comparisons, load_ratings, pictures_of
+from vqr1.data.comparisons import PairTable, names_of
+from vqr1.data.manifests import (
+    has_comparisons,
+    is_manifest,
+    load_comparisons,
+    load_ratings,
+    pictures_of,
+)
 from vqr1.data.people_sets import win_share
 from vqr1.policy import (
     CALIBRATION,
@@ -285,8 +293,17 @@ def training_rows(
     picture_number: bool = False,
     comparisons: Mapping[str, pd.DataFrame] | None = None,
 ) -> Dataset:
-    """Return TRL's dataset in the order of training: batches of one data set, only rows that will be used."""
+    """Return TRL's dataset in the order of training: batches of one data set, only rows that will be used.
+
+    A row that was compared with no other row here would earn 0 whatever it says: it is left out, with a
+    warning. Raises ValueError for comparisons of a set that no row is of, and for a set of such rows alone.
+    """
     comparisons = comparisons or {}
+    alone = _alone(frame, comparisons)
+    if alone.any():
+        said = "left out: nobody compared them with another train row"
+        warnings.warn(f"{alone.sum()} of {len(frame)} train rows are {said}", stacklevel=2)
+        frame = frame[~alone].reset_index(drop=True)
     images = images_per_step(args)
     learned = args.max_steps * args.gradient_accumulation_steps  # batches, counting a repeated one again
     batches = math.ceil(learned / (args.steps_per_generation * args.num_iterations))
@@ -300,6 +317,25 @@ def training_rows(
     return dataset.select([place[row] for row in order])
 
 
+def _alone(frame: pd.DataFrame, comparisons: Mapping[str, pd.DataFrame]) -> np.ndarray:
+    """Return, (N,) bool, which rows of sets with comparisons were compared with no other row here."""
+    there = list(frame["dataset"].unique())
+    alone = np.zeros(len(frame), dtype=bool)
+    for dataset, pairs in comparisons.items():
+        if dataset not in there:
+            raise ValueError(
+                f"there are comparisons of {dataset!r}, and no rows of it; the rows are of "
+                f"{', '.join(there)}: correct the name, or leave the comparisons out"
+            )
+        own = (frame["dataset"] == dataset).to_numpy()
+        alone[own] = PairTable(pairs, dataset).alone(names_of(frame[own]))
+        if alone[own].all():
+            raise ValueError(
+                f"set {dataset!r}: no two of its {own.sum()} train rows were compared; compare more"
+            )
+    return alone
+
+
 def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> pd.DataFrame:
     """Return the rows of several sets, each image by its absolute path; name is what comparisons call it.
 
@@ -309,9 +345,10 @@ def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> 
         split: train, val or test.
 
     Raises:
-        ValueError: for a set without rows of the split.
+        ValueError: for a set without rows of the split, and for two sets of one data set's name: their
+            scales, or their pictures' names, would be mixed.
     """
-    frames = []
+    frames, taken = [], set()
     for name in sets:
         ratings = load_ratings(name, _root_of(name, root))
         rows = ratings[ratings["split"] == split]
@@ -320,6 +357,9 @@ def set_rows(sets: list[str], root: str | dict[str, str] | None, split: str) -> 
                 f"set {name!r} has no rows with split {split!r}; fill its column split with train, val and "
                 "test, or let `vqr1 manifest` draw it"
             )
+        if again := taken & set(rows["dataset"]):
+            raise ValueError(f"two sets are called {min(again)!r}; rename one of them in its column dataset")
+        taken |= set(rows["dataset"])
         paths = [str(Path(ratings.attrs["root"], image).absolute()) for image in rows["image"]]
         frames.append(rows.assign(name=names_of(rows), image=paths))
     return pd.concat(frames, ignore_index=True)
@@ -332,20 +372,21 @@ LOOKS = 30
 def fitted(settings: Settings) -> Settings:
     """Return the settings with a batch that the smallest set fills, and no more steps than `LOOKS` take.
 
-    A set with fewer train rows than a batch has images gets the largest power of two. Sets without any mos
-    are learned from the comparisons beside them.
+    A set with fewer train rows than a batch has images gets the largest power of two. A manifest with
+    comparisons beside it is learned from these; its mos, if it has any, only validates.
 
     Raises:
-        ValueError: for a set with one train row, and for two sets of one name: their scales would be mixed.
+        ValueError: for a set with one train row, and as `set_rows` does.
     """
-    frames = {name: set_rows([name], settings.root, "train") for name in settings.sets}
-    rows = pd.concat(frames.values())["dataset"].value_counts()  # by data set
-    named = [dataset for frame in frames.values() for dataset in frame["dataset"].unique()]
-    for dataset in rows.index:
-        if named.count(dataset) > 1:
-            raise ValueError(f"two sets are called {dataset!r}; rename one of them in its column dataset")
-        if rows[dataset] < 2:
-            raise ValueError(f"set {dataset!r} has 1 row with split 'train'; a comparison needs 2: rate more")
+    frame = set_rows(settings.sets, settings.root, "train")
+    rows = frame["dataset"].value_counts()  # by data set
+    if rows.min() < 2:
+        raise ValueError(
+            f"set {rows.idxmin()!r} has 1 row with split 'train'; a comparison needs 2: rate more"
+        )
+    beside = {name for name in settings.sets if is_manifest(name) and has_comparisons(name)}
+    learned = sorted({*settings.comparisons, *beside})
+    rows = frame["dataset"][~_alone(frame, set_comparisons(learned, settings.root))].value_counts()
     grpo = TRL_DEFAULTS | settings.grpo
     k, batch, accumulated = (
         grpo[key] for key in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -364,8 +405,7 @@ def fitted(settings: Settings) -> Settings:
         "steps_per_generation": passes,
         "max_steps": min(steps, settings.grpo.get("max_steps", steps)),
     }
-    unrated = [name for name, frame in frames.items() if frame["mos"].isna().all()]
-    return settings.changed(grpo=changes, comparisons=sorted({*settings.comparisons, *unrated}))
+    return settings.changed(grpo=changes, comparisons=learned)
 
 
 def _root_of(name: str, root: str | dict[str, str] | None) -> str | None:

@@ -217,8 +217,8 @@ def test_95_of_100_intervals_of_pairs_right_cover_the_truth(of_seeds, why):
     """Three runs a side score 60 pictures with noise, the better side 0.6 and the other 0.9 on average.
 
     of_seeds: the deviation of the logarithm of a run's noise. Two differences of correlation r have one sign
-    with probability 1/2 + asin(r) / pi (Sheppard, 1899), which gives the true shares. Of 200 intervals 10
-    may miss, with a standard deviation of 3; 3, 2 and 1 do. An interval without end would miss none.
+    with probability 1/2 + asin(r) / pi (Sheppard, 1899), which gives the true shares. Of 200
+    intervals of 95% 10 would miss; these are wider: 3, 2 and 1 do. One without end would miss none.
     """
     rng, hits = np.random.default_rng(0), 0
     sides = {"a": 0.6, "b": 0.9}
@@ -238,7 +238,7 @@ def test_95_of_100_intervals_of_pairs_right_cover_the_truth(of_seeds, why):
         frame, pairs = judged(60, scores, rng, truth)
         found = difference(frame, runs["a"], runs["b"], PairTable(pairs, "mine").right, ["name"], n=200)
         hits += found["lo"] <= share["a"] - share["b"] <= found["hi"]
-    assert 183 <= hits < 200, f"{why}: {hits}"
+    assert 193 <= hits < 200, f"{why}: {hits}"
 
 
 def test_votes_that_are_not_known_weigh_the_same():
@@ -249,11 +249,21 @@ def test_votes_that_are_not_known_weigh_the_same():
     assert table.preference(table.codes(["a", "b"]))[0, 1] == 0.75
 
 
+def test_votes_that_cancel_decide_nothing():
+    """0.65 + 0.55 against 0.7 and 0.5: a tie, whose sum in binary is a little above one half."""
+    pairs = pd.DataFrame({"first": list("aab"), "second": list("bba"), "preference": [0.65, 0.55, 0.7]})
+    table = PairTable(pairs, "mine")
+    assert table.shares.tolist() == [0.5, 0.5] and len(table.decided[0]) == 0
+    assert np.isnan(table.right([2, 1], ["a", "b"]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"preference": [1.0, 1.2]}, r"the comparisons of 'mine', row 1 .*: preference 1.2 is not a number"),
         ({"second": ["b", "c"]}, r"row 1 .*: second 'c' is compared with itself"),
+        ({"first": ["a", None]}, r"row 1 .*: first nan names no picture; name it, or take the row out"),
+        ({"second": [np.nan, "a"]}, r"row 0 .*: second nan names no picture"),
         ({"votes": [1, -1]}, "row 1 .*: votes -1 is not a number above 0"),
     ],
 )

@@ -58,6 +58,8 @@ def read_pairs(path: Path, known: Container[str]) -> pd.DataFrame:
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:
     """Return comparisons as numbers; ``where`` says in errors what each row is."""
+    for side in ("first", "second"):
+        require(table[side].notna(), table, side, "names no picture; name it, or take the row out")
     require(table["first"] != table["second"], table, "second", "is compared with itself; take the row out")
     preference = pd.to_numeric(table["preference"], errors="coerce")
     wanted = "is not a number from 0 to 1; give the share of people who prefer the first"
@@ -107,9 +109,8 @@ class PairTable:
         share, votes = pairs["preference"].to_numpy(), pairs.get("votes", pd.Series(1.0, pairs.index))
         self.keys, place = np.unique(np.r_[first * n + second, second * n + first], return_inverse=True)
         total = np.bincount(place, np.r_[share, 1 - share] * np.r_[votes, votes])
-        self.shares = total / np.bincount(
-            place, np.r_[votes, votes]
-        )  # of those who prefer key // n to key % n
+        # Of those who prefer key // n to key % n; rounded, as a sum's last bit must not decide a tie.
+        self.shares = (total / np.bincount(place, np.r_[votes, votes])).round(12)
 
     def codes(self, names: Sequence[str], rows: Sequence[int] | None = None) -> np.ndarray:
         """Return the pictures' numbers; ValueError, naming the row, for one that no comparison mentions."""
@@ -167,6 +168,20 @@ class PairTable:
         better, worse = of[better], of[worse]
         right = (better > worse) + 0.5 * (better == worse)
         return float(weights @ right / weights.sum())
+
+    def alone(self, names: Sequence[str]) -> np.ndarray:
+        """Return, (N,) bool, which of these pictures were compared with none of the others.
+
+        Raises ValueError, as `codes` does, for a picture that no comparison mentions.
+
+        >>> pairs = pd.DataFrame({"first": list("ac"), "second": list("bd"), "preference": [1, 0]})
+        >>> PairTable(pairs, "mine").alone(list("abc"))
+        array([False, False,  True])
+        """
+        codes = self.codes(names)
+        here = np.isin(np.arange(len(self.names)), codes)
+        one, other = np.divmod(self.keys, len(self.names))
+        return ~np.isin(codes, one[here[one] & here[other]])
 
     def compared_with(self, code: int) -> np.ndarray:
         """Return the codes of the pictures that people compared with one."""

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from vqr1.data.comparisons import PairTable
 from vqr1.data.tables import csv_columns, excel_columns, matlab_array, name_parts, require
 from vqr1.places import EMBEDDED
 
@@ -236,14 +237,13 @@ def _pcuid_names(table: pd.DataFrame, column: str) -> pd.Series:
 def win_share(pairs: pd.DataFrame) -> pd.Series:
     """Return each picture's share of wins in percent, ties counted half, by name.
 
-    pairs: rows with first, second, preference (the share who prefer the first, 0..1, a tie counted half) and,
-        if known, votes, by which a row weighs.
+    pairs: as for `PairTable`. Each pair weighs the same, as in the reward: one that is there several times
+        counts once, with the mean preference.
 
-    >>> pairs = pd.DataFrame({"first": list("aab"), "second": list("bcc"), "preference": [1, 0.5, 0]})
+    >>> pairs = pd.DataFrame({"first": list("aabb"), "second": list("bcca"), "preference": [1, 0.5, 0, 0]})
     >>> win_share(pairs).to_dict()
     {'a': 75.0, 'b': 0.0, 'c': 75.0}
     """
-    name = pd.concat([pairs["first"], pairs["second"]])
-    won = pd.concat([pairs["preference"], 1 - pairs["preference"]])
-    votes = pd.concat([pairs.get("votes", pd.Series(1.0, pairs.index))] * 2)
-    return 100 * (won * votes).groupby(name).sum() / votes.groupby(name).sum()
+    table = PairTable(pairs, "these pictures")
+    winner = table.names[table.keys // len(table.names)]
+    return 100 * pd.Series(table.shares).groupby(winner).mean()
