@@ -5,6 +5,7 @@
 PSNR and SSIM stand beside it. They compare a picture with its original; the scorer sees the picture alone.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,13 +81,16 @@ def against_people(table: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame
             "ways": SRCC of the ways' mean scores over contents, without originals.
         variant: the yardstick.
         contents, rows, unparseable: how many there are.
-        srcc, srcc_lo, srcc_hi: with its 95% bootstrap interval over contents.
-        minus_psnr, minus_ssim, each with _lo and _hi: how far a policy is above the rival, paired by content.
+        srcc, srcc_lo, srcc_hi: with its 95% bootstrap interval over scenes: two or three contents show one.
+        minus_psnr, minus_ssim, each with _lo and _hi: how far a policy is above the rival, paired by scene.
+            Those of the ways are rough: resampled means are noisier, and their SRCC is lower.
     """
     yardsticks = [*policies, *RIVALS]
+    table = table.assign(scene=table["reference"].map(scene))
     within = pd.DataFrame(
         [
-            {"reference": content, **{name: srcc(own[name], own["mos"]) for name in yardsticks}}
+            {"reference": content, "scene": scene(content)}
+            | {name: srcc(own[name], own["mos"]) for name in yardsticks}
             for content, own in table.groupby("reference")
         ]
     )
@@ -98,7 +102,7 @@ def against_people(table: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame
         ("ways", ways, ways, ways_srcc, ["mos", "way"]),
     ):
         for name in yardsticks:
-            low, high = bootstrap(own, statistic, [name, *columns])
+            low, high = bootstrap(own, statistic, [name, *columns], by="scene")
             row = {
                 "order": order,
                 "variant": name,
@@ -110,10 +114,19 @@ def against_people(table: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame
                 "srcc_hi": high,
             }
             for rival in RIVALS if name in policies else ():
-                gap = difference(own, [name], [rival], statistic, columns)
+                gap = difference(own, [name], [rival], statistic, columns, by="scene")
                 row |= {f"minus_{rival}{end}": gap[key] for end, key in GAP.items()}
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def scene(content: str) -> str:
+    """Return the scene that a content shows: the first word of its name.
+
+    >>> scene("globe1"), scene("globe-fast2"), scene("tea-bottles1")
+    ('globe', 'globe', 'tea')
+    """
+    return re.match("[^0-9-]*", content)[0]
 
 
 GAP = {"": "difference", "_lo": "lo", "_hi": "hi"}
