@@ -147,7 +147,8 @@ def comparison() -> str:
 def mixture(study: str) -> str:
     """Tabulate what training on three sets gives on each: SRCC, and the share of people's pairs in order."""
     rows = read(study)
-    differences = read(f"{study}-differences").set_index(["variant", "set", "statistic"])
+    differences = read(f"{study}-differences").query("baseline == 'mixture'")
+    differences = differences.set_index(["variant", "set", "statistic"])
     columns = [(which, "srcc") for which in rows["set"].unique()]
     if "pairs_right" in rows:
         compared = rows["set"][rows["pairs_right"].notna()].unique()

@@ -395,7 +395,7 @@ def _keep(csv: Path, which: tuple[str, int], found: dict) -> pd.DataFrame:
 
 
 def write_differences(csv: Path, plan: Study) -> None:
-    """Write NAME-differences.csv: every variant minus the baseline.
+    """Write NAME-differences.csv: every variant minus the baseline, and the study's further pairs.
 
     Differences on each set, in what it allows, and of the rated sets' mean SRCC.
     """
@@ -405,6 +405,7 @@ def write_differences(csv: Path, plan: Study) -> None:
     if not variants or plan.baseline not in made:
         return
     pairs = [(name, plan.baseline) for name in variants]
+    pairs += [couple for couple in plan.also if made.issuperset(couple)]
     scores, said = _scores(csv), read_table(_beside(csv, "pairs.csv.gz"), columns=["set"])
     wanted = [
         (name, *kind)

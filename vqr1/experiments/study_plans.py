@@ -34,6 +34,7 @@ class Study:
     config: name of the configuration.
     sets: what is scored, and at most how many rows of each.
     baseline: the variant that all are compared with.
+    also: further pairs of variants that are compared.
     minutes: about how long a run takes on one core.
     both_prompts: variants whose policies are scored with the other prompt, too.
     drawn: a rival of RL learns from rows drawn by its seed, as many as RL is shown; else from all.
@@ -46,6 +47,7 @@ class Study:
     baseline: str
     variants: dict[str, Variant]
     minutes: float = 1.3
+    also: tuple[tuple[str, str], ...] = ()
     both_prompts: tuple[str, ...] = ()
     drawn: bool = False
     pool: int | None = None
@@ -171,6 +173,7 @@ STUDIES = {
             ),
         },
         minutes=6,
+        also=(("alone-pcuid", "before"), ("alone-pcuid", "alone-pcuid, MOS")),
         pool=1320,
     ),
     "pretraining": Study(
