@@ -143,7 +143,8 @@ def ranking_reward(
 
     - ``binary``: 1 instead of the fidelity if p_k(i, j), thresholded at 0.5, agrees with p(i, j), else 0.
       The paper states no rule for ties; here the gain is 1 - |p - threshold(p_k)| with threshold(0.5) =
-      0.5, so a tie on one side only gives 0.5, and ties on both give 1;
+      0.5, so a tie on one side only gives 0.5, and ties on both give 1. From comparisons, the gain is the
+      share of people who agree;
     - ``average``: p_k(i, j) is the mean over k' of Phi((s_ik - s_jk') / sqrt(var_i + var_j + gamma)) (Eq. 7);
     - ``variance``: this number in place of every var_i; 1.0 is Thurstone's Case V.
 
