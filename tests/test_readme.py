@@ -261,6 +261,7 @@ def test_a_mixtures_table_shows_pairs_where_people_compared(runs):
     rows.to_csv(runs / "small.csv", index=False)
     gaps = pd.DataFrame({"variant": "alone", "set": ["rated", "pairs", "pairs"], "lo": -0.1, "hi": 0.1})
     gaps = gaps.assign(statistic=["srcc", "srcc", "pairs_right"], difference=[0.01, 0.02, 0.03])
+    gaps = pd.concat(gaps.assign(baseline=name) for name in ("mixture", "before"))
     gaps.to_csv(runs / "small-differences.csv", index=False)
     head, _, *lines = tables.mixture("small").splitlines()
     assert head.split(" | ")[2:5] == [

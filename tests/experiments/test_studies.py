@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from vqr1.config import load_config
+from vqr1.data.batches import one_set_batches
 from vqr1.data.manifests import EMBEDDED
 from vqr1.experiments import studies
 from vqr1.experiments.studies import (
@@ -29,7 +30,7 @@ from vqr1.experiments.study_plans import STUDIES, Study, Variant
 from vqr1.metrics import difference, srcc
 from vqr1.records import read_table
 from vqr1.rewards import reward_functions
-from vqr1.training import adapter_of, grpo_config, images_per_step, training_rows
+from vqr1.training import adapter_of, grpo_config, images_per_step
 
 GRID = [
     (name, variant)
@@ -351,9 +352,13 @@ def test_every_variant_of_peoples_mixture_runs_and_is_scored(mixture):
 def test_sets_are_compared_in_what_their_labels_allow(mixture):
     gaps = read_table(mixture / "mixture-differences.csv")
     gaps["set"] = gaps["set"].map(lambda path: Path(path).stem)
-    for variant, own in gaps.groupby("variant"):
+    for couple, own in gaps.groupby(["variant", "baseline"]):
         found = own.groupby("set")["statistic"].agg(list).to_dict()
-        assert found == KINDS | {"mean": ["srcc"]}, variant
+        assert found == KINDS | {"mean": ["srcc"]}, couple
+    assert {tuple(couple) for couple in gaps[["variant", "baseline"]].to_numpy()} >= {
+        ("before", "mixture"),
+        *STUDIES["people-mixture"].also,
+    }
     scores, pairs = (read_table(mixture / f"mixture-{end}.csv.gz") for end in ("scores", "pairs"))
     assert len(pairs) == 15, "6 test pictures"
     own = scores.dropna(subset=["name"]).set_index("name")
@@ -404,9 +409,9 @@ def test_a_rival_learns_from_rows_drawn_by_its_seed_as_many_as_rl_is_shown(tmp_p
 def test_rl_is_shown_as_many_different_rows_as_its_rivals_of_study_people():
     plan = STUDIES["people"]
     args = grpo_config(config_of("people", "ranking").grpo, Path())
-    rows = pd.DataFrame({"image": "", "dataset": "biq2021", "mos": np.linspace(0, 1, 9000)})
-    shown = training_rows(rows, args)
-    assert len(set(shown["mos"])) == studies._shown(config_of("people", "supervised"), Path()) == 3200
+    rows = pd.DataFrame({"dataset": ["biq2021"] * 9000})
+    shown = one_set_batches(rows, images_per_step(args), args.seed)[: images_per_step(args) * args.max_steps]
+    assert len(set(shown)) == studies._shown(config_of("people", "supervised"), Path()) == 3200
     assert plan.drawn and studies._steps(rows.head(3200), 150) * 16 == 3200
 
 
