@@ -142,9 +142,7 @@ class RankingReward:
         if not self.tables:
             return ranking_reward(scores, mos, dataset, **self.variants)
         preference = self._preference(mos, dataset, name)
-        if (
-            log_metric
-        ):  # an image without a partner earns 0, and the mean reward falls by no fault of its answers
+        if log_metric:  # an image without a partner earns 0, whatever its answers say
             log_metric("compared", float(np.isfinite(preference).any(axis=1).mean()))
         return ranking_reward(scores, dataset=dataset, preference=preference, **self.variants)
 
